@@ -1,0 +1,1 @@
+"""One module a claim, with the peer in the same run."""

@@ -1,0 +1,1 @@
+"""FlowKV: contiguous prefill-to-decode KV transfer, engine-free."""

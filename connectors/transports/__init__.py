@@ -1,0 +1,1 @@
+"""Byte movers: NIXL for production, loopback for tests, and a fault-scripting decorator."""

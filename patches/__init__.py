@@ -1,0 +1,1 @@
+"""Every change to an upstream symbol, one file a symbol."""

@@ -1,0 +1,1 @@
+"""Thin adapters between the cores and stock vLLM."""

@@ -1,0 +1,1 @@
+"""Choice of a worker among many, and the prefill/decode proxy."""

@@ -1,0 +1,1 @@
+"""An engine stepped on a virtual clock; trace readers and generators."""
