@@ -1,0 +1,219 @@
+"""Child servers that never outlive their purpose.
+
+Each child leads a process group of its own. It is stopped by SIGTERM and then SIGKILL to that group alone: on
+leaving a ``with`` block, at interpreter exit, and, where the kernel offers it, when this process is killed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+Progress = Callable[[str, float], None]
+"""Called with the name of a child that is not ready yet and the seconds since it started."""
+
+POLL_S = 0.25
+LOG_TAIL_LINES = 40
+
+# PR_SET_PDEATHSIG survives execve: when the thread that started the child ends, the child gets SIGTERM.
+_TETHER = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit("the parent is gone")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+class ServerError(RuntimeError):
+    """A child server did not start, or ended when it should not have."""
+
+
+@dataclass(slots=True)
+class Port:
+    """A TCP port of the loopback interface that no other process is given while this object holds it.
+
+    The socket stays bound and never listens. A server that sets ``SO_REUSEADDR``, as HTTP servers and ZeroMQ
+    do, can bind and listen beside it; the kernel gives the port to nobody who asks for any free one.
+    """
+
+    number: int
+    _socket: socket.socket
+
+    @classmethod
+    def reserve(cls) -> Self:
+        """Take a free port."""
+        holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        return cls(holder.getsockname()[1], holder)
+
+    def release(self) -> None:
+        """Give the port back. Releasing twice does nothing."""
+        self._socket.close()
+
+
+@dataclass(slots=True, kw_only=True)
+class Server:
+    """One HTTP server in a child process. Use it as a context manager, or call ``stop`` yourself.
+
+    ``start`` must run in a thread that lives as long as the server is needed, best the main thread.
+    """
+
+    name: str
+    command: Sequence[str]
+    port: Port
+    log: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    ready_path: str = "/health"
+    grace_s: float = 15.0
+    extra_ports: Sequence[Port] = ()
+    _process: subprocess.Popen[bytes] | None = None
+    _started_at: float = 0.0
+
+    @property
+    def url(self) -> str:
+        """Base address, without a slash at the end."""
+        return f"http://127.0.0.1:{self.port.number}"
+
+    @property
+    def pid(self) -> int:
+        """Process id, which is also the id of the process group. Raises ServerError if never started."""
+        if self._process is None:
+            raise ServerError(f"{self.name} was never started")
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the child itself is alive."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started_at
+
+    def start(self) -> Self:
+        """Start the child; does not wait until it serves."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        tether = [sys.executable, "-I", "-S", "-c", _TETHER, str(os.getpid())]
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*tether, *self.command],
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._started_at = time.monotonic()
+        _live.append(self)
+        return self
+
+    def check_alive(self) -> None:
+        """Raise ServerError with the end of the log if the child has ended."""
+        if not self.running:
+            code = None if self._process is None else self._process.returncode
+            raise ServerError(f"{self.name} ended with code {code}; the end of {self.log}:\n{self.tail()}")
+
+    def ready(self) -> bool:
+        """Whether the server answers its health check."""
+        try:
+            with urllib.request.urlopen(self.url + self.ready_path, timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def tail(self) -> str:
+        """The last lines that the child has written."""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
+
+    def stop(self) -> None:
+        """End the process group: SIGTERM, ``grace_s`` seconds of patience, SIGKILL. Safe to call twice."""
+        if self._process is not None:
+            if self.running:
+                _signal_group(self._process.pid, signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(self.grace_s)
+            # The leader may be gone while its children still hold the group.
+            _signal_group(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        for port in (self.port, *self.extra_ports):
+            port.release()
+        if self in _live:
+            _live.remove(self)
+
+    def __enter__(self) -> Self:
+        return self if self.running else self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+_live: list[Server] = []
+
+
+def wait_until_ready(
+    servers: Sequence[Server], *, timeout_s: float = 300.0, progress: Progress | None = None
+) -> None:
+    """Return when every server answers. Raises ServerError as soon as one ends, or after ``timeout_s``."""
+    waiting = list(servers)
+    deadline = time.monotonic() + timeout_s
+    while waiting:
+        for server in servers:
+            server.check_alive()
+        waiting = [server for server in waiting if not server.ready()]
+        for server in waiting:
+            if progress is not None:
+                progress(server.name, server.age_s)
+        if waiting and time.monotonic() > deadline:
+            late = waiting[0]
+            raise ServerError(
+                f"{late.name} did not answer {late.ready_path} within {timeout_s:.0f} s; "
+                f"the end of {late.log}:\n{late.tail()}"
+            )
+        if waiting:
+            time.sleep(POLL_S)
+
+
+@contextlib.contextmanager
+def termination_unwinds() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into SystemExit inside the block, so that every ``with`` gets its exit."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+@atexit.register
+def _stop_all() -> None:
+    for server in list(_live):
+        server.stop()
