@@ -17,7 +17,7 @@ class FlowKVConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """
 
     host: str = "127.0.0.1"
-    """Address that the control channel binds to; also what peers are told unless ``advertise_host`` is set."""
+    """Address that the control channel binds to, and that peers are told unless ``advertise_host`` is set."""
     port: int = 0
     """TCP port of the control channel; 0 lets the system choose a free one."""
     advertise_host: str | None = None
@@ -28,6 +28,8 @@ class FlowKVConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Prefill hosts that a decode server may be told to pull from; empty allows every host."""
     lease_s: float = 30.0
     """How long a prefill server keeps a request's blocks after the last sign of life from the decode side."""
+    longest_lease_s: float = 600.0
+    """Bound on a lease's life, however often the decode side renews it."""
     heartbeat_s: float = 5.0
     """Interval at which a decode server renews the leases that it waits on."""
     handshake_timeout_s: float = 10.0

@@ -1,0 +1,229 @@
+"""The control channel: sealed messages over ZeroMQ, a ROUTER at the sender, DEALERs at the receivers.
+
+The server binds to exactly the address that it is given. Frames above the size limit never leave libzmq,
+its queues are bounded, and a peer that does not read its answers loses them, not the server.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import zmq
+
+from penstock.connectors.envelope import Seal
+from penstock.connectors.errors import FlowKVError, MessageError, PeerUnreachableError
+from penstock.connectors.messages import (
+    MAX_ANSWER_BYTES,
+    MAX_QUESTION_BYTES,
+    Answer,
+    Question,
+    Refused,
+    decode_answer,
+    decode_question,
+    encode,
+)
+
+logger = logging.getLogger(__name__)
+
+FRAME_OVERHEAD_BYTES = 256
+QUEUE = 1000
+Address = tuple[str, int]
+
+
+def _url(address: Address) -> str:
+    host, port = address
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+class ControlServer:
+    """Answers questions on one thread until closed.
+
+    Args:
+        bind: host and port to listen on; port 0 takes a free one.
+        answer: called for each authentic question, on the server's thread.
+        shared_key: secret that questions must be signed with, or None.
+
+    Raises:
+        FlowKVError: the address cannot be bound.
+    """
+
+    def __init__(
+        self,
+        bind: Address,
+        answer: Callable[[Question], Answer],
+        shared_key: str | None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._answer = answer
+        self._seal = Seal(shared_key, wall_clock)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.IPV6, ":" in bind[0])
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_QUESTION_BYTES + FRAME_OVERHEAD_BYTES)
+        self._socket.set_hwm(QUEUE)
+        try:
+            self._socket.bind(_url(bind))
+        except zmq.ZMQError as error:
+            self._context.destroy()
+            raise FlowKVError(
+                f"FlowKV cannot bind its control channel to {bind[0]}:{bind[1]}: {error}"
+            ) from error
+        endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.port = int(endpoint.rsplit(":", 1)[1])
+        self.refused_messages = 0
+        self._wake_name = f"inproc://close-{id(self)}"
+        self._wake = self._context.socket(zmq.PAIR)
+        self._wake.bind(self._wake_name)
+        self._thread = threading.Thread(target=self._serve, name="flowkv-control", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering and free the port."""
+        if self._thread.is_alive():
+            self._wake.send(b"")
+            self._thread.join()
+        self._context.destroy(linger=0)
+
+    def _serve(self) -> None:
+        stop = self._context.socket(zmq.PAIR)
+        stop.connect(self._wake_name)
+        poller = zmq.Poller()
+        poller.register(stop, zmq.POLLIN)
+        poller.register(self._socket, zmq.POLLIN)
+        while stop not in dict(poller.poll()):
+            parts = self._socket.recv_multipart()
+            if len(parts) == 2:
+                self._reply(*parts)
+        stop.close(0)
+
+    def _reply(self, peer: bytes, data: bytes) -> None:
+        try:
+            frame = self._seal.open_question(data)
+        except MessageError as error:
+            self.refused_messages += 1
+            logger.warning("FlowKV refused a control message: %s", error)
+            return
+        try:
+            answer = self._answer(decode_question(frame.body))
+        except MessageError as error:
+            self.refused_messages += 1
+            answer = Refused(str(error)[:1024])
+        sealed, _ = self._seal.seal(encode(answer), answers=frame.nonce)
+        try:
+            self._socket.send_multipart([peer, sealed], zmq.NOBLOCK)
+        except zmq.Again:
+            logger.warning("FlowKV dropped an answer to a peer that does not read")
+
+
+@dataclass(slots=True, frozen=True)
+class Reply:
+    """Outcome of one question: an answer, or the reason why there is none."""
+
+    ticket: int
+    answer: Answer | FlowKVError
+
+
+@dataclass(slots=True, frozen=True)
+class _Asked:
+    ticket: int
+    address: Address
+    deadline: float
+
+
+class ControlClient:
+    """Asks any number of senders without blocking. One thread at a time.
+
+    Args:
+        shared_key: secret to sign with, or None.
+        timeout_s: how long to wait for an answer.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        shared_key: str | None,
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._seal = Seal(shared_key, wall_clock)
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._context = zmq.Context()
+        self._poller = zmq.Poller()
+        self._sockets: dict[Address, zmq.Socket[bytes]] = {}
+        self._asked: dict[bytes, _Asked] = {}
+        self._failed: list[Reply] = []
+        self._next_ticket = 0
+
+    def ask(self, address: Address, question: Question) -> int:
+        """Send a question; its :class:`Reply` carries the ticket returned."""
+        self._next_ticket += 1
+        ticket = self._next_ticket
+        sealed, nonce = self._seal.seal(encode(question))
+        try:
+            self._socket(address).send(sealed, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            self._failed.append(Reply(ticket, PeerUnreachableError(f"{address[0]}:{address[1]}: {error}")))
+        else:
+            self._asked[nonce] = _Asked(ticket, address, self._clock() + self._timeout_s)
+        return ticket
+
+    def poll(self, wait_s: float = 0.0) -> list[Reply]:
+        """Replies that have come, and questions whose time has run out; waits up to ``wait_s`` for one."""
+        replies, self._failed = self._failed, []
+        for socket, _ in self._poller.poll(0 if replies else int(wait_s * 1000)):
+            replies += self._receive(socket)
+        now = self._clock()
+        for nonce, asked in [(n, a) for n, a in self._asked.items() if now >= a.deadline]:
+            del self._asked[nonce]
+            where = f"{asked.address[0]}:{asked.address[1]}"
+            reason = f"no answer from {where} within {self._timeout_s:g} s"
+            replies.append(Reply(asked.ticket, PeerUnreachableError(reason)))
+            self.forget(asked.address)
+        return replies
+
+    def forget(self, address: Address) -> None:
+        """Drop the connection to a sender unless an answer of it is awaited."""
+        if any(asked.address == address for asked in self._asked.values()):
+            return
+        if socket := self._sockets.pop(address, None):
+            self._poller.unregister(socket)
+            socket.close(0)
+
+    def close(self) -> None:
+        """Drop all connections; unanswered questions are forgotten."""
+        self._sockets.clear()
+        self._context.destroy(linger=0)
+
+    def _socket(self, address: Address) -> zmq.Socket[bytes]:
+        if address not in self._sockets:
+            socket = self._context.socket(zmq.DEALER)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.IPV6, ":" in address[0])
+            socket.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER_BYTES + FRAME_OVERHEAD_BYTES)
+            socket.set_hwm(QUEUE)
+            socket.connect(_url(address))
+            self._sockets[address] = socket
+            self._poller.register(socket, zmq.POLLIN)
+        return self._sockets[address]
+
+    def _receive(self, socket: zmq.Socket[bytes]) -> list[Reply]:
+        replies: list[Reply] = []
+        while True:
+            try:
+                data = socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return replies
+            try:
+                frame = self._seal.open_answer(data)
+                asked = self._asked.pop(frame.answers, None)
+                if asked is not None:
+                    replies.append(Reply(asked.ticket, decode_answer(frame.body)))
+            except MessageError as error:
+                logger.warning("FlowKV refused an answer: %s", error)

@@ -1,0 +1,85 @@
+"""The ``kv_transfer_params`` by which a prefill server hands a request to a decode server.
+
+They travel through the HTTP client or proxy, so the decode side treats them as input from outside. The
+envelope keys (``do_remote_prefill``, ``do_remote_decode``, ``remote_engine_id`` ...) are vLLM's own, so that
+any router that forwards them for stock connectors forwards these too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+
+from penstock.connectors.errors import HandOffError
+from penstock.connectors.runs import Run, count_blocks
+
+MAX_RUNS = 1 << 17
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+Hex = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+
+
+class HandOff(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a prefilled prompt's KV blocks are, and for how long they are promised."""
+
+    remote_engine_id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    remote_request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+    remote_host: Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9._:\-]+$")]
+    remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    remote_instance: Hex
+    """Identity of the prefill process; a restarted server has a new one."""
+    remote_lease: Hex
+    """Capability to read and release the blocks; random, never guessable."""
+    remote_runs: Annotated[
+        list[tuple[Annotated[int, msgspec.Meta(ge=0, le=1 << 31)], Count]],
+        msgspec.Meta(min_length=1, max_length=MAX_RUNS),
+    ]
+    """(first block, blocks) of each run of the prompt's blocks, in token order."""
+    remote_num_tokens: Count
+    """Prompt tokens whose KV the blocks hold."""
+    block_size: Count
+    tp_size: Count
+
+    @property
+    def runs(self) -> list[Run]:
+        """The sender's runs, in token order."""
+        return [Run(start, length) for start, length in self.remote_runs]
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the sender's control channel."""
+        return self.remote_host, self.remote_port
+
+    def to_params(self) -> dict[str, Any]:
+        """The dictionary that the engine returns to the client as ``kv_transfer_params``."""
+        return {"do_remote_prefill": True, "do_remote_decode": False, **msgspec.to_builtins(self)}
+
+
+def parse_hand_off(params: Mapping[str, Any]) -> HandOff:
+    """Check ``kv_transfer_params`` from outside.
+
+    Raises:
+        HandOffError: a key is missing, of the wrong type or out of range, or the runs do not hold the tokens.
+    """
+    try:
+        hand_off = msgspec.convert(dict(params), HandOff, strict=True)
+    except msgspec.ValidationError as error:
+        raise HandOffError(f"kv_transfer_params: {error}") from error
+    expected = -(-hand_off.remote_num_tokens // hand_off.block_size)
+    if (given := count_blocks(hand_off.runs)) != expected:
+        raise HandOffError(
+            f"kv_transfer_params: remote_runs hold {given} blocks, but {hand_off.remote_num_tokens} tokens "
+            f"in blocks of {hand_off.block_size} take {expected}"
+        )
+    return hand_off
+
+
+def wants_remote_prefill(params: Mapping[str, Any] | None) -> bool:
+    """True for a request whose prompt another server has prefilled."""
+    return params is not None and params.get("do_remote_prefill") is True
+
+
+def wants_remote_decode(params: Mapping[str, Any] | None) -> bool:
+    """True for a request whose decoding another server will do."""
+    return params is not None and params.get("do_remote_decode") is True

@@ -1,0 +1,174 @@
+"""NIXL as a byte mover: one READ a request, its descriptor list exactly the plan's moves."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from penstock.connectors.errors import TransferFailedError
+from penstock.connectors.geometry import CacheGeometry, Moves
+from penstock.connectors.transports.base import State, TransferStats
+
+# UCX keeps released registrations for ever unless this is set before it loads (vLLM #32181).
+os.environ.setdefault("UCX_RCACHE_MAX_UNRELEASED", "1024")
+
+
+def _api() -> Any:
+    try:
+        from nixl import _api
+    except ImportError as error:
+        raise TransferFailedError("NIXL is not installed: pip install 'penstock[nixl]'") from error
+    return _api
+
+
+def _errors(api: Any) -> tuple[type[Exception], ...]:
+    bindings = api.nixlBind
+    return tuple(
+        getattr(bindings, name)
+        for name in dir(bindings)
+        if name.startswith("nixl") and name.endswith("Error")
+    )
+
+
+class NixlTransport:
+    """One NIXL agent over one registered allocation.
+
+    Calls into the agent are serialised: it is created without locks of its own.
+
+    Args:
+        name: unique name of the agent; a restarted process must take another.
+        backends: NIXL plugins to load.
+    """
+
+    name = "nixl"
+
+    def __init__(self, name: str, backends: Sequence[str] = ("UCX",)) -> None:
+        api = _api()
+        self._nixl_errors = _errors(api)
+        self._agent = api.nixl_agent(name, api.nixl_agent_config(backends=list(backends)))
+        missing = [backend for backend in backends if backend not in self._agent.backends]
+        if missing:
+            available = ", ".join(self._agent.get_plugin_list())
+            raise TransferFailedError(f"NIXL has no plugin {', '.join(missing)}; available: {available}")
+        self._lock = threading.Lock()
+        self._memory = "DRAM"
+        self._device = 0
+        self._registration: Any = None
+
+    def register(self, geometry: CacheGeometry) -> bytes:
+        """Register the whole allocation; returns the agent's metadata."""
+        self._memory, self._device = geometry.memory, geometry.device
+        regions = [(geometry.base_address, geometry.size, geometry.device, "")]
+        with self._lock:
+            self._registration = self._agent.register_memory(regions, mem_type=geometry.memory)
+            metadata: bytes = self._agent.get_agent_metadata()
+        return metadata
+
+    def connect(self, endpoint: bytes) -> str:
+        """Load a peer's metadata; returns its agent name."""
+        with self._lock:
+            try:
+                peer = self._agent.add_remote_agent(endpoint)
+            except self._nixl_errors as error:
+                raise TransferFailedError(f"NIXL cannot load the peer's metadata: {error}") from error
+        return peer.decode() if isinstance(peer, bytes) else str(peer)
+
+    def disconnect(self, peer: str) -> None:
+        """Invalidate a peer's metadata."""
+        with self._lock:
+            try:
+                self._agent.remove_remote_agent(peer)
+            except self._nixl_errors as error:
+                raise TransferFailedError(f"NIXL cannot forget {peer}: {error}") from error
+
+    def read(self, peer: str, moves: Moves) -> NixlTransfer:
+        """Prepare and post one READ for all moves."""
+        started = time.perf_counter()
+        with self._lock:
+            try:
+                handle = self._agent.initialize_xfer(
+                    "READ",
+                    self._descriptors(moves.target, moves.length),
+                    self._descriptors(moves.source, moves.length),
+                    peer,
+                )
+                if self._agent.transfer(handle) == "ERR":
+                    raise TransferFailedError(f"NIXL refused to post a READ from {peer}")
+            except self._nixl_errors as error:
+                raise TransferFailedError(f"NIXL READ from {peer}: {error}") from error
+        return NixlTransfer(self._agent, self._lock, self._nixl_errors, handle, moves, started)
+
+    def close(self) -> None:
+        """Deregister the memory; peers go with the agent."""
+        with self._lock:
+            if self._registration is not None:
+                self._agent.deregister_memory(self._registration)
+                self._registration = None
+
+    def _descriptors(self, addresses: Any, lengths: Any) -> Any:
+        rows = np.empty((len(lengths), 3), dtype=np.uint64)
+        rows[:, 0], rows[:, 1], rows[:, 2] = addresses, lengths, self._device
+        return self._agent.get_xfer_descs(rows, mem_type=self._memory)
+
+
+class NixlTransfer:
+    """One posted READ."""
+
+    def __init__(
+        self,
+        agent: Any,
+        lock: threading.Lock,
+        nixl_errors: tuple[type[Exception], ...],
+        handle: Any,
+        moves: Moves,
+        started: float,
+    ) -> None:
+        self._agent, self._lock, self._nixl_errors = agent, lock, nixl_errors
+        self._handle = handle
+        self._moves = moves
+        self._started = started
+        self._post_s = time.perf_counter() - started
+        self._transfer_s = 0.0
+        self._state = State.ACTIVE
+
+    def poll(self) -> State:
+        """State of the READ; the handle is released as soon as it is final."""
+        if self._state is not State.ACTIVE:
+            return self._state
+        with self._lock:
+            try:
+                status = self._agent.check_xfer_state(self._handle)
+            except self._nixl_errors:
+                status = "ERR"
+        if status != "PROC":
+            self._transfer_s = time.perf_counter() - self._started
+            # A failed READ whose handle cannot be released may still be writing: it stays active.
+            if status == "DONE":
+                self._release()
+                self._state = State.DONE
+            elif self._release():
+                self._state = State.FAILED
+        return self._state
+
+    def cancel(self) -> bool:
+        """Release the handle, which aborts what is in flight; False while NIXL cannot."""
+        if self._state is State.ACTIVE and self._release():
+            self._state = State.FAILED
+        return self._state is not State.ACTIVE
+
+    def stats(self) -> TransferStats:
+        """Descriptors as handed to NIXL, before any merge of its own."""
+        return TransferStats(len(self._moves), self._moves.num_bytes, self._post_s, self._transfer_s)
+
+    def _release(self) -> bool:
+        with self._lock:
+            try:
+                self._agent.release_xfer_handle(self._handle)
+            except self._nixl_errors:
+                return False
+        return True
