@@ -1,0 +1,37 @@
+"""``penstock bench``: the benches by name, each imported only when it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+BENCHES = {
+    "flowkv": "penstock.benchmarks.flowkv:bench",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are ``module:attribute`` strings until somebody asks for one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in alphabetical order."""
+        return sorted(BENCHES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the bench of that name; None if there is none."""
+        target = BENCHES.get(cmd_name)
+        if target is None:
+            return None
+        module, _, attribute = target.partition(":")
+        command = getattr(import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=LazyGroup)
+def bench() -> None:
+    """Measure a claim, with its peers in the same run.
+
+    Every bench prints a table, writes a plot, and with --json FILE the rows and the claims.
+    """
