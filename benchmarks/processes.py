@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,7 +27,9 @@ Progress = Callable[[str, float], None]
 """Called with the name of a child that is not ready yet and the seconds since it started."""
 
 POLL_S = 0.25
-LOG_TAIL_LINES = 40
+LOG_TAIL_LINES = 20
+LOG_ERRORS = 5
+_ERROR_LINE = re.compile(r"\b(?:\w+\.)*\w*(?:Error|Exception|error): .*")
 
 # PR_SET_PDEATHSIG survives execve: when the thread that started the child ends, the child gets SIGTERM.
 _TETHER = """
@@ -128,7 +131,7 @@ class Server:
         """Raise ServerError with the end of the log if the child has ended."""
         if not self.running:
             code = None if self._process is None else self._process.returncode
-            raise ServerError(f"{self.name} ended with code {code}; the end of {self.log}:\n{self.tail()}")
+            raise ServerError(f"{self.name} ended with code {code}; {self.evidence()}")
 
     def ready(self) -> bool:
         """Whether the server answers its health check."""
@@ -138,10 +141,12 @@ class Server:
         except (urllib.error.URLError, OSError):
             return False
 
-    def tail(self) -> str:
-        """The last lines that the child has written."""
+    def evidence(self) -> str:
+        """What the log says about a failure: the first distinct errors, then the last lines."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
-        return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
+        errors = list(dict.fromkeys(_ERROR_LINE.findall(text)))[:LOG_ERRORS]
+        tail = text.splitlines()[-LOG_TAIL_LINES:]
+        return "\n".join([f"{self.log} says:", *errors, "...", *tail])
 
     def stop(self) -> None:
         """End the process group: SIGTERM, ``grace_s`` seconds of patience, SIGKILL. Safe to call twice."""
@@ -186,8 +191,7 @@ def wait_until_ready(
         if waiting and time.monotonic() > deadline:
             late = waiting[0]
             raise ServerError(
-                f"{late.name} did not answer {late.ready_path} within {timeout_s:.0f} s; "
-                f"the end of {late.log}:\n{late.tail()}"
+                f"{late.name} did not answer {late.ready_path} within {timeout_s:.0f} s; {late.evidence()}"
             )
         if waiting:
             time.sleep(POLL_S)

@@ -1,0 +1,79 @@
+"""Transfer statistics out of a decode server's ``/metrics``."""
+
+from __future__ import annotations
+
+import time
+import urllib.request
+from collections import defaultdict
+from typing import Self
+
+import msgspec
+
+PREFIXES = {"flowkv": "vllm:flowkv", "NixlConnector": "vllm:nixl"}
+POLL_S = 0.2
+
+
+class Transfers(msgspec.Struct, frozen=True, kw_only=True):
+    """Sums over all transfers that a decode server has made."""
+
+    count: int = 0
+    descriptors: float = 0.0
+    bytes: float = 0.0
+    transfer_s: float = 0.0
+    post_s: float = 0.0
+
+    def __sub__(self, earlier: Self) -> Transfers:
+        """What was added since ``earlier``."""
+        return Transfers(
+            count=self.count - earlier.count,
+            descriptors=self.descriptors - earlier.descriptors,
+            bytes=self.bytes - earlier.bytes,
+            transfer_s=self.transfer_s - earlier.transfer_s,
+            post_s=self.post_s - earlier.post_s,
+        )
+
+    def each(self, total: float) -> float | None:
+        """Mean of a total over the transfers; None if there was none."""
+        return total / self.count if self.count else None
+
+
+def samples(url: str) -> dict[str, float]:
+    """All samples of a Prometheus page by name, summed over their labels."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as page:
+        text = page.read().decode()
+    sums: defaultdict[str, float] = defaultdict(float)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if not sample.name.endswith(("_bucket", "_created")):
+                sums[sample.name] += sample.value
+    return dict(sums)
+
+
+def transfers(url: str, connector: str) -> Transfers:
+    """What the decode server at ``url`` has pulled with ``connector`` so far."""
+    found = samples(url)
+    prefix = PREFIXES[connector]
+
+    def total(name: str) -> float:
+        return found.get(f"{prefix}_{name}_sum", 0.0)
+
+    return Transfers(
+        count=int(found.get(f"{prefix}_xfer_time_seconds_count", 0)),
+        descriptors=total("num_descriptors"),
+        bytes=total("bytes_transferred"),
+        transfer_s=total("xfer_time_seconds"),
+        post_s=total("post_time_seconds"),
+    )
+
+
+def transfers_after(url: str, connector: str, count: int, *, timeout_s: float = 15.0) -> Transfers:
+    """As ``transfers``, waiting until ``count`` of them are known: engines publish with the next step.
+
+    After ``timeout_s`` whatever is known is returned; the caller sees the lower count.
+    """
+    deadline = time.monotonic() + timeout_s
+    while (found := transfers(url, connector)).count < count and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return found
