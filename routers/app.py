@@ -1,0 +1,136 @@
+"""The aiohttp application: its routes and what is around a request's work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from penstock.routers.config import ProxyConfig
+from penstock.routers.drain import RETRY_AFTER_S, Drain
+from penstock.routers.errors import ProxyError, error_response
+from penstock.routers.exchange import CHAT_PATH, COMPLETIONS_PATH, Fleet, fetch
+from penstock.routers.headers import request_id_of, to_client, to_server
+from penstock.routers.metrics import Metrics
+from penstock.routers.pool import Pool, Server
+from penstock.routers.prober import probe_all, watch
+from penstock.routers.upstream import Upstream, open_session
+from penstock.routers.visit import Visit
+
+MODELS_PATH = "/v1/models"
+
+
+class Proxy:
+    """The handlers and what they share."""
+
+    def __init__(self, config: ProxyConfig) -> None:
+        self.config = config
+        self.drain = Drain()
+        self._prefill = Pool("prefill", config.prefill)
+        self._decode = Pool("decode", config.decode)
+        self._servers = self._prefill.servers + self._decode.servers
+        self.metrics = Metrics(self._servers)
+        self._fleet: Fleet
+
+    async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
+        """Client session and probes, from start-up to clean-up."""
+        async with open_session(self.config) as session:
+            upstream = Upstream(session, self.config)
+            self._fleet = Fleet(self._prefill, self._decode, upstream, self.metrics)
+            await probe_all(session, self._servers, self.config)
+            watchers = [asyncio.create_task(watch(session, s, self.config)) for s in self._servers]
+            yield
+            for watcher in watchers:
+                watcher.cancel()
+            await asyncio.gather(*watchers, return_exceptions=True)
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/completions and /v1/chat/completions."""
+        return await Visit(request, self.config, self._fleet, self.drain).run()
+
+    async def models(self, request: web.Request) -> web.StreamResponse:
+        """GET /v1/models, from a decode server."""
+        request_id = request_id_of(request.headers)
+        status = 499
+        try:
+            reply = await fetch(self._fleet, MODELS_PATH, to_server(request.headers, request_id))
+            status = reply.status
+            return web.Response(status=status, headers=to_client(reply.headers, request_id), body=reply.first)
+        except ProxyError as error:
+            status = error.status
+            return error_response(error)
+        finally:
+            self.metrics.requests.labels(MODELS_PATH, "", status).inc()
+
+    async def health(self, request: web.Request) -> web.Response:
+        """GET /health: 200 when a request can be served."""
+        able = self._prefill.any_healthy and self._decode.any_healthy
+        state = "draining" if self.drain.draining else "ok" if able else "unavailable"
+        answer = {
+            "status": state,
+            "in_flight": self.drain.in_flight,
+            "prefill": [_shown(server) for server in self._prefill.servers],
+            "decode": [_shown(server) for server in self._decode.servers],
+        }
+        return web.Response(
+            status=200 if state == "ok" else 503,
+            body=msgspec.json.encode(answer),
+            content_type="application/json",
+            headers={} if state == "ok" else {"Retry-After": str(RETRY_AFTER_S)},
+        )
+
+    async def show_metrics(self, request: web.Request) -> web.Response:
+        """GET /metrics."""
+        return web.Response(body=self.metrics.render(), headers={"Content-Type": self.metrics.content_type})
+
+
+def _shown(server: Server) -> dict[str, object]:
+    return {
+        "url": server.url,
+        "healthy": server.healthy,
+        "in_flight": server.in_flight,
+        "error": server.last_error or None,
+    }
+
+
+@web.middleware
+async def openai_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """aiohttp's own refusals (404, 405, ...) in OpenAI's shape."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        response = error_response(
+            ProxyError(error.status, f"{request.method} {request.path}: {error.reason}")
+        )
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
+
+
+PROXY: web.AppKey[Proxy] = web.AppKey("proxy", Proxy)
+
+
+def make_app(config: ProxyConfig) -> web.Application:
+    """The proxy as an application.
+
+    Run it with ``handler_cancellation=True`` (``penstock.routers.serve`` does): without it aiohttp lets a
+    handler go on after its client left, and the servers would work for nobody.
+    """
+    app = web.Application(middlewares=[openai_errors], client_max_size=config.max_body_bytes)
+    proxy = app[PROXY] = Proxy(config)
+    app.cleanup_ctx.append(proxy.lifespan)
+    app.add_routes(
+        [
+            web.post(COMPLETIONS_PATH, proxy.generate),
+            web.post(CHAT_PATH, proxy.generate),
+            web.get(MODELS_PATH, proxy.models),
+            web.get("/health", proxy.health),
+            web.get("/metrics", proxy.show_metrics),
+        ]
+    )
+    return app

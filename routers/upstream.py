@@ -1,0 +1,199 @@
+"""One request to one server, with every way to fail told apart."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import aiohttp
+import msgspec
+from multidict import CIMultiDict
+
+from penstock.routers.config import ProxyConfig
+from penstock.routers.errors import StreamBroken, UpstreamFailure
+from penstock.routers.pool import Server
+
+KEEPALIVE_S = 2.0
+"""Idle connections close before the servers do it (uvicorn: 5 s), else a request meets a closing one."""
+
+QUOTED = 300
+"""Characters of a server's own error message that are passed on."""
+
+
+@dataclass(slots=True)
+class Reply:
+    """A server's answer whose first bytes are here and whose rest may still be under way."""
+
+    status: int
+    headers: CIMultiDict[str]
+    first: bytes
+    response: aiohttp.ClientResponse
+    idle_timeout_s: float
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the body is a stream of server-sent events."""
+        return self.headers.get("Content-Type", "").startswith("text/event-stream")
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it comes, the first bytes included.
+
+        Raises:
+            StreamBroken: the server went away or fell silent before the end.
+        """
+        if self.first:
+            yield self.first
+        while chunk := await self._next():
+            yield chunk
+
+    async def read(self) -> bytes:
+        """The whole body. Raises like ``chunks``."""
+        return b"".join([chunk async for chunk in self.chunks()])
+
+    async def _next(self) -> bytes:
+        try:
+            async with asyncio.timeout(self.idle_timeout_s):
+                return await self.response.content.readany()
+        except TimeoutError:
+            raise StreamBroken(f"the server sent nothing for {self.idle_timeout_s} s") from None
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise StreamBroken(f"the server broke off ({type(error).__name__})") from error
+
+
+class Upstream:
+    """HTTP client for the servers of both roles."""
+
+    def __init__(self, session: aiohttp.ClientSession, config: ProxyConfig) -> None:
+        self._session = session
+        self._config = config
+
+    async def ask(self, server: Server, path: str, body: bytes, headers: CIMultiDict[str]) -> Reply:
+        """POST and read the whole answer, whose body is then ``Reply.first``. The prefill step.
+
+        Raises:
+            UpstreamFailure: no answer, a broken one, or a status of 500 and above.
+        """
+        return await self._whole(server, "POST", path, body, headers)
+
+    async def get(self, server: Server, path: str, headers: CIMultiDict[str]) -> Reply:
+        """GET and read the whole answer. Raises like ``ask``."""
+        return await self._whole(server, "GET", path, None, headers)
+
+    async def _whole(
+        self, server: Server, method: str, path: str, body: bytes | None, headers: CIMultiDict[str]
+    ) -> Reply:
+        limit = self._config.prefill_timeout_s
+        with failures_of(server, limit):
+            async with (
+                asyncio.timeout(limit),
+                self._session.request(
+                    method, server.url + path, data=body, headers=headers, allow_redirects=False
+                ) as response,
+            ):
+                raw = await response.read()
+        check_status(server, response, raw)
+        return Reply(response.status, response.headers.copy(), raw, response, limit)
+
+    @asynccontextmanager
+    async def open(
+        self,
+        server: Server,
+        path: str,
+        body: bytes,
+        headers: CIMultiDict[str],
+        on_sent: Callable[[], None],
+    ) -> AsyncIterator[Reply]:
+        """POST and wait for the first bytes; leaving the context early closes the connection.
+
+        ``on_sent`` is called when the request's headers have left: from then on the server may know of it.
+
+        Raises:
+            UpstreamFailure: on entry, as for ``ask``.
+        """
+        limit = self._config.first_byte_timeout_s
+        async with AsyncExitStack() as stack:
+            with failures_of(server, limit):
+                async with asyncio.timeout(limit):
+                    response = await self._session.post(
+                        server.url + path,
+                        data=body,
+                        headers=headers,
+                        allow_redirects=False,
+                        trace_request_ctx=on_sent,
+                    )
+                    stack.callback(response.close)
+                    if response.status >= 500:
+                        check_status(server, response, await response.read())
+                    first = await response.content.readany()
+            yield Reply(
+                response.status, response.headers.copy(), first, response, self._config.idle_timeout_s
+            )
+            if response.content.is_eof() and response.content.exception() is None:
+                response.release()
+
+
+def open_session(config: ProxyConfig) -> aiohttp.ClientSession:
+    """The client session for all servers: bytes pass as they are, no limit on connections, own timeouts."""
+    trace = aiohttp.TraceConfig()
+    trace.on_request_headers_sent.append(_tell_sent)
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=config.connect_timeout_s),
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trace_configs=[trace],
+    )
+
+
+async def _tell_sent(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: object) -> None:
+    if context.trace_request_ctx is not None:
+        context.trace_request_ctx()
+
+
+@contextmanager
+def failures_of(server: Server, limit_s: float) -> Iterator[None]:
+    """Turn what aiohttp raises into ``UpstreamFailure``, and note in ``server`` what it says about it."""
+    try:
+        yield
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+        server.mark_down(f"no connection ({type(error).__name__})")
+        raise UpstreamFailure("connect", f"no connection to a {server.role} server") from error
+    except TimeoutError as error:
+        server.suspect()
+        raise UpstreamFailure(
+            "timeout", f"a {server.role} server gave no answer within {limit_s} s"
+        ) from error
+    except (aiohttp.ClientError, ConnectionError) as error:
+        server.suspect()
+        raise UpstreamFailure(
+            "disconnect", f"a {server.role} server broke off before its answer was complete"
+        ) from error
+
+
+def check_status(server: Server, response: aiohttp.ClientResponse, raw: bytes) -> None:
+    """Raise ``UpstreamFailure`` for a status of 500 and above, with the server's own message in it."""
+    if response.status < 500:
+        return
+    said = quoted_message(raw)
+    detail = f"a {server.role} server answered {response.status}" + (f": {said}" if said else "")
+    after = response.headers.get("Retry-After", "")
+    raise UpstreamFailure("status", detail, status=response.status, retry_after=after)
+
+
+class _ErrorObject(msgspec.Struct):
+    message: str
+
+
+class _ErrorAnswer(msgspec.Struct):
+    error: _ErrorObject
+
+
+def quoted_message(raw: bytes) -> str:
+    """The message of an OpenAI error body, cut to ``QUOTED`` characters; empty for anything else."""
+    try:
+        return msgspec.json.decode(raw, type=_ErrorAnswer).error.message[:QUOTED]
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return ""

@@ -1,0 +1,133 @@
+"""One client's request, from the first byte of its body to the last of its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+
+from aiohttp import web
+
+from penstock.routers.bodies import Body, choices_per_prompt, mode_of, parse_body
+from penstock.routers.config import ProxyConfig
+from penstock.routers.drain import Drain
+from penstock.routers.errors import ProxyError, error_response
+from penstock.routers.exchange import Exchange, Fleet, Stage
+from penstock.routers.headers import REQUEST_ID, request_id_of, to_client, to_server
+from penstock.routers.relay import Outcome, send
+
+CLIENT_GONE = 499
+"""Status in the metrics of a request whose client left; nobody receives it."""
+
+STATUS_OF = {Outcome.BROKEN: 502, Outcome.CUT: 503, Outcome.CLIENT_GONE: CLIENT_GONE}
+"""Status in the metrics of an answer that began well and ended too early."""
+
+
+class Visit:
+    """A request while the proxy works on it."""
+
+    def __init__(self, request: web.Request, config: ProxyConfig, fleet: Fleet, drain: Drain) -> None:
+        self._request = request
+        self._config = config
+        self._fleet = fleet
+        self._drain = drain
+        self._id = request_id_of(request.headers)
+        self._started = time.perf_counter()
+        self._mode = ""
+        self._exchanges: list[Exchange] = []
+        self._answering = False
+
+    @property
+    def stage(self) -> Stage:
+        """How far the request is; with several parts, how far the first of them is."""
+        if self._answering:
+            return Stage.STREAM
+        return max((e.stage for e in self._exchanges), key=list(Stage).index, default=Stage.RECEIVE)
+
+    async def run(self) -> web.StreamResponse:
+        """Answer the request, whatever happens to it, and count how it ended."""
+        task = asyncio.current_task()
+        assert task is not None
+        status = CLIENT_GONE
+        try:
+            with self._drain.enter(task):
+                response, outcome = await self._answer(task)
+            status = STATUS_OF.get(outcome, response.status)
+            if outcome is Outcome.BROKEN:
+                self._fleet.metrics.broken_streams.inc()
+            return response
+        except ProxyError as error:
+            status = error.status
+            return self._refuse(error)
+        finally:
+            if status == CLIENT_GONE:
+                self._count_gone()
+            self._fleet.metrics.requests.labels(self._request.path, self._mode, status).inc()
+
+    async def _answer(self, task: asyncio.Task[object]) -> tuple[web.StreamResponse, Outcome]:
+        """Work on the request until its answer is out.
+
+        Raises:
+            ProxyError: nothing has been sent, and the proxy answers by itself.
+        """
+        try:
+            body = parse_body(await self._receive())
+            return await self._pass_on(body, task)
+        except asyncio.CancelledError:
+            if not self._drain.is_cut(task):
+                raise
+            task.uncancel()
+            raise ProxyError(503, "the proxy shut down before the answer had begun") from None
+
+    async def _receive(self) -> bytes:
+        """The request's body."""
+        kind = self._request.content_type
+        if kind != "application/json":
+            raise ProxyError(415, f"Content-Type must be application/json, not {kind}")
+        limit = self._config.body_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                return await self._request.read()
+        except TimeoutError:
+            raise ProxyError(408, f"the body did not arrive within {limit} s") from None
+        except web.HTTPRequestEntityTooLarge:
+            raise ProxyError(413, f"the body is longer than {self._config.max_body_bytes} bytes") from None
+        except web.RequestPayloadError as error:
+            raise ProxyError(400, f"the body cannot be read: {error}") from None
+
+    async def _pass_on(self, body: Body, task: asyncio.Task[object]) -> tuple[web.StreamResponse, Outcome]:
+        choices_per_prompt(body, self._config.max_choices)
+        mode = mode_of(body)
+        self._mode = mode.value
+        headers = to_server(self._request.headers, self._id)
+        exchange = Exchange(self._fleet, self._request.path, body, mode, headers)
+        self._exchanges.append(exchange)
+        async with AsyncExitStack() as stack:
+            reply = await exchange.open(stack)
+            return await send(
+                self._request,
+                reply.status,
+                to_client(reply.headers, self._id),
+                reply.chunks(),
+                on_first=lambda: self._first_byte(is_stream=reply.is_stream),
+                is_cut=lambda: self._drain.is_cut(task),
+            )
+
+    def _first_byte(self, *, is_stream: bool) -> None:
+        self._answering = True
+        if is_stream:
+            self._fleet.metrics.ttft_seconds.observe(time.perf_counter() - self._started)
+
+    def _refuse(self, error: ProxyError) -> web.Response:
+        response = error_response(error)
+        response.headers[REQUEST_ID] = self._id
+        if self._drain.draining or error.status in (408, 413):
+            response.force_close()
+        return response
+
+    def _count_gone(self) -> None:
+        metrics = self._fleet.metrics
+        metrics.disconnects.labels(self.stage.value).inc()
+        for exchange in self._exchanges:
+            if exchange.stage is Stage.HANDOFF:
+                metrics.stranded.labels("client_gone").inc()
