@@ -1,0 +1,348 @@
+"""Chooses which free blocks a request gets, so that they form few runs and cost few prefix-cache hits.
+
+The engine keeps its own list of free blocks in eviction order; this allocator mirrors the set of them and
+answers which to hand out. Every choice is a *window* of consecutive free blocks, bought at the price
+
+    (1 run + weight * depth in the eviction order of what it evicts) / blocks gained
+
+and a request takes the cheapest windows until it is served: one old window where there is one, several
+where the pool is scarce. (FlowKV, section 3.2: segment allocator and bidirectional alignment; the price
+replaces the paper's plain best fit, which evicts what the prefix cache is about to hit.)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from penstock.connectors.free_index import WORTHLESS, Extent, FreeIndex
+from penstock.connectors.runs import Run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocatorConfig:
+    """Weights of the price. One setting serves all pools: ages count in shares of the pool's size."""
+
+    age_weight: float = 0.03
+    """Runs that evicting one block from the far end of a pool-sized eviction order is worth."""
+    hit_weight: float = 1.0
+    """How much dearer a block is that a prefix hit has fetched back before."""
+    hold_price: float = 1.0
+    """Runs that taking over blocks reserved for the prompt of another request is worth."""
+    slack_price: float = 0.1
+    """Runs that taking over blocks reserved for another request's growth is worth."""
+    growth_limit: float = 0.5
+    """Most runs' worth of cache that decoding in place may evict before it moves elsewhere."""
+    most_slack: int = 16
+    """Most blocks reserved behind a prompt for the tokens to be decoded."""
+    seeds: int = 6
+    """Oldest extents of each size class around which windows are tried."""
+
+
+@dataclass(slots=True)
+class _Request:
+    """What the allocator knows of a request: announced size, reserved intervals in token order."""
+
+    total: int = 0
+    sender: Sequence[Run] = ()
+    held: int = 0
+    plan: deque[tuple[int, int]] = field(default_factory=deque)
+    tail: int = -1
+
+
+@dataclass(slots=True)
+class AllocatorStats:
+    """Counters since the start: requests planned, blocks handed out, windows bought."""
+
+    requests: int = 0
+    blocks: int = 0
+    windows: int = 0
+    grown_in_place: int = 0
+    grown_elsewhere: int = 0
+    stolen: int = 0
+
+
+@dataclass(slots=True)
+class _Window:
+    price: float
+    start: int
+    stop: int
+
+
+class _Slack:
+    """Holder of blocks reserved for a request's growth."""
+
+    __slots__ = ("request",)
+
+    def __init__(self, request: _Request) -> None:
+        self.request = request
+
+
+class RunAllocator:
+    """Mirror of a pool's free blocks that hands them out as few, old, well-aligned runs.
+
+    Blocks are ids from 0 to ``num_blocks``; at the start none is free. Requests are named by any hashable
+    key. Not thread-safe.
+    """
+
+    def __init__(self, num_blocks: int, config: AllocatorConfig | None = None) -> None:
+        self.config = config or AllocatorConfig()
+        self.stats = AllocatorStats()
+        self._index = FreeIndex(num_blocks)
+        self._requests: dict[object, _Request] = {}
+        self._hits = bytearray(num_blocks)
+        self._clock = 1
+        self._touched = (0, 0)
+        self._growth = float(self.config.most_slack) / 2
+
+    @property
+    def num_free(self) -> int:
+        """Free blocks, whether reserved or not."""
+        return self._index.num_free - (self._touched[1] - self._touched[0])
+
+    def release(self, blocks: Sequence[int], *, worthless: bool = False) -> None:
+        """Blocks become free, given in eviction order. ``worthless``: nobody can hit their contents."""
+        self._settle()
+        first = 0
+        count = len(blocks)
+        while first < count:
+            last = first
+            hits = self._hits[blocks[first]]
+            while (
+                last + 1 < count
+                and blocks[last + 1] == blocks[last] - 1
+                and (worthless or self._hits[blocks[last + 1]] == hits)
+            ):
+                last += 1
+            if last == first:
+                while last + 1 < count and worthless and blocks[last + 1] == blocks[last] + 1:
+                    last += 1
+            low, high = min(blocks[first], blocks[last]), max(blocks[first], blocks[last])
+            self._index.add(low, high + 1, WORTHLESS if worthless else self._clock, hits)
+            self._clock += last + 1 - first
+            first = last + 1
+
+    def fetch(self, block: int) -> None:
+        """A prefix hit takes ``block`` back from the free list. Neighbours in a row settle together."""
+        if self._hits[block] < 255:
+            self._hits[block] += 1
+        start, stop = self._touched
+        if block == stop and start < stop:
+            self._touched = (start, stop + 1)
+        else:
+            self._settle()
+            self._touched = (block, block + 1)
+
+    def announce(self, key: object, num_blocks: int, sender_runs: Sequence[Run] = ()) -> None:
+        """A request will need ``num_blocks`` blocks for its prompt, hits included.
+
+        ``sender_runs`` are the blocks, in token order for the whole prompt, that a sender holds its copy in.
+        """
+        request = self._requests.setdefault(key, _Request())
+        request.total, request.sender = num_blocks, tuple(sender_runs)
+
+    def close(self, key: object) -> None:
+        """The request gives its blocks back: nothing is reserved for it any more."""
+        request = self._requests.get(key)
+        if request is None:
+            return
+        if request.total and request.held >= request.total:
+            self._growth += 0.05 * (min(request.held - request.total, 64) - self._growth)
+        self._drop_plan(request)
+        request.held, request.tail = 0, -1
+        if request.total == 0:
+            del self._requests[key]
+
+    def forget(self, key: object) -> None:
+        """Drop what was announced for the request, and its reservation."""
+        request = self._requests.pop(key, None)
+        if request is not None:
+            self._drop_plan(request)
+
+    def allocate(self, count: int, key: object | None = None, position: int = 0) -> list[int]:
+        """Hand out ``count`` free blocks for positions from ``position`` of the request's block list.
+
+        Raises:
+            ValueError: fewer than ``count`` blocks are free.
+        """
+        self._settle()
+        if count > self._index.num_free:
+            raise ValueError(f"{count} blocks asked for, {self._index.num_free} are free")
+        request = _Request() if key is None else self._requests.setdefault(key, _Request())
+        taken = self._follow_plan(request, count)
+        if len(taken) < count and request.held > 0:
+            self._extend(request, count - len(taken))
+            taken += self._follow_plan(request, count - len(taken))
+        if len(taken) < count:
+            missing = count - len(taken)
+            self._make_plan(request, missing, position + len(taken))
+            taken += self._follow_plan(request, missing)
+        for block in taken:
+            self._hits[block] = 0
+        request.held = position + count
+        request.tail = taken[-1] + 1 if taken else request.tail
+        self.stats.blocks += count
+        if key is None:
+            self._drop_plan(request)
+        return taken
+
+    def _follow_plan(self, request: _Request, count: int) -> list[int]:
+        """Take up to ``count`` blocks off the front of the request's reserved intervals."""
+        taken: list[int] = []
+        while request.plan and len(taken) < count:
+            position, stop = request.plan.popleft()
+            extent = self._index.at(position)
+            if extent is None or extent.holder is not request:
+                if position + 1 < stop:
+                    jump = position + 1 if extent is None else min(extent.stop, stop)
+                    request.plan.appendleft((jump, stop))
+                    if jump >= stop:
+                        request.plan.popleft()
+                continue
+            end = min(extent.stop, stop, position + count - len(taken))
+            self._index.cut(position, end, evict=True)
+            taken.extend(range(position, end))
+            if end < stop:
+                request.plan.appendleft((end, stop))
+        return taken
+
+    def _drop_plan(self, request: _Request) -> None:
+        while request.plan:
+            position, stop = request.plan.popleft()
+            while position < stop:
+                extent = self._index.at(position)
+                if extent is None:
+                    position += 1
+                    continue
+                end = min(extent.stop, stop)
+                if extent.holder is request:
+                    self._index.hold(position, end, None)
+                position = end
+
+    def _extend(self, request: _Request, count: int) -> None:
+        """Reserve free blocks right behind the request's last one, unless others would miss them."""
+        extent = self._index.at(request.tail)
+        if extent is None or extent.holder is not None:
+            return
+        if self._rate(extent) * len(extent) > self.config.growth_limit:
+            return
+        stop = min(extent.stop, request.tail + max(count, self._slack()))
+        self._reserve(request, request.tail, stop)
+        self.stats.grown_in_place += 1
+
+    def _make_plan(self, request: _Request, count: int, position: int) -> None:
+        """Reserve windows for everything the request still needs, at least ``count`` blocks."""
+        self.stats.requests += request.held == 0
+        expected = max(count, request.total - position)
+        slack = self._slack()
+        windows = self._cover(request, min(expected, self._index.num_free), count, slack)
+        for start, stop in windows:
+            self._reserve(request, start, stop)
+
+    def _slack(self) -> int:
+        available = self._index.num_free - self._index.num_held
+        return max(0, min(int(self._growth * 1.5 + 1), self.config.most_slack, available // 64))
+
+    def _reserve(self, request: _Request, start: int, stop: int) -> None:
+        self._index.hold(start, stop, request)
+        request.plan.append((start, stop))
+
+    def _cover(self, request: _Request, wanted: int, needed: int, slack: int) -> list[tuple[int, int]]:
+        """Buy windows until ``wanted`` blocks are covered, or at least ``needed`` if others hold the rest."""
+        windows: list[tuple[int, int]] = []
+        missing = wanted
+        while missing > 0:
+            window = self._cheapest(missing + slack)
+            if window is None:
+                if wanted - missing >= needed or not self._steal():
+                    break
+                continue
+            self._index.hold(window.start, window.stop, request)
+            windows.append((window.start, window.stop))
+            missing -= window.stop - window.start
+            self.stats.windows += 1
+        return windows
+
+    def _steal(self) -> bool:
+        """Take the reservation of the request with the most blocks reserved away from it."""
+        victim = max(
+            (r for r in self._requests.values() if r.plan),
+            key=lambda r: sum(stop - start for start, stop in r.plan),
+            default=None,
+        )
+        if victim is None:
+            return False
+        self._drop_plan(victim)
+        self.stats.stolen += 1
+        return True
+
+    def _rate(self, extent: Extent) -> float:
+        """Runs that one block of ``extent`` is worth to the prefix cache."""
+        if extent.stamp == WORTHLESS:
+            return 0.0
+        depth = self._index.depth(extent.stamp) / self._index.num_blocks
+        return self.config.age_weight * depth * (1.0 + self.config.hit_weight * min(extent.hits, 3))
+
+    def _cheapest(self, length: int) -> _Window | None:
+        """The window of at most ``length`` blocks with the lowest price per block, None if none is left."""
+        best: _Window | None = None
+        for shortest in (max(length // 16, 1), 1):
+            for seed in self._index.oldest(shortest, self.config.seeds):
+                best = self._walk_right(seed, length, best)
+                best = self._walk_left(seed, length, best)
+            if best is not None:
+                break
+        return best
+
+    def _walk_right(self, seed: Extent, length: int, best: _Window | None) -> _Window | None:
+        """Try windows that begin where ``seed`` begins. Cutting a head costs the whole extent."""
+        start = position = seed.start
+        end = start + length
+        cost = 1.0
+        while position < end:
+            extent = self._index.at(position)
+            if extent is None or extent.holder is not None:
+                break
+            cost += self._rate(extent) * len(extent)
+            position = min(extent.stop, end)
+            price = cost / (position - start)
+            if best is None or price < best.price:
+                best = _Window(price, start, position)
+            elif cost > best.price * length:
+                break
+        return best
+
+    def _walk_left(self, seed: Extent, length: int, best: _Window | None) -> _Window | None:
+        """Try windows that end where ``seed`` ends. Cutting a tail costs only what is cut."""
+        stop = position = seed.stop
+        end = stop - length
+        cost = 1.0
+        while position > end:
+            extent = self._index.at(position - 1)
+            if extent is None or extent.holder is not None:
+                break
+            begin = max(extent.start, end)
+            cost += self._rate(extent) * (position - begin)
+            position = begin
+            price = cost / (stop - position)
+            if best is None or price < best.price:
+                best = _Window(price, position, stop)
+            elif cost > best.price * length:
+                break
+        return best
+
+    def _settle(self) -> None:
+        """Apply the prefix hits gathered since the last change."""
+        start, stop = self._touched
+        if start < stop:
+            self._touched = (0, 0)
+            self._index.cut(start, stop, evict=False)
+
+    def check_integrity(self, free: Iterable[int] | None = None) -> None:
+        """Assert all invariants; with ``free``, that exactly these blocks are free. O(blocks)."""
+        self._settle()
+        self._index.check_integrity()
+        if free is not None:
+            mine = {b for e in self._index.extents() for b in range(e.start, e.stop)}
+            assert mine == set(free)
