@@ -36,7 +36,7 @@ class AskError(RuntimeError):
     """A server refused or broke off a request that it should have answered."""
 
 
-def sample_asks(characters: Sequence[int] = (240, 1200, 4800, 12000), *, tag: str = "") -> list[Ask]:
+def sample_asks(characters: Sequence[int] = (600, 1800, 6000, 18000), *, tag: str = "") -> list[Ask]:
     """One completion and one chat request, streamed and not, for each prompt length.
 
     No two prompts share a beginning, so that no answer comes out of a prefix cache; ``tag`` keeps two lists

@@ -1,0 +1,207 @@
+"""``penstock demo``: prefill and decode apart, on this machine, compared with one plain server.
+
+Starts stock vLLM servers, sends the same chat and completion requests through each setup with the official
+``openai`` client, and compares token by token. Setups run one after the other, so that the machine needs room
+for two engines at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+
+from penstock.benchmarks.asks import Answer, Ask, AskError, ask_all, sample_asks
+from penstock.benchmarks.processes import Server, ServerError, termination_unwinds, wait_until_ready
+from penstock.benchmarks.report import Cell, Claim, Environment, Report
+from penstock.benchmarks.scrape import Transfers, transfers, transfers_after
+from penstock.benchmarks.servers import Engine, engine_server, proxy_server
+from penstock.benchmarks.tiny_model import ensure_model
+
+PLAIN = "plain"
+FLOWKV = "flowkv"
+STOCK = "NixlConnector"
+NOTE_EVERY_S = 10.0
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What one setup answered, and what its decode server moved meanwhile."""
+
+    setup: str
+    answers: tuple[Answer, ...]
+    moved: Transfers | None = None
+
+    def equal(self, reference: Outcome) -> int:
+        """Number of answers whose tokens are those of ``reference``."""
+        pairs = zip(self.answers, reference.answers, strict=True)
+        return sum(bool(mine.token_ids) and mine.token_ids == its.token_ids for mine, its in pairs)
+
+    @property
+    def first_token_s(self) -> float:
+        """Median time to the first token of the streamed answers."""
+        return statistics.median(a.first_token_s for a in self.answers if a.first_token_s is not None)
+
+
+class Stage:
+    """Runs setups and says what it is doing."""
+
+    def __init__(self, console: Console, template: Engine, model_name: str, logs: Path) -> None:
+        self._console = console
+        self._template = template
+        self._model_name = model_name
+        self._logs = logs
+
+    def plain(self, warm_up: Sequence[Ask], asks: Sequence[Ask]) -> Outcome:
+        """One server that does prefill and decode."""
+        server = engine_server(msgspec.structs.replace(self._template, name=PLAIN), self._logs)
+        with self._serving(PLAIN, [server]):
+            ask_all(server.url, self._model_name, warm_up)
+            answers = self._ask(PLAIN, server.url, asks)
+        return Outcome(setup=PLAIN, answers=tuple(answers))
+
+    def apart(self, connector: str, warm_up: Sequence[Ask], asks: Sequence[Ask]) -> Outcome:
+        """A prefill and a decode server with ``connector``, and the proxy before them."""
+        prefill, decode = (
+            engine_server(msgspec.structs.replace(self._template, role=role, connector=connector), self._logs)
+            for role in ("prefill", "decode")
+        )
+        with self._serving(connector, [prefill, decode]):
+            proxy = proxy_server([prefill], [decode], self._logs, name=f"{connector}-proxy")
+            with self._serving(f"{connector} proxy", [proxy]):
+                ask_all(proxy.url, self._model_name, warm_up)
+                before = transfers_after(decode.url, connector, len(warm_up))
+                answers = self._ask(connector, proxy.url, asks)
+                transfers_after(decode.url, connector, before.count + len(asks))
+                moved = transfers(decode.url, connector) - before
+        return Outcome(setup=connector, answers=tuple(answers), moved=moved)
+
+    @contextlib.contextmanager
+    def _serving(self, what: str, servers: Sequence[Server]) -> Iterator[None]:
+        begin = time.monotonic()
+        with contextlib.ExitStack() as stack, self._console.status(f"{what}: starting") as status:
+            for server in servers:
+                stack.enter_context(server)
+            noted = 0.0
+
+            def progress(name: str, seconds: float) -> None:
+                nonlocal noted
+                status.update(f"{what}: waiting for {name}, {seconds:.0f} s")
+                if not self._console.is_terminal and seconds - noted >= NOTE_EVERY_S:
+                    noted = seconds
+                    self._console.print(f"{what}: waiting for {name}, {seconds:.0f} s")
+
+            wait_until_ready(servers, progress=progress)
+            status.stop()
+            self._console.print(f"{what}: up after {time.monotonic() - begin:.0f} s")
+            yield
+
+    def _ask(self, what: str, url: str, asks: Sequence[Ask]) -> list[Answer]:
+        begin = time.monotonic()
+        with self._console.status(f"{what}: asking") as status:
+
+            def note(answered: int) -> None:
+                status.update(f"{what}: {answered} of {len(asks)} answered")
+
+            answers = ask_all(url, self._model_name, asks, done=note)
+        self._console.print(f"{what}: {len(answers)} requests answered in {time.monotonic() - begin:.1f} s")
+        return answers
+
+
+def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Cell]]:
+    """One row for each setup; the first is the reference."""
+    reference = outcomes[0]
+    rows: list[dict[str, Cell]] = []
+    for outcome in outcomes:
+        moved = outcome.moved or Transfers()
+        transfer_s, post_s = moved.each(moved.transfer_s), moved.each(moved.post_s)
+        rows.append(
+            {
+                "setup": outcome.setup,
+                "requests": len(outcome.answers),
+                "tokens equal": outcome.equal(reference),
+                "TTFT median ms": outcome.first_token_s * 1e3,
+                "transfers": moved.count,
+                "descriptors each": moved.each(moved.descriptors),
+                "KiB each": None if outcome.moved is None else (moved.each(moved.bytes) or 0) / 1024,
+                "transfer ms": None if transfer_s is None else transfer_s * 1e3,
+                "post ms": None if post_s is None else post_s * 1e3,
+            }
+        )
+    return rows
+
+
+def judge(outcomes: Sequence[Outcome]) -> tuple[Claim, ...]:
+    """Every answer equal to the plain server's, and every prompt moved rather than computed twice."""
+    reference = outcomes[0]
+    claims = []
+    for outcome in outcomes[1:]:
+        asked = len(outcome.answers)
+        claims.append(Claim.of(f"{outcome.setup}: answers equal", outcome.equal(reference), "==", asked))
+        moved = outcome.moved.count if outcome.moved else 0
+        claims.append(Claim.of(f"{outcome.setup}: prompts moved", moved, "==", asked))
+    return tuple(claims)
+
+
+@click.command()
+@click.option(
+    "--model", help="A folder or a name on the Hugging Face hub.  [default: a tiny model, made here]"
+)
+@click.option("--max-model-len", default=8192, show_default=True, help="Context of the servers, in tokens.")
+@click.option("--connector", "connectors", multiple=True, default=(STOCK, FLOWKV), show_default=True)
+@click.option("--logs", type=click.Path(path_type=Path), help="Keep the servers' logs in this folder.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result to this file.")
+def demo(
+    model: str | None,
+    max_model_len: int,
+    connectors: tuple[str, ...],
+    logs: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Compare prefill and decode apart with one plain server, on this machine.
+
+    Exits with 1 if any answer differs or a server fails.
+    """
+    console = Console()
+    name = model or str(ensure_model())
+    folder = logs or Path(tempfile.mkdtemp(prefix="penstock-demo-"))
+    template = Engine(model=name, max_model_len=max_model_len)
+    stage = Stage(console, template, name, folder)
+    try:
+        with termination_unwinds():
+            report = _run(stage, connectors)
+    except (AskError, ServerError) as error:
+        console.print(str(error), style="red", markup=False, highlight=False)
+        console.print(f"logs: {folder}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; logs: {folder}")
+        sys.exit(130)
+    report.show(console, title="the same requests through each setup")
+    if json_file is not None:
+        report.write_json(json_file)
+    if not report.holds:
+        console.print(f"something differs; logs: {folder}", style="bold red")
+        sys.exit(1)
+    if logs is None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(stage: Stage, connectors: Sequence[str]) -> Report:
+    warm_up, asks = sample_asks((600,), tag="warm-up "), sample_asks()
+    outcomes = [stage.plain(warm_up, asks)]
+    outcomes += [stage.apart(connector, warm_up, asks) for connector in connectors]
+    return Report(
+        bench="demo",
+        environment=Environment.detect(seed=0),
+        rows=tuple(summary(outcomes)),
+        claims=judge(outcomes),
+    )
