@@ -1,0 +1,124 @@
+"""Features: what they stand on, and how they are applied whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from penstock.patches.attribute import AttributePatch
+from penstock.plugins import ledger
+from penstock.plugins.importing import after_import
+from penstock.plugins.seams import Finding, Seam, State, Tree, Use, check
+
+# Tells processes that this one starts which features were asked for: the configuration of an engine reaches a
+# worker too late for patches that decide how the worker lays out its memory.
+ASKED_FOR = "PENSTOCK_FEATURES"
+
+
+class FeatureError(RuntimeError):
+    """A feature that was asked for cannot be applied; the message names the seam that moved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """The engine that features stand on: its name, its version and its code."""
+
+    engine: str
+    version: str
+    tree: Tree
+
+    @property
+    def name(self) -> str:
+        """Engine and version, for messages."""
+        return f"{self.engine} {self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One thing that a user can turn on: its seams, and the patches that stand in where no seam exists."""
+
+    name: str
+    summary: str
+    seams: tuple[Seam, ...]
+    patches: tuple[AttributePatch, ...] = ()
+
+    def all_seams(self) -> Iterator[Seam]:
+        """The declared seams, then the targets of the patches that this installation needs."""
+        yield from self.seams
+        for patch in self.patches:
+            if patch.needed():
+                yield seam_of(patch)
+
+
+def seam_of(patch: AttributePatch) -> Seam:
+    """The seam that a patch stands on."""
+    return Seam(patch.target, Use.PATCH, patch.signature, patch.fingerprints, patch.wraps)
+
+
+def verify(feature: Feature, tree: Tree) -> list[Finding]:
+    """Check every seam of a feature; nothing is changed."""
+    return [check(seam, tree) for seam in feature.all_seams()]
+
+
+def apply(feature: Feature, upstream: Upstream) -> None:
+    """Verify a feature and install its patches. Applied twice, it does nothing the second time.
+
+    Raises:
+        FeatureError: a seam moved; no patch of the feature is installed then.
+    """
+    if any(entry.feature == feature.name and entry.state == "active" for entry in ledger.entries()):
+        return
+    moved = [finding for finding in verify(feature, upstream.tree) if finding.state is State.MOVED]
+    if moved:
+        reason = "; ".join(map(str, moved))
+        _record(feature, upstream, "off", reason)
+        raise FeatureError(f"{feature.name} cannot be applied to {upstream.name}: {reason}")
+    with _undo_on_error() as installed:
+        for patch in feature.patches:
+            if patch.needed():
+                installed.append(patch)
+                after_import(patch.module, patch.install)
+    _record(feature, upstream, "active")
+
+
+@contextmanager
+def _undo_on_error() -> Iterator[list[AttributePatch]]:
+    installed: list[AttributePatch] = []
+    try:
+        yield installed
+    except AttributeError:
+        for patch in reversed(installed):
+            patch.remove()
+        raise
+
+
+def require(feature: Feature, upstream: Upstream) -> None:
+    """Apply a feature that was asked for, here and in every process that this one starts.
+
+    Raises:
+        FeatureError: as ``apply``.
+    """
+    apply(feature, upstream)
+    names = asked_for()
+    if feature.name not in names:
+        os.environ[ASKED_FOR] = ",".join((*names, feature.name))
+
+
+def offer(feature: Feature, upstream: Upstream) -> bool:
+    """Apply a feature that nobody asked for by name; where it cannot be applied it stays off."""
+    try:
+        apply(feature, upstream)
+    except FeatureError:
+        return False
+    return True
+
+
+def asked_for() -> tuple[str, ...]:
+    """Names of the features that this process or the one that started it was asked for."""
+    return tuple(filter(None, os.environ.get(ASKED_FOR, "").split(",")))
+
+
+def _record(feature: Feature, upstream: Upstream, state: ledger.FeatureState, reason: str = "") -> None:
+    ledger.record(ledger.Entry(feature.name, upstream.engine, upstream.version, state, reason))
