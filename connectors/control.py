@@ -40,11 +40,10 @@ def _url(address: Address) -> str:
 
 
 class ControlServer:
-    """Answers questions on one thread until closed.
+    """Listens at once, answers on one thread from ``start`` until ``close``.
 
     Args:
         bind: host and port to listen on; port 0 takes a free one.
-        answer: called for each authentic question, on the server's thread.
         shared_key: secret that questions must be signed with, or None.
 
     Raises:
@@ -54,11 +53,9 @@ class ControlServer:
     def __init__(
         self,
         bind: Address,
-        answer: Callable[[Question], Answer],
         shared_key: str | None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._answer = answer
         self._seal = Seal(shared_key, wall_clock)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -79,12 +76,18 @@ class ControlServer:
         self._wake_name = f"inproc://close-{id(self)}"
         self._wake = self._context.socket(zmq.PAIR)
         self._wake.bind(self._wake_name)
+        self._thread: threading.Thread | None = None
+
+    def start(self, answer: Callable[[Question], Answer]) -> None:
+        """Answer from now on; ``answer`` is called for each authentic question, on the server's thread."""
+        assert self._thread is None
+        self._answer = answer
         self._thread = threading.Thread(target=self._serve, name="flowkv-control", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Stop answering and free the port."""
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._wake.send(b"")
             self._thread.join()
         self._context.destroy(linger=0)
@@ -196,10 +199,10 @@ class ControlClient:
             self._poller.unregister(socket)
             socket.close(0)
 
-    def close(self) -> None:
-        """Drop all connections; unanswered questions are forgotten."""
+    def close(self, linger_s: float = 0.0) -> None:
+        """Drop all connections; what was asked still leaves within ``linger_s``, answers are forgotten."""
         self._sockets.clear()
-        self._context.destroy(linger=0)
+        self._context.destroy(linger=int(linger_s * 1000))
 
     def _socket(self, address: Address) -> zmq.Socket[bytes]:
         if address not in self._sockets:

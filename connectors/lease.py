@@ -95,7 +95,7 @@ class LeaseTable:
         self._by_request: dict[str, str] = {}
         self._ended: list[Ended] = []
         self._remembered: OrderedDict[str, tuple[Lease, LeaseEnd]] = OrderedDict()
-        self.stale_refused = 0
+        self._stale_refused = 0
 
     def __len__(self) -> int:
         return len(self._held)
@@ -155,7 +155,7 @@ class LeaseTable:
                 or self._clock() >= held.deadline
                 or self._reused(held)
             ):
-                self.stale_refused += 1
+                self._stale_refused += 1
                 return Commit.STALE, None
             if self._expect_digests and rank not in held.digests:
                 return Commit.DIGESTS_PENDING, None
@@ -180,6 +180,12 @@ class LeaseTable:
                 self._end(lease, LeaseEnd.EXPIRED)
             ended, self._ended = self._ended, []
             return ended
+
+    def take_stale_refused(self) -> int:
+        """Commits refused since the last call."""
+        with self._lock:
+            count, self._stale_refused = self._stale_refused, 0
+            return count
 
     def check_integrity(self) -> None:
         """Assert that every held lease is indexed once and none is both held and ended."""

@@ -1,0 +1,63 @@
+"""Drives one rank's receiver on a thread of its own, so that the engine's step never waits for bytes."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+
+from penstock.connectors.receiver import Load, Outcome, Receiver
+
+logger = logging.getLogger(__name__)
+
+READING_PAUSE_S = 0.0001
+"""Pause between polls while bytes move: long enough to leave the interpreter to the engine's step."""
+ASKING_PAUSE_S = 0.001
+"""Longest wait for a control reply before looking at new loads."""
+
+
+class ReceiverThread:
+    """Thread-safe front of a :class:`Receiver`; idle, it blocks and costs nothing."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+        self._inbox: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
+        self._outbox: deque[Outcome] = deque()
+        self._thread = threading.Thread(target=self._run, name="flowkv-receiver", daemon=True)
+        self._thread.start()
+
+    def submit(self, load: Load) -> None:
+        """Start a load; its outcome follows."""
+        self._inbox.put(load)
+
+    def outcomes(self) -> list[Outcome]:
+        """Loads that ended since the last call, in the order in which they ended."""
+        return [self._outbox.popleft() for _ in range(len(self._outbox))]
+
+    def close(self) -> None:
+        """Stop; loads under way are abandoned with the process."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        receiver = self._receiver
+        while self._take_loads():
+            receiver.step(0.0 if receiver.is_reading else ASKING_PAUSE_S)
+            self._outbox.extend(receiver.outcomes())
+            if receiver.is_reading:
+                time.sleep(READING_PAUSE_S)
+
+    def _take_loads(self) -> bool:
+        """Submit what has come, waiting only when nothing is pending; False when it is time to stop."""
+        block = not self._receiver.num_pending
+        while True:
+            try:
+                load = self._inbox.get(block=block)
+            except queue.Empty:
+                return True
+            if load is None:
+                return False
+            self._receiver.submit(load)
+            block = False

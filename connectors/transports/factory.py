@@ -1,0 +1,29 @@
+"""Byte movers by name."""
+
+from __future__ import annotations
+
+import secrets
+
+from penstock.connectors.config import FlowKVConfig
+from penstock.connectors.errors import FlowKVError
+from penstock.connectors.transports.base import Transport
+from penstock.connectors.transports.loopback import LoopbackTransport
+from penstock.connectors.transports.nixl import NixlTransport
+
+NAMES = ("nixl", "loopback")
+
+
+def make_transport(config: FlowKVConfig, owner: str) -> Transport:
+    """The configured byte mover, under a name that no restarted process shares.
+
+    Raises:
+        FlowKVError: the name is unknown, or the transport cannot be loaded.
+    """
+    name = f"{owner}-{secrets.token_hex(4)}"
+    match config.transport:
+        case "nixl":
+            return NixlTransport(name, config.nixl_backends)
+        case "loopback":
+            return LoopbackTransport(name)
+        case other:
+            raise FlowKVError(f"transport is {other!r}; allowed: {', '.join(NAMES)}")
