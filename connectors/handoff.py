@@ -7,10 +7,12 @@ any router that forwards them for stock connectors forwards these too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
+import xxhash
 
 from penstock.connectors.errors import HandOffError
 from penstock.connectors.runs import Run, count_blocks
@@ -38,6 +40,8 @@ class HandOff(msgspec.Struct, frozen=True, kw_only=True):
     """(first block, blocks) of each run of the prompt's blocks, in token order."""
     remote_num_tokens: Count
     """Prompt tokens whose KV the blocks hold."""
+    remote_prompt: Hex
+    """Fingerprint of the prompt that the blocks hold (see :func:`fingerprint`)."""
     block_size: Count
     tp_size: Count
 
@@ -83,3 +87,15 @@ def wants_remote_prefill(params: Mapping[str, Any] | None) -> bool:
 def wants_remote_decode(params: Mapping[str, Any] | None) -> bool:
     """True for a request whose decoding another server will do."""
     return params is not None and params.get("do_remote_decode") is True
+
+
+def fingerprint(token_ids: Sequence[int], extras: Sequence[str]) -> str:
+    """128 bits over everything that a prompt's KV depends on, as 32 hexadecimal digits.
+
+    Args:
+        token_ids: the prompt, each below 2**32.
+        extras: what else enters the KV: names of adapters, hashes of images, cache salts.
+    """
+    digest = xxhash.xxh3_128(array("I", token_ids).tobytes())
+    digest.update(msgspec.msgpack.encode(list(extras)))
+    return digest.hexdigest()

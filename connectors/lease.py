@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -73,9 +72,6 @@ class LeaseTable:
         expect_digests: whether a commit waits for the sender's own digests of the blocks.
     """
 
-    REMEMBERED = 4096
-    """Ended leases kept so that a repeated commit gets the answer of the first."""
-
     def __init__(
         self,
         *,
@@ -94,7 +90,6 @@ class LeaseTable:
         self._held: dict[str, Lease] = {}
         self._by_request: dict[str, str] = {}
         self._ended: list[Ended] = []
-        self._remembered: OrderedDict[str, tuple[Lease, LeaseEnd]] = OrderedDict()
         self._stale_refused = 0
 
     def __len__(self) -> int:
@@ -142,19 +137,11 @@ class LeaseTable:
                 lease.digests[rank] = digests
 
     def commit(self, lease_id: str, rank: int) -> tuple[Commit, Digests | None]:
-        """A rank's read has ended. ``ACCEPTED`` comes with the sender's digests where they are expected."""
+        """A rank's read has ended; said once. ``ACCEPTED`` comes with the digests where they are expected."""
         with self._lock:
-            if remembered := self._remembered.get(lease_id):
-                lease, end = remembered
-                if end is LeaseEnd.COMMITTED and rank in lease.committed:
-                    return Commit.ACCEPTED, lease.digests.get(rank)
             held = self._held.get(lease_id)
-            if (
-                held is None
-                or not 0 <= rank < held.ranks
-                or self._clock() >= held.deadline
-                or self._reused(held)
-            ):
+            # A second claim of one rank may follow a read that began after the first: it proves nothing.
+            if held is None or rank >= held.ranks or rank in held.committed or not self._is_intact(held):
                 self._stale_refused += 1
                 return Commit.STALE, None
             if self._expect_digests and rank not in held.digests:
@@ -188,25 +175,19 @@ class LeaseTable:
             return count
 
     def check_integrity(self) -> None:
-        """Assert that every held lease is indexed once and none is both held and ended."""
+        """Assert that every held lease is indexed once and still awaits a reader."""
         with self._lock:
             assert {lease.request_id: lease.id for lease in self._held.values()} == self._by_request
-            assert not self._held.keys() & self._remembered.keys()
-            assert len(self._remembered) <= self.REMEMBERED
             assert all(len(lease.committed) < lease.ranks for lease in self._held.values())
 
-    def _reused(self, lease: Lease) -> bool:
-        return (
-            self._epochs is not None
-            and lease.epochs is not None
-            and bool((self._epochs[lease.blocks] != lease.epochs).any())
-        )
+    def _is_intact(self, lease: Lease) -> bool:
+        if self._clock() >= lease.deadline:
+            return False
+        if self._epochs is None or lease.epochs is None:
+            return True
+        return bool((self._epochs[lease.blocks] == lease.epochs).all())
 
     def _end(self, lease: Lease, end: LeaseEnd) -> None:
         del self._held[lease.id]
         del self._by_request[lease.request_id]
-        lease.blocks, lease.epochs = lease.blocks[:0], None
         self._ended.append(Ended(lease.request_id, end))
-        self._remembered[lease.id] = lease, end
-        while len(self._remembered) > self.REMEMBERED:
-            self._remembered.popitem(last=False)

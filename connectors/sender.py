@@ -56,9 +56,24 @@ class Sender:
         self._welcomes = dict(welcomes)
 
     def hand_off(
-        self, request_id: str, runs: Sequence[Run], num_tokens: int, block_size: int, ranks: int
+        self,
+        request_id: str,
+        runs: Sequence[Run],
+        *,
+        num_tokens: int,
+        prompt: str,
+        block_size: int,
+        ranks: int,
     ) -> HandOff:
-        """Promise a finished prompt's blocks; the result travels to the decode side."""
+        """Promise a finished prompt's blocks; the result travels to the decode side.
+
+        Args:
+            runs: the prompt's blocks, in token order.
+            num_tokens: tokens in the prompt.
+            prompt: its fingerprint (see ``handoff.fingerprint``).
+            block_size: tokens a block.
+            ranks: tensor-parallel ranks that will read.
+        """
         host, port = self.address
         return HandOff(
             remote_engine_id=self.engine_id,
@@ -69,6 +84,7 @@ class Sender:
             remote_lease=self.leases.grant(request_id, runs, ranks),
             remote_runs=[(run.start, run.length) for run in runs],
             remote_num_tokens=num_tokens,
+            remote_prompt=prompt,
             block_size=block_size,
             tp_size=ranks,
         )

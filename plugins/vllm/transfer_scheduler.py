@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -13,8 +12,15 @@ from vllm.v1.request import RequestStatus
 
 from penstock.connectors.config import FlowKVConfig
 from penstock.connectors.control import ControlClient, ControlServer
-from penstock.connectors.errors import FlowKVError, HandOffError, StaleReadError
-from penstock.connectors.handoff import HandOff, parse_hand_off, wants_remote_decode, wants_remote_prefill
+from penstock.connectors.errors import HandOffError
+from penstock.connectors.handoff import (
+    HandOff,
+    fingerprint,
+    parse_hand_off,
+    wants_remote_decode,
+    wants_remote_prefill,
+)
+from penstock.connectors.inbound import InboundRequests, Verdict
 from penstock.connectors.keeper import LeaseKeeper
 from penstock.connectors.lease import LeaseEnd
 from penstock.connectors.receiver import Load
@@ -38,15 +44,6 @@ logger = logging.getLogger(__name__)
 HANDED_OFF = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
 
 
-@dataclass(slots=True)
-class _Inbound:
-    """A request whose prompt another server has prefilled."""
-
-    hand_off: HandOff | None
-    error: FlowKVError | None = None
-    started: bool = False
-
-
 class TransferScheduler:
     """Scheduler half of the connector; every method mirrors a ``KVConnectorBase_V1`` hook."""
 
@@ -60,7 +57,7 @@ class TransferScheduler:
         self._recompute = transfer_config.kv_load_failure_policy == "recompute"
         self._manager: KVCacheManager | None = None
         self._pool: RunPool | None = None
-        self._inbound: dict[str, _Inbound] = {}
+        self._inbound: InboundRequests | None = None
         self._outbound: dict[str, Request] = {}
         self._step = StepMetadata()
         self._stats = TransferStatsData()
@@ -72,6 +69,7 @@ class TransferScheduler:
         if transfer_config.is_kv_consumer:
             client = ControlClient(config.shared_key, config.handshake_timeout_s)
             self._keeper = LeaseKeeper(client, config.heartbeat_s, time.monotonic)
+            self._inbound = InboundRequests(self._keeper)
 
     def bind_kv_cache_manager(self, manager: KVCacheManager) -> None:
         """Take over the choice of free blocks, unless the configuration leaves it to the engine."""
@@ -92,51 +90,47 @@ class TransferScheduler:
     def on_new_request(self, request: Request) -> None:
         """Note what the request asks for and keep its lease alive from its arrival on."""
         params = request.kv_transfer_params
-        hand_off: HandOff | None = None
-        if wants_remote_prefill(params) and self._keeper:
-            inbound = self._inbound[request.request_id] = self._check(request)
-            if hand_off := inbound.hand_off:
-                self._keeper.watch(hand_off)
+        if wants_remote_prefill(params) and self._inbound:
+            self._receive(request, self._inbound)
         elif wants_remote_decode(params) and self._sender:
             self._outbound[request.request_id] = request
         if self._pool:
-            num_blocks = -(-request.num_prompt_tokens // self._block_size)
+            hand_off = self._inbound.hand_off_of(request.request_id) if self._inbound else None
+            num_blocks = self._num_prompt_blocks(request)
             self._pool.announce(request.request_id, num_blocks, hand_off.runs if hand_off else ())
 
-    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
         """Every prompt token that the local prefix cache lacks comes from the sender, once."""
-        inbound = self._inbound.get(request.request_id)
-        if inbound is None or inbound.started:
+        verdict = self._inbound.verdict(request.request_id) if self._inbound else Verdict.LOCAL
+        if verdict is Verdict.WAIT:
+            return None, False
+        if verdict is Verdict.LOCAL or (verdict is Verdict.BROKEN and self._recompute):
             return 0, False
-        count = request.num_prompt_tokens - num_computed_tokens
-        if count <= 0 or (self._recompute and self._lost(inbound)):
-            return 0, False
-        return count, True
+        return request.num_prompt_tokens - num_computed_tokens, True
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         """Blocks are there: order the load, or give the lease back if nothing is needed."""
-        inbound = self._inbound.get(request.request_id)
-        if inbound is None or inbound.started:
+        request_id, inbound = request.request_id, self._inbound
+        if inbound is None:
             return
-        inbound.started = True
         if num_external_tokens == 0:
-            self._give_back(inbound, "the decode server needs none of the blocks")
+            inbound.skip(request_id)
+            return
+        if inbound.verdict(request_id) not in (Verdict.PULL, Verdict.BROKEN):
             return
         first = (request.num_prompt_tokens - num_external_tokens) // self._block_size
-        last = -(-request.num_prompt_tokens // self._block_size)
-        targets = blocks.get_block_ids()[0][first:last]
-        error = self._lost(inbound)
-        if inbound.hand_off is None or error:
-            reason = error or HandOffError("no hand-off")
-            self._step.rejected.append(
-                RejectedLoad(request.request_id, tuple(targets), str(reason), reason.kind)
-            )
+        targets = blocks.get_block_ids()[0][first : self._num_prompt_blocks(request)]
+        hand_off, error = inbound.hand_off_of(request_id), inbound.error_of(request_id)
+        if hand_off is not None and error is None:
+            self._step.loads.append(Load(request_id, hand_off, first, tuple(runs_of(targets))))
         else:
-            self._step.loads.append(
-                Load(request.request_id, inbound.hand_off, first, tuple(runs_of(targets)))
-            )
+            assert error is not None
+            self._step.rejected.append(RejectedLoad(request_id, tuple(targets), str(error), error.kind))
+        inbound.start(request_id)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         """This step's orders to the workers."""
@@ -162,23 +156,20 @@ class TransferScheduler:
                 for rank, digests in by_rank.items():
                     self._add_digests(request_id, rank, digests)
         for request_id in output.finished_recving or ():
-            if (inbound := self._inbound.get(request_id)) and inbound.hand_off and self._keeper:
-                if request_id in failed:
-                    self._keeper.release(inbound.hand_off, "the load failed")
-                else:
-                    self._keeper.unwatch(inbound.hand_off)
+            if self._inbound:
+                self._inbound.finish_load(request_id, failed=request_id in failed)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Hand a prefilled prompt off, or settle what is left of a request that ended."""
         if self._pool:
             self._pool.forget(request.request_id)
-        if (inbound := self._inbound.pop(request.request_id, None)) and not inbound.started:
-            self._give_back(inbound, "the request ended before its blocks were read")
+        if self._inbound:
+            self._inbound.end(request.request_id)
         outbound = self._outbound.pop(request.request_id, None)
-        num_blocks = -(-request.num_prompt_tokens // self._block_size)
+        num_blocks = self._num_prompt_blocks(request)
         if outbound is None or self._sender is None or request.status not in HANDED_OFF:
             return False, None
-        if not block_ids or len(block_ids) < num_blocks:
+        if len(block_ids) < num_blocks or request.prompt_token_ids is None:
             return False, None
         prompt_blocks = block_ids[:num_blocks]
         if self._digests_late(request):
@@ -186,9 +177,10 @@ class TransferScheduler:
         hand_off = self._sender.hand_off(
             request.request_id,
             runs_of(prompt_blocks),
-            request.num_prompt_tokens,
-            self._block_size,
-            self._ranks,
+            num_tokens=request.num_prompt_tokens,
+            prompt=prompt_fingerprint(request),
+            block_size=self._block_size,
+            ranks=self._ranks,
         )
         return True, hand_off.to_params()
 
@@ -220,41 +212,32 @@ class TransferScheduler:
         self._server.start(self._sender.answer)
         logger.info("FlowKV control channel listens on %s:%d", config.host, self._server.port)
 
-    def _check(self, request: Request) -> _Inbound:
+    def _receive(self, request: Request, inbound: InboundRequests) -> None:
         try:
-            hand_off = parse_hand_off(request.kv_transfer_params or {})
-            allowed = self._config.allowed_hosts
-            if allowed and hand_off.remote_host not in allowed:
-                raise HandOffError(
-                    f"remote_host {hand_off.remote_host!r} is not among allowed_hosts {allowed}"
-                )
-            if hand_off.remote_num_tokens != request.num_prompt_tokens:
-                raise HandOffError(
-                    f"the prefill server handed off {hand_off.remote_num_tokens} tokens, "
-                    f"the prompt has {request.num_prompt_tokens}"
-                )
-            for name, theirs, ours in (
-                ("block_size", hand_off.block_size, self._block_size),
-                ("tensor_parallel_size", hand_off.tp_size, self._ranks),
-            ):
-                if theirs != ours:
-                    raise HandOffError(f"{name} is {ours} here and {theirs} at the prefill server")
+            inbound.add(request.request_id, self._checked_hand_off(request))
         except HandOffError as error:
             logger.warning("FlowKV request %s: %s", request.request_id, error)
-            self._stats.failed_handshakes += 1
-            return _Inbound(None, error)
-        return _Inbound(hand_off)
+            inbound.add_broken(request.request_id, error)
+            if self._recompute:
+                self._stats.add_failure(error.kind)
 
-    def _lost(self, inbound: _Inbound) -> FlowKVError | None:
-        if inbound.error:
-            return inbound.error
-        if inbound.hand_off and self._keeper and self._keeper.is_lost(inbound.hand_off):
-            return StaleReadError("the prefill server no longer holds the lease")
-        return None
+    def _checked_hand_off(self, request: Request) -> HandOff:
+        hand_off = parse_hand_off(request.kv_transfer_params or {})
+        allowed = self._config.allowed_hosts
+        if allowed and hand_off.remote_host not in allowed:
+            raise HandOffError(f"remote_host {hand_off.remote_host!r} is not among allowed_hosts {allowed}")
+        for name, theirs, ours in (
+            ("prompt length", hand_off.remote_num_tokens, request.num_prompt_tokens),
+            ("block_size", hand_off.block_size, self._block_size),
+            ("tensor_parallel_size", hand_off.tp_size, self._ranks),
+            ("prompt fingerprint", hand_off.remote_prompt, prompt_fingerprint(request)),
+        ):
+            if theirs != ours:
+                raise HandOffError(f"{name} is {ours} here and {theirs} at the prefill server")
+        return hand_off
 
-    def _give_back(self, inbound: _Inbound, reason: str) -> None:
-        if inbound.hand_off and self._keeper:
-            self._keeper.release(inbound.hand_off, reason)
+    def _num_prompt_blocks(self, request: Request) -> int:
+        return -(-int(request.num_prompt_tokens) // self._block_size)
 
     def _prompts_completed_by(self, output: SchedulerOutput) -> dict[str, list[int]]:
         """Blocks of the prompts that this step completes and that end with it, so that nothing follows."""
@@ -265,8 +248,8 @@ class TransferScheduler:
             request = self._outbound[request_id]
             computed = request.num_computed_tokens + output.num_scheduled_tokens[request_id]
             if computed >= request.num_prompt_tokens and not self._digests_late(request):
-                num_blocks = -(-request.num_prompt_tokens // self._block_size)
-                done[request_id] = list(self._manager.get_block_ids(request_id)[0][:num_blocks])
+                blocks = self._manager.get_block_ids(request_id)[0]
+                done[request_id] = list(blocks[: self._num_prompt_blocks(request)])
         return done
 
     def _digests_late(self, request: Request) -> bool:
@@ -276,3 +259,10 @@ class TransferScheduler:
     def _add_digests(self, request_id: str, rank: int, digests: bytes) -> None:
         if self._sender:
             self._sender.add_digests(request_id, rank, np.frombuffer(digests, dtype="<u8"))
+
+
+def prompt_fingerprint(request: Request) -> str:
+    """Fingerprint of everything in a request that its prompt's KV depends on."""
+    extras = [feature.identifier for feature in request.mm_features]
+    extras += [request.lora_request.lora_name if request.lora_request else "", request.cache_salt or ""]
+    return fingerprint(request.prompt_token_ids or (), extras)
