@@ -1,0 +1,143 @@
+"""``penstock doctor``: what works with the installed engine, found without starting it."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from importlib import metadata
+
+import click
+import msgspec
+
+from penstock.plugins import doctor_vllm
+from penstock.plugins.doctor_report import FeatureReport, PackageReport, Report, TransportReport
+from penstock.plugins.transport_probe import Findings
+
+PACKAGES = {"pyzmq": "control channel", "msgspec": "control messages", "xxhash": "digests"}
+PROBE_TIMEOUT_S = 20.0
+
+
+def _version(distribution: str) -> str:
+    found = next(iter(metadata.distributions(name=distribution)), None)
+    return "" if found is None else found.version
+
+
+def probe_nixl(timeout_s: float = PROBE_TIMEOUT_S) -> TransportReport:
+    """What NIXL can do here, asked in a process that may hang or crash without harm."""
+    version = _version("nixl")
+    command = [sys.executable, "-m", "penstock.plugins.transport_probe", "UCX"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        detail = f"starting UCX took more than {timeout_s:.0f} s"
+        return TransportReport(name="nixl", version=version, available=False, detail=detail)
+    if done.returncode != 0:
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no output"])[-1]
+        detail = f"the probe ended with {done.returncode}: {last}"
+        return TransportReport(name="nixl", version=version, available=False, detail=detail)
+    found = msgspec.json.decode(done.stdout, type=Findings)
+    return TransportReport(
+        name="nixl",
+        version=version,
+        available="UCX" in found.backends,
+        plugins=found.plugins,
+        backends=found.backends,
+        ucx_version=found.ucx_version,
+        devices=found.ucx_devices,
+        detail=found.error,
+    )
+
+
+def examine_all(*, probe: bool = True) -> Report:
+    """The whole examination; ``probe=False`` leaves the transports out."""
+    engine = doctor_vllm.engine_report()
+    features = doctor_vllm.features()
+    packages = tuple(PackageReport(name, purpose, _version(name)) for name, purpose in PACKAGES.items())
+    transports = (probe_nixl(),) if probe else ()
+    return Report(
+        penstock=_version("penstock"),
+        python=platform.python_version(),
+        engine=engine,
+        features=features,
+        layouts=doctor_vllm.layouts(),
+        transports=transports,
+        packages=packages,
+        problems=tuple(doctor_vllm.problems(engine, features, transports, packages)),
+    )
+
+
+def render(report: Report, *, verbose: bool) -> Iterator[str]:
+    """The report as lines for people."""
+    yield f"penstock {report.penstock} on Python {report.python}"
+    if (engine := report.engine) is not None:
+        tested = f"{'' if engine.supported else 'NOT '}in the tested range, {engine.range}"
+        yield f"engine   {engine.name} {engine.version} ({engine.distribution}), {tested}"
+    yield "\nfeatures"
+    for feature in report.features:
+        yield from _feature(feature, verbose=verbose)
+    yield "\nKV cache layouts"
+    for layout in report.layouts:
+        extra = f"; with flowkv also {', '.join(layout.with_flowkv)}" if layout.with_flowkv else ""
+        yield f"  {layout.backend:<16}{', '.join(layout.layouts)}{extra}"
+    yield "\ntransports"
+    for transport in report.transports:
+        yield from _transport(transport)
+    yield "\npackages"
+    for package in report.packages:
+        yield f"  {package.name:<16}{package.version or 'missing':<12}{package.purpose}"
+    yield "\nto do"
+    for problem in report.problems:
+        about = f"{problem.feature}: " if problem.feature else ""
+        yield f"  {about}{problem.what}\n    -> {problem.fix}"
+    if not report.problems:
+        yield "  nothing"
+
+
+def _feature(feature: FeatureReport, *, verbose: bool) -> Iterator[str]:
+    yield f"  {feature.name:<20}{feature.state:<9}{feature.summary}"
+    counts = Counter((seam.name.rpartition(".")[0], seam.state) for seam in feature.seams)
+    for (owner, state), count in counts.items():
+        if not verbose:
+            yield f"    {state:<9}{owner} ({count} name{'s' if count > 1 else ''})"
+    for seam in feature.seams:
+        if verbose or seam.state != "holds":
+            yield f"    {seam.state:<9}{seam.name} ({seam.use}) {seam.reason}".rstrip()
+    for patch in feature.patches:
+        yield f"    patch    {patch.target}: {patch.state} {patch.reason}".rstrip()
+
+
+def _transport(transport: TransportReport) -> Iterator[str]:
+    state = "available" if transport.available else "MISSING"
+    yield f"  {transport.name} {transport.version:<11}{state} {transport.detail}".rstrip()
+    if transport.plugins:
+        yield f"    plugins  {', '.join(transport.plugins)}"
+    if transport.ucx_version:
+        yield f"    UCX {transport.ucx_version}: {', '.join(transport.devices)}"
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--require", multiple=True, metavar="FEATURE", help="Exit with 1 if this feature cannot work.")
+@click.option("-v", "--verbose", is_flag=True, help="Name every seam.")
+@click.option("--no-probe", is_flag=True, help="Do not start transports to see what they find.")
+def doctor(*, as_json: bool, require: tuple[str, ...], verbose: bool, no_probe: bool) -> None:
+    """Say what works with the installed engine, without starting it, and what to do about what does not.
+
+    Exit code: 0; 1 if a feature named by --require cannot work.
+    """
+    unknown = [name for name in require if name not in doctor_vllm.FEATURES]
+    if unknown:
+        known = ", ".join(doctor_vllm.FEATURES)
+        raise click.BadParameter(f"given {unknown[0]}, allowed: {known}", param_hint="--require")
+    report = examine_all(probe=not no_probe)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(report)).decode())
+    else:
+        click.echo("\n".join(render(report, verbose=verbose)))
+    broken = [problem for name in require for problem in report.broken(name)]
+    if broken:
+        click.echo(f"penstock doctor: {broken[0].what}", err=True)
+        raise SystemExit(1)

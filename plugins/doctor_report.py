@@ -1,0 +1,128 @@
+"""What the doctor found, as data: the same structure for people, for JSON and for tests."""
+
+from __future__ import annotations
+
+import msgspec
+
+from penstock.plugins.features import Feature, seam_of
+from penstock.plugins.seams import Finding, State, Tree, check
+
+
+class SeamReport(msgspec.Struct, frozen=True):
+    """One seam, how it is used, and whether it holds."""
+
+    name: str
+    use: str
+    state: str
+    reason: str = ""
+
+
+class PatchReport(msgspec.Struct, frozen=True):
+    """One patch: ``unneeded`` here, or the state of the source that it changes."""
+
+    target: str
+    state: str
+    reason: str = ""
+
+
+class FeatureReport(msgspec.Struct, frozen=True):
+    """One feature: ``ready``, ``drifted`` (works, on upstream source that was not tested) or ``off``."""
+
+    name: str
+    summary: str
+    state: str
+    seams: tuple[SeamReport, ...]
+    patches: tuple[PatchReport, ...]
+
+    @property
+    def moved(self) -> tuple[str, ...]:
+        """The seams and patches that keep the feature off, with reasons."""
+        bad = (*self.seams, *self.patches)
+        return tuple(f"{_name(item)}: {item.reason}" for item in bad if item.state == State.MOVED.value)
+
+
+def _name(item: SeamReport | PatchReport) -> str:
+    return item.name if isinstance(item, SeamReport) else item.target
+
+
+class EngineReport(msgspec.Struct, frozen=True):
+    """The engine found in this environment."""
+
+    name: str
+    version: str
+    distribution: str
+    supported: bool
+    range: str
+
+
+class LayoutReport(msgspec.Struct, frozen=True):
+    """KV cache layouts that an attention backend declares; ``any`` where it restricts none."""
+
+    backend: str
+    layouts: tuple[str, ...]
+    with_flowkv: tuple[str, ...] = ()
+
+
+class TransportReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One byte mover and what it found on this machine."""
+
+    name: str
+    version: str = ""
+    available: bool
+    plugins: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
+    ucx_version: str = ""
+    devices: tuple[str, ...] = ()
+    detail: str = ""
+
+
+class PackageReport(msgspec.Struct, frozen=True):
+    """A package that a feature needs; ``version`` is empty where it is missing."""
+
+    name: str
+    purpose: str
+    version: str
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """What is missing, for which feature (empty: for all), and what to do about it."""
+
+    feature: str
+    what: str
+    fix: str
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that ``penstock doctor`` says."""
+
+    penstock: str
+    python: str
+    engine: EngineReport | None
+    features: tuple[FeatureReport, ...]
+    layouts: tuple[LayoutReport, ...]
+    transports: tuple[TransportReport, ...]
+    packages: tuple[PackageReport, ...]
+    problems: tuple[Problem, ...]
+
+    def broken(self, feature: str) -> list[Problem]:
+        """The problems that keep a feature from working."""
+        return [problem for problem in self.problems if problem.feature in ("", feature)]
+
+
+def examine(feature: Feature, tree: Tree) -> FeatureReport:
+    """Check a feature against a tree; nothing is applied."""
+    seams = tuple(_seam(check(seam, tree)) for seam in feature.seams)
+    patches = []
+    for patch in feature.patches:
+        if not patch.needed():
+            patches.append(PatchReport(patch.target, "unneeded"))
+            continue
+        finding = check(seam_of(patch), tree)
+        patches.append(PatchReport(patch.target, finding.state.value, finding.reason))
+    states = {item.state for item in (*seams, *patches)}
+    state = "off" if State.MOVED.value in states else "drifted" if State.DRIFTED.value in states else "ready"
+    return FeatureReport(feature.name, feature.summary, state, seams, tuple(patches))
+
+
+def _seam(finding: Finding) -> SeamReport:
+    return SeamReport(finding.seam.name, finding.seam.use.value, finding.state.value, finding.reason)
