@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -49,6 +51,27 @@ def sample_asks(characters: Sequence[int] = (600, 1800, 6000, 18000), *, tag: st
         prompt = _excerpt(f"{tag}{len(asks)}: ", start=411 * len(asks), length=length)
         asks.append(Ask(name=name, prompt=prompt, chat=chat, stream=stream))
     return asks
+
+
+def churn_asks(count: int = 48, *, seed: int = 0) -> list[Ask]:
+    """Short and long prompts in random order: they leave a block pool fragmented, as an hour of traffic does."""
+    rng = random.Random(seed)
+    asks = []
+    for index in range(count):
+        prompt = _excerpt(
+            f"churn {index}: ", start=rng.randrange(6000), length=rng.choice((400, 1500, 4000, 9000))
+        )
+        asks.append(Ask(name=f"churn {index}", prompt=prompt, max_tokens=rng.choice((2, 8, 32, 64))))
+    return asks
+
+
+def ask_together(url: str, model: str, asks: Sequence[Ask], *, at_once: int = 6) -> list[Answer]:
+    """As ``ask_all``, with ``at_once`` requests under way at any moment; answers in the order of ``asks``."""
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        return [answers[0] for answers in pool.map(lambda ask: ask_all(url, model, [ask]), asks)]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def ask_all(

@@ -12,25 +12,24 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 import msgspec
 from rich.console import Console
 
-from penstock.benchmarks.asks import Answer, Ask, AskError, ask_all, sample_asks
-from penstock.benchmarks.processes import Server, ServerError, termination_unwinds, wait_until_ready
+from penstock.benchmarks.asks import Answer, Ask, AskError, ask_all, ask_together, churn_asks, sample_asks
+from penstock.benchmarks.narrator import Narrator
+from penstock.benchmarks.processes import Progress, ServerError, termination_unwinds
 from penstock.benchmarks.report import Cell, Claim, Environment, Report
-from penstock.benchmarks.scrape import Transfers, transfers, transfers_after
-from penstock.benchmarks.servers import Engine, engine_server, proxy_server
+from penstock.benchmarks.scrape import Transfers, settled
+from penstock.benchmarks.servers import Engine, engine_server, serving, serving_pair
 from penstock.benchmarks.tiny_model import ensure_model
 
 PLAIN = "plain"
 FLOWKV = "flowkv"
 STOCK = "NixlConnector"
-NOTE_EVERY_S = 10.0
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,68 +51,49 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stage:
-    """Runs setups and says what it is doing."""
+    """Runs setups, one at a time, and says what it is doing."""
 
-    def __init__(self, console: Console, template: Engine, model_name: str, logs: Path) -> None:
-        self._console = console
+    def __init__(self, narrator: Narrator, template: Engine, logs: Path) -> None:
+        self._narrator = narrator
         self._template = template
-        self._model_name = model_name
         self._logs = logs
 
-    def plain(self, warm_up: Sequence[Ask], asks: Sequence[Ask]) -> Outcome:
+    def plain(self, asks: Sequence[Ask]) -> Outcome:
         """One server that does prefill and decode."""
         server = engine_server(msgspec.structs.replace(self._template, name=PLAIN), self._logs)
-        with self._serving(PLAIN, [server]):
-            ask_all(server.url, self._model_name, warm_up)
+        with contextlib.ExitStack() as stack:
+            with self._narrator.step(f"{PLAIN}: starting one server") as tell:
+                stack.enter_context(serving([server], progress=_waiting(tell)))
+            self._churn(PLAIN, server.url)
             answers = self._ask(PLAIN, server.url, asks)
         return Outcome(setup=PLAIN, answers=tuple(answers))
 
-    def apart(self, connector: str, warm_up: Sequence[Ask], asks: Sequence[Ask]) -> Outcome:
+    def apart(self, connector: str, asks: Sequence[Ask]) -> Outcome:
         """A prefill and a decode server with ``connector``, and the proxy before them."""
-        prefill, decode = (
-            engine_server(msgspec.structs.replace(self._template, role=role, connector=connector), self._logs)
-            for role in ("prefill", "decode")
-        )
-        with self._serving(connector, [prefill, decode]):
-            proxy = proxy_server([prefill], [decode], self._logs, name=f"{connector}-proxy")
-            with self._serving(f"{connector} proxy", [proxy]):
-                ask_all(proxy.url, self._model_name, warm_up)
-                before = transfers_after(decode.url, connector, len(warm_up))
-                answers = self._ask(connector, proxy.url, asks)
-                transfers_after(decode.url, connector, before.count + len(asks))
-                moved = transfers(decode.url, connector) - before
+        with contextlib.ExitStack() as stack:
+            with self._narrator.step(f"{connector}: starting two servers and the proxy") as tell:
+                pair = stack.enter_context(
+                    serving_pair(self._template, connector, self._logs, progress=_waiting(tell))
+                )
+            self._churn(connector, pair.url)
+            before = settled(pair.decode.url, connector)
+            answers = self._ask(connector, pair.url, asks)
+            moved = settled(pair.decode.url, connector) - before
         return Outcome(setup=connector, answers=tuple(answers), moved=moved)
 
-    @contextlib.contextmanager
-    def _serving(self, what: str, servers: Sequence[Server]) -> Iterator[None]:
-        begin = time.monotonic()
-        with contextlib.ExitStack() as stack, self._console.status(f"{what}: starting") as status:
-            for server in servers:
-                stack.enter_context(server)
-            noted = 0.0
-
-            def progress(name: str, seconds: float) -> None:
-                nonlocal noted
-                status.update(f"{what}: waiting for {name}, {seconds:.0f} s")
-                if not self._console.is_terminal and seconds - noted >= NOTE_EVERY_S:
-                    noted = seconds
-                    self._console.print(f"{what}: waiting for {name}, {seconds:.0f} s")
-
-            wait_until_ready(servers, progress=progress)
-            status.stop()
-            self._console.print(f"{what}: up after {time.monotonic() - begin:.0f} s")
-            yield
+    def _churn(self, what: str, url: str) -> None:
+        """Wear the block pool as traffic does; an engine that has just started hands out blocks in order."""
+        asks = churn_asks()
+        with self._narrator.step(f"{what}: {len(asks)} mixed requests to wear the block pool"):
+            ask_together(url, self._template.model, asks)
 
     def _ask(self, what: str, url: str, asks: Sequence[Ask]) -> list[Answer]:
-        begin = time.monotonic()
-        with self._console.status(f"{what}: asking") as status:
+        with self._narrator.step(f"{what}: the {len(asks)} requests that are compared") as tell:
+            return ask_all(url, self._template.model, asks, done=lambda count: tell(f"{count} answered"))
 
-            def note(answered: int) -> None:
-                status.update(f"{what}: {answered} of {len(asks)} answered")
 
-            answers = ask_all(url, self._model_name, asks, done=note)
-        self._console.print(f"{what}: {len(answers)} requests answered in {time.monotonic() - begin:.1f} s")
-        return answers
+def _waiting(tell: Callable[[str], None]) -> Progress:
+    return lambda name, seconds: tell(f"waiting for {name}, {seconds:.0f} s")
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Cell]]:
@@ -174,7 +154,7 @@ def demo(
     name = model or str(ensure_model())
     folder = logs or Path(tempfile.mkdtemp(prefix="penstock-demo-"))
     template = Engine(model=name, max_model_len=max_model_len)
-    stage = Stage(console, template, name, folder)
+    stage = Stage(Narrator(console), template, folder)
     try:
         with termination_unwinds():
             report = _run(stage, connectors)
@@ -196,9 +176,8 @@ def demo(
 
 
 def _run(stage: Stage, connectors: Sequence[str]) -> Report:
-    warm_up, asks = sample_asks((600,), tag="warm-up "), sample_asks()
-    outcomes = [stage.plain(warm_up, asks)]
-    outcomes += [stage.apart(connector, warm_up, asks) for connector in connectors]
+    asks = sample_asks()
+    outcomes = [stage.plain(asks), *(stage.apart(connector, asks) for connector in connectors)]
     return Report(
         bench="demo",
         environment=Environment.detect(seed=0),

@@ -68,12 +68,18 @@ def transfers(url: str, connector: str) -> Transfers:
     )
 
 
-def transfers_after(url: str, connector: str, count: int, *, timeout_s: float = 15.0) -> Transfers:
-    """As ``transfers``, waiting until ``count`` of them are known: engines publish with the next step.
+def settled(url: str, connector: str, *, quiet_s: float = 1.5, timeout_s: float = 20.0) -> Transfers:
+    """As ``transfers``, once the count has not moved for ``quiet_s``: engines publish with a later step.
 
-    After ``timeout_s`` whatever is known is returned; the caller sees the lower count.
+    After ``timeout_s`` whatever is known is returned.
     """
     deadline = time.monotonic() + timeout_s
-    while (found := transfers(url, connector)).count < count and time.monotonic() < deadline:
+    found = transfers(url, connector)
+    since = time.monotonic()
+    while time.monotonic() < min(deadline, since + quiet_s):
         time.sleep(POLL_S)
+        latest = transfers(url, connector)
+        if latest.count != found.count:
+            since = time.monotonic()
+        found = latest
     return found

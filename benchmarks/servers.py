@@ -6,17 +6,18 @@ second run may work beside the first.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from penstock.benchmarks.processes import Port, Server, ServerError
+from penstock.benchmarks.processes import Port, Progress, Server, ServerError, wait_until_ready
 
 Role = Literal["plain", "prefill", "decode"]
 KV_ROLES: dict[Role, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
@@ -32,8 +33,10 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     name: str | None = None
     block_size: int | None = 32
     max_model_len: int | None = 8192
+    kv_blocks: int | None = 1024
+    """Size of the KV cache in blocks; None lets the engine take what ``kv_cache_gib`` or the GPU holds."""
     kv_cache_gib: int = 1
-    """Size of the KV cache where there is no GPU."""
+    """Upper bound of the KV cache where there is no GPU."""
     gpu_share: float = 0.25
     """Part of a GPU's memory, where there is one."""
     gpu: int | None = None
@@ -88,6 +91,50 @@ def proxy_server(
     return Server(name=name, command=command, port=port, log=logs / f"{name}.log")
 
 
+class Pair(msgspec.Struct, frozen=True):
+    """A prefill and a decode server with one connector, and the proxy in front of them."""
+
+    prefill: Server
+    decode: Server
+    proxy: Server
+
+    @property
+    def url(self) -> str:
+        """Where clients go."""
+        return self.proxy.url
+
+
+@contextlib.contextmanager
+def serving(
+    servers: Sequence[Server], *, progress: Progress | None = None, timeout_s: float = 600.0
+) -> Iterator[None]:
+    """Start ``servers`` together, wait until all of them answer, and stop them at the end.
+
+    Raises:
+        ServerError: one of them ended, or did not answer in time.
+    """
+    with contextlib.ExitStack() as stack:
+        for server in servers:
+            stack.enter_context(server)
+        wait_until_ready(servers, timeout_s=timeout_s, progress=progress)
+        yield
+
+
+@contextlib.contextmanager
+def serving_pair(
+    template: Engine, connector: str, logs: Path, *, progress: Progress | None = None
+) -> Iterator[Pair]:
+    """A running ``Pair``: two copies of ``template``, apart in their role, and the proxy."""
+    prefill, decode = (
+        engine_server(msgspec.structs.replace(template, role=role, connector=connector), logs)
+        for role in ("prefill", "decode")
+    )
+    with serving([prefill, decode], progress=progress):
+        proxy = proxy_server([prefill], [decode], logs, name=f"{connector}-proxy")
+        with serving([proxy], progress=progress):
+            yield Pair(prefill, decode, proxy)
+
+
 def console_script(name: str) -> str:
     """Path of a command that is installed beside the running interpreter, else on PATH."""
     beside = Path(sys.executable).with_name(name)
@@ -106,6 +153,8 @@ def _model_arguments(engine: Engine) -> list[str]:
     arguments = ["--disable-uvicorn-access-log"]
     if engine.max_model_len is not None:
         arguments += ["--max-model-len", str(engine.max_model_len)]
+    if engine.kv_blocks is not None:
+        arguments += ["--num-gpu-blocks-override", str(engine.kv_blocks)]
     if engine.block_size is not None:
         arguments += ["--block-size", str(engine.block_size)]
     if _is_float32(engine.model):
