@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -58,14 +59,29 @@ class Fleet:
 
 
 class Exchange:
-    """One body's way through the servers. ``stage`` tells how far it is."""
+    """One body's way through the servers. ``stage`` tells how far it is.
 
-    def __init__(self, fleet: Fleet, path: str, body: Body, mode: Mode, headers: CIMultiDict[str]) -> None:
+    A ``leader`` is an exchange with the same prompt: this one prefills after it and at the same server, where
+    the prompt is cached by then.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        path: str,
+        body: Body,
+        mode: Mode,
+        headers: CIMultiDict[str],
+        leader: Exchange | None = None,
+    ) -> None:
         self._fleet = fleet
         self._path = path
         self._body = body
         self._mode = mode
         self._headers = headers
+        self._leader = leader
+        self.prefilled = asyncio.Event()
+        self.prefilled_at: Server | None = None
         self.stage = Stage.PREFILL if mode is Mode.HANDOFF else Stage.DECODE
 
     async def open(self, stack: AsyncExitStack) -> Reply:
@@ -100,17 +116,22 @@ class Exchange:
             if reply.status != 200:
                 return reply, None
             metrics.prefill_seconds.observe(time.perf_counter() - started)
+            self.prefilled_at = server
             try:
                 return None, handed_over(reply.first)
             except ValueError as error:
                 raise UpstreamFailure("garbage", f"a prefill server cannot be used: {error}") from None
 
+        if self._leader is not None:
+            await self._leader.prefilled.wait()
+        near = None if self._leader is None else self._leader.prefilled_at
         try:
-            refusal, params = await self._twice("prefill", ask)
+            refusal, params = await self._twice("prefill", ask, near)
         except UpstreamFailure as failure:
             raise failure.as_proxy_error() from failure
         if refusal is None and params is None:
             metrics.without_handoff.inc()
+        self.prefilled.set()
         return refusal, params
 
     async def _decode(self, params: Body | None, stack: AsyncExitStack) -> Reply:
@@ -161,10 +182,12 @@ class Exchange:
     def _sent(self) -> None:
         self.stage = Stage.DECODE
 
-    async def _twice(self, role: Role, call: Callable[[Server], Awaitable[T]]) -> T:
-        """``call`` with a server of ``role``, and once more with another one where the first fails."""
+    async def _twice(
+        self, role: Role, call: Callable[[Server], Awaitable[T]], near: Server | None = None
+    ) -> T:
+        """``call`` with ``near`` or any server of ``role``, once more with another one where that fails."""
         pool = self._fleet.pool(role)
-        server = pool.pick()
+        server = near if near is not None and near.healthy else pool.pick()
         if server is None:
             raise no_server(role)
         try:

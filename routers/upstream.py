@@ -24,19 +24,34 @@ QUOTED = 300
 
 
 @dataclass(slots=True)
+class Answer:
+    """What goes to the client: a status, headers, and a body that may still be under way."""
+
+    status: int
+    headers: CIMultiDict[str]
+    is_stream: bool
+    chunks: AsyncIterator[bytes]
+
+
+@dataclass(slots=True)
 class Reply:
     """A server's answer whose first bytes are here and whose rest may still be under way."""
 
     status: int
     headers: CIMultiDict[str]
     first: bytes
-    response: aiohttp.ClientResponse
+    rest: aiohttp.StreamReader | None
+    """What follows ``first``; None where ``first`` is the whole body."""
     idle_timeout_s: float
 
     @property
     def is_stream(self) -> bool:
         """Whether the body is a stream of server-sent events."""
         return self.headers.get("Content-Type", "").startswith("text/event-stream")
+
+    def as_answer(self) -> Answer:
+        """This reply, to be passed on unchanged."""
+        return Answer(self.status, self.headers, self.is_stream, self.chunks())
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes, the first bytes included.
@@ -46,17 +61,17 @@ class Reply:
         """
         if self.first:
             yield self.first
-        while chunk := await self._next():
+        while self.rest is not None and (chunk := await self._next(self.rest)):
             yield chunk
 
     async def read(self) -> bytes:
         """The whole body. Raises like ``chunks``."""
         return b"".join([chunk async for chunk in self.chunks()])
 
-    async def _next(self) -> bytes:
+    async def _next(self, rest: aiohttp.StreamReader) -> bytes:
         try:
             async with asyncio.timeout(self.idle_timeout_s):
-                return await self.response.content.readany()
+                return await rest.readany()
         except TimeoutError:
             raise StreamBroken(f"the server sent nothing for {self.idle_timeout_s} s") from None
         except (aiohttp.ClientError, ConnectionError) as error:
@@ -95,7 +110,7 @@ class Upstream:
             ):
                 raw = await response.read()
         check_status(server, response, raw)
-        return Reply(response.status, response.headers.copy(), raw, response, limit)
+        return Reply(response.status, response.headers.copy(), raw, None, limit)
 
     @asynccontextmanager
     async def open(
@@ -129,10 +144,8 @@ class Upstream:
                         check_status(server, response, await response.read())
                     first = await response.content.readany()
             yield Reply(
-                response.status, response.headers.copy(), first, response, self._config.idle_timeout_s
+                response.status, response.headers.copy(), first, response.content, self._config.idle_timeout_s
             )
-            if response.content.is_eof() and response.content.exception() is None:
-                response.release()
 
 
 def open_session(config: ProxyConfig) -> aiohttp.ClientSession:

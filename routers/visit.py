@@ -8,12 +8,15 @@ from contextlib import AsyncExitStack
 
 from aiohttp import web
 
-from penstock.routers.bodies import Body, choices_per_prompt, mode_of, parse_body
+from penstock.routers.bodies import Body, Mode, mode_of, parse_body
 from penstock.routers.config import ProxyConfig
 from penstock.routers.drain import Drain
 from penstock.routers.errors import ProxyError, error_response
-from penstock.routers.exchange import Exchange, Fleet, Stage
+from penstock.routers.exchange import CHAT_PATH, Exchange, Fleet, Stage
+from penstock.routers.fanout import FanOut
 from penstock.routers.headers import REQUEST_ID, request_id_of, to_client, to_server
+from penstock.routers.merge import part_id
+from penstock.routers.parts import Part, split
 from penstock.routers.relay import Outcome, send
 
 CLIENT_GONE = 499
@@ -36,6 +39,10 @@ class Visit:
         self._mode = ""
         self._exchanges: list[Exchange] = []
         self._answering = False
+        self._status = 0
+        """Of the answer that is passed on."""
+        self._outcome: Outcome | None = None
+        """How the answer ended, once it has; what happens while the servers' connections close is no news."""
 
     @property
     def stage(self) -> Stage:
@@ -48,23 +55,22 @@ class Visit:
         """Answer the request, whatever happens to it, and count how it ended."""
         task = asyncio.current_task()
         assert task is not None
-        status = CLIENT_GONE
+        status = 500
         try:
             with self._drain.enter(task):
-                response, outcome = await self._answer(task)
-            status = STATUS_OF.get(outcome, response.status)
-            if outcome is Outcome.BROKEN:
-                self._fleet.metrics.broken_streams.inc()
+                response = await self._answer(task)
+            status = response.status
             return response
         except ProxyError as error:
             status = error.status
             return self._refuse(error)
+        except asyncio.CancelledError:
+            status = CLIENT_GONE
+            raise
         finally:
-            if status == CLIENT_GONE:
-                self._count_gone()
-            self._fleet.metrics.requests.labels(self._request.path, self._mode, status).inc()
+            self._count(status)
 
-    async def _answer(self, task: asyncio.Task[object]) -> tuple[web.StreamResponse, Outcome]:
+    async def _answer(self, task: asyncio.Task[object]) -> web.StreamResponse:
         """Work on the request until its answer is out.
 
         Raises:
@@ -95,23 +101,36 @@ class Visit:
         except web.RequestPayloadError as error:
             raise ProxyError(400, f"the body cannot be read: {error}") from None
 
-    async def _pass_on(self, body: Body, task: asyncio.Task[object]) -> tuple[web.StreamResponse, Outcome]:
-        choices_per_prompt(body, self._config.max_choices)
+    async def _pass_on(self, body: Body, task: asyncio.Task[object]) -> web.StreamResponse:
         mode = mode_of(body)
         self._mode = mode.value
-        headers = to_server(self._request.headers, self._id)
-        exchange = Exchange(self._fleet, self._request.path, body, mode, headers)
-        self._exchanges.append(exchange)
+        parts = split(body, self._config.max_choices, chat=self._request.path == CHAT_PATH)
         async with AsyncExitStack() as stack:
-            reply = await exchange.open(stack)
-            return await send(
+            if mode is Mode.HANDOFF and len(parts) > 1:
+                fan = FanOut(parts, self._id, self._config.split_concurrency, self._part_exchange)
+                answer = await (await stack.enter_async_context(fan)).answer()
+            else:
+                exchange = self._exchange(body, mode, self._id, None)
+                answer = (await exchange.open(stack)).as_answer()
+            self._status = answer.status
+            response, self._outcome = await send(
                 self._request,
-                reply.status,
-                to_client(reply.headers, self._id),
-                reply.chunks(),
-                on_first=lambda: self._first_byte(is_stream=reply.is_stream),
+                answer.status,
+                to_client(answer.headers, self._id),
+                answer.chunks,
+                on_first=lambda: self._first_byte(is_stream=answer.is_stream),
                 is_cut=lambda: self._drain.is_cut(task),
             )
+        return response
+
+    def _exchange(self, body: Body, mode: Mode, request_id: str, leader: Exchange | None) -> Exchange:
+        headers = to_server(self._request.headers, request_id)
+        exchange = Exchange(self._fleet, self._request.path, body, mode, headers, leader)
+        self._exchanges.append(exchange)
+        return exchange
+
+    def _part_exchange(self, part: Part, leader: Exchange | None) -> Exchange:
+        return self._exchange(part.body, Mode.HANDOFF, part_id(self._id, part), leader)
 
     def _first_byte(self, *, is_stream: bool) -> None:
         self._answering = True
@@ -125,9 +144,15 @@ class Visit:
             response.force_close()
         return response
 
-    def _count_gone(self) -> None:
+    def _count(self, status: int) -> None:
         metrics = self._fleet.metrics
-        metrics.disconnects.labels(self.stage.value).inc()
-        for exchange in self._exchanges:
-            if exchange.stage is Stage.HANDOFF:
-                metrics.stranded.labels("client_gone").inc()
+        if self._outcome is not None:
+            status = STATUS_OF.get(self._outcome, self._status)
+        if status == CLIENT_GONE:
+            metrics.disconnects.labels(self.stage.value).inc()
+            for exchange in self._exchanges:
+                if exchange.stage is Stage.HANDOFF:
+                    metrics.stranded.labels("client_gone").inc()
+        if self._outcome is Outcome.BROKEN:
+            metrics.broken_streams.inc()
+        metrics.requests.labels(self._request.path, self._mode, status).inc()

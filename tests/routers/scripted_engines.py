@@ -42,7 +42,8 @@ class EngineServer:
         self.role = role
         self.requests: list[tuple[str, Body, Mapping[str, str]]] = []
         self.script: list[Behaviour] = []
-        self.default: Behaviour = prefill_well if role == "prefill" else decode_well
+        self.well: Behaviour = prefill_well if role == "prefill" else decode_well
+        self.default = self.well
         self.active = 0
         self.aborted = 0
         self.peak = 0
@@ -174,9 +175,9 @@ def status(code: int, message: str = "scripted", headers: dict[str, str] | None 
 
 
 async def hang(server: EngineServer, request: web.Request, body: Body) -> web.StreamResponse:
-    """Wait for ``release``, then do the default."""
+    """Wait for ``release``, then do well."""
     await server.release.wait()
-    return await server.default(server, request, body)
+    return await server.well(server, request, body)
 
 
 async def hang_up(server: EngineServer, request: web.Request, body: Body) -> web.StreamResponse:

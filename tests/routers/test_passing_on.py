@@ -203,6 +203,8 @@ async def test_a_servers_4xx_is_passed_on_unchanged(site: Site, role: str, code:
     assert (await response.json())["error"]["message"] == "no such model"
     assert response.headers["Retry-After"] == "7"
     assert len(site.decode[0].requests) == (role == "decode")
+    assert site.metric("requests_total", route="/v1/completions", mode="handoff", status=str(code)) == 1
+    assert site.metric("broken_streams_total") == 0
 
 
 async def test_openai_client_raises_the_servers_error(site: Site) -> None:
