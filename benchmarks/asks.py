@@ -44,7 +44,7 @@ def sample_asks(characters: Sequence[int] = (600, 1800, 6000, 18000), *, tag: st
     No two prompts share a beginning, so that no answer comes out of a prefix cache; ``tag`` keeps two lists
     apart.
     """
-    asks = []
+    asks: list[Ask] = []
     kinds = itertools.product((False, True), (False, True))
     for (chat, stream), length in itertools.product(kinds, characters):
         name = f"{'chat' if chat else 'completion'}{' streamed' if stream else ''} {length:,} chars"
@@ -54,7 +54,7 @@ def sample_asks(characters: Sequence[int] = (600, 1800, 6000, 18000), *, tag: st
 
 
 def churn_asks(count: int = 48, *, seed: int = 0) -> list[Ask]:
-    """Short and long prompts in random order: they leave a block pool fragmented, as an hour of traffic does."""
+    """Short and long prompts in random order: they leave a block pool as fragmented as real traffic does."""
     rng = random.Random(seed)
     asks = []
     for index in range(count):
@@ -97,10 +97,11 @@ def ask_all(
 
 
 def _send(client: Any, model: str, ask: Ask) -> Answer:
+    what: dict[str, object] = {"prompt": ask.prompt}
+    create = client.completions.create
     if ask.chat:
-        create, what = client.chat.completions.create, {"messages": [{"role": "user", "content": ask.prompt}]}
-    else:
-        create, what = client.completions.create, {"prompt": ask.prompt}
+        what = {"messages": [{"role": "user", "content": ask.prompt}]}
+        create = client.chat.completions.create
     options = {"model": model, "max_tokens": ask.max_tokens, "temperature": 0.0, "stream": ask.stream}
     extra = {"return_token_ids": True}
     begin = time.perf_counter()

@@ -55,6 +55,6 @@ def plain_server(engine: Engine, logs: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def flowkv_pair(engine: Engine, logs: Path) -> Iterator[Pair]:
-    """A prefill and a decode server with ``--kv-connector flowkv``, and the proxy. Leave them as you found them."""
+    """A prefill and a decode server with ``--kv-connector flowkv``, and the proxy. Leave them running."""
     with serving_pair(engine, "flowkv", logs) as pair:
         yield pair
