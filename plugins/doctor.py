@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 import subprocess
 import sys
@@ -12,12 +13,20 @@ from importlib import metadata
 import click
 import msgspec
 
-from penstock.plugins import doctor_vllm
-from penstock.plugins.doctor_report import FeatureReport, PackageReport, Report, TransportReport
+from penstock.plugins.doctor_report import (
+    Examiner,
+    FeatureReport,
+    PackageReport,
+    Report,
+    TransportReport,
+)
 from penstock.plugins.transport_probe import Findings
 
 PACKAGES = {"pyzmq": "control channel", "msgspec": "control messages", "xxhash": "digests"}
 PROBE_TIMEOUT_S = 20.0
+
+# By name: nothing imports an adapter, and an engine's adapter is looked at only when it is examined.
+EXAMINATION = "penstock.plugins.vllm.examination"
 
 
 def _version(distribution: str) -> str:
@@ -51,21 +60,25 @@ def probe_nixl(timeout_s: float = PROBE_TIMEOUT_S) -> TransportReport:
     )
 
 
-def examine_all(*, probe: bool = True) -> Report:
+def examiner() -> Examiner:
+    """The examiner of the engine's adapter."""
+    found: Examiner = importlib.import_module(EXAMINATION).examiner()
+    return found
+
+
+def examine_all(examiner: Examiner, *, probe: bool = True) -> Report:
     """The whole examination; ``probe=False`` leaves the transports out."""
-    engine = doctor_vllm.engine_report()
-    features = doctor_vllm.features()
     packages = tuple(PackageReport(name, purpose, _version(name)) for name, purpose in PACKAGES.items())
     transports = (probe_nixl(),) if probe else ()
     return Report(
         penstock=_version("penstock"),
         python=platform.python_version(),
-        engine=engine,
-        features=features,
-        layouts=doctor_vllm.layouts(),
+        engine=examiner.engine(),
+        features=examiner.features(),
+        layouts=examiner.layouts(),
         transports=transports,
         packages=packages,
-        problems=tuple(doctor_vllm.problems(engine, features, transports, packages)),
+        problems=tuple(examiner.problems(transports, packages)),
     )
 
 
@@ -128,11 +141,12 @@ def doctor(*, as_json: bool, require: tuple[str, ...], verbose: bool, no_probe: 
 
     Exit code: 0; 1 if a feature named by --require cannot work.
     """
-    unknown = [name for name in require if name not in doctor_vllm.FEATURES]
+    adapter = examiner()
+    unknown = [name for name in require if name not in adapter.feature_names()]
     if unknown:
-        known = ", ".join(doctor_vllm.FEATURES)
+        known = ", ".join(adapter.feature_names())
         raise click.BadParameter(f"given {unknown[0]}, allowed: {known}", param_hint="--require")
-    report = examine_all(probe=not no_probe)
+    report = examine_all(adapter, probe=not no_probe)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(report)).decode())
     else:

