@@ -42,6 +42,7 @@ class Seam:
 
     ``signature`` is written as in source, defaults as ``=...``: ``(self, request, block_ids=...)``; None
     where the name is no function. ``fingerprints`` are those of the sources that a patch was written against.
+    ``optional`` marks a name that not every supported version has; where it exists it must be as expected.
     ``wraps`` marks a patch that calls the original: it stays correct when the body changes, so a new
     fingerprint is a drift to report, not a reason to stay off.
     """
@@ -51,6 +52,7 @@ class Seam:
     signature: str | None = None
     fingerprints: tuple[str, ...] = ()
     wraps: bool = False
+    optional: bool = False
 
     @property
     def module(self) -> str:
@@ -87,7 +89,7 @@ def check(seam: Seam, tree: Tree) -> Finding:
     """Compare one seam with the upstream code in ``tree``."""
     found = tree.lookup(seam.module, seam.path)
     if found is None:
-        return Finding(seam, State.MOVED, "not found")
+        return Finding(seam, State.HOLDS if seam.optional else State.MOVED, "not found")
     if seam.signature is not None:
         if found.parameters is None:
             return Finding(seam, State.MOVED, f"expected a function {seam.signature}, found a value")
@@ -103,13 +105,25 @@ def check(seam: Seam, tree: Tree) -> Finding:
 
 
 def _compatible(use: Use, expected: tuple[Parameter, ...], found: tuple[Parameter, ...]) -> bool:
-    if use is not Use.CALL:
-        return expected == found
+    if use is Use.CALL:
+        return _binds(expected, found)
+    fixed = tuple(parameter for parameter in expected if not parameter.variadic)
+    if len(expected) == len(fixed) + 2:
+        # ``*args, **kwargs`` at the end: whatever else upstream passes is passed on.
+        return found[: len(fixed)] == fixed
+    return expected == found
+
+
+def _binds(expected: tuple[Parameter, ...], found: tuple[Parameter, ...]) -> bool:
+    """Whether a call with the expected parameters is a valid call of the found function."""
     by_name = {parameter.name: parameter for parameter in found}
     known = {parameter.name for parameter in expected}
-    positions = [p.name for p in found if p.name in known]
-    same = positions == [p.name for p in expected] and all(by_name[p.name].accepts(p) for p in expected)
-    return same and all(p.optional for p in found if p.name not in known)
+    same_order = [p.name for p in found if p.name in known] == [p.name for p in expected]
+    return (
+        same_order
+        and all(by_name[p.name].accepts(p) for p in expected)
+        and all(p.optional for p in found if p.name not in known)
+    )
 
 
 def holds_self_attribute(class_node: ast.ClassDef, name: str) -> bool:

@@ -21,6 +21,11 @@ class Parameter:
     kind: str
     optional: bool
 
+    @property
+    def variadic(self) -> bool:
+        """Whether this is ``*args`` or ``**kwargs``."""
+        return self.kind.startswith("VAR_")
+
     def accepts(self, wanted: Parameter) -> bool:
         """Whether a call written for ``wanted`` still binds to this parameter."""
         return self.kind == wanted.kind and (self.optional or not wanted.optional)

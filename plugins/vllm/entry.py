@@ -69,7 +69,7 @@ def _builds_parser() -> bool:
 
 def _register_connectors() -> None:
     from penstock.plugins.seams import State, check
-    from penstock.plugins.vllm.features import FLOWKV, REGISTRY
+    from penstock.plugins.vllm.flowkv_seams import REGISTRY
     from penstock.plugins.vllm.installation import upstream
 
     moved = [f for f in (check(seam, upstream().tree) for seam in REGISTRY) if f.state is State.MOVED]
@@ -77,7 +77,7 @@ def _register_connectors() -> None:
         from penstock.plugins import ledger
 
         reason = "; ".join(map(str, moved))
-        ledger.record(ledger.Entry(FLOWKV.name, "vllm", upstream().version, "off", reason))
+        ledger.record(ledger.Entry("flowkv", "vllm", upstream().version, "off", reason))
         return
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
