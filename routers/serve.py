@@ -12,6 +12,9 @@ from aiohttp import web
 from penstock.routers.app import PROXY, make_app
 from penstock.routers.config import ProxyConfig
 
+BACKLOG = 1024
+"""Connections that wait to be accepted; with a short queue a burst of clients waits for TCP's retries."""
+
 log = logging.getLogger("penstock.proxy")
 
 
@@ -35,7 +38,7 @@ async def serve(config: ProxyConfig, *, access_log: bool, announce: Callable[[st
     stop, now = _signals()
     await runner.setup()
     try:
-        site = web.TCPSite(runner, config.host, config.port)
+        site = web.TCPSite(runner, config.host, config.port, backlog=BACKLOG)
         await site.start()
         host, port = runner.addresses[0][:2]
         announce(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
