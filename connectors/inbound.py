@@ -67,7 +67,9 @@ class InboundRequests:
         self._users: dict[str, set[str]] = {}
         self._leaders: dict[str, str] = {}
 
-    def __len__(self) -> int:
+    @property
+    def num_open(self) -> int:
+        """Requests in the book."""
         return len(self._inbound)
 
     def add(self, request_id: str, hand_off: HandOff) -> None:
