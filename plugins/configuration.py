@@ -15,6 +15,7 @@ from penstock.connectors.config import FlowKVConfig
 T = TypeVar("T", bound=msgspec.Struct)
 
 NAMESPACE = "penstock"
+SECRETS = frozenset({"shared_key"})
 SECTIONS = ("flowkv",)
 
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.(?P<path>[^`]*)`)?$", re.DOTALL)
@@ -67,8 +68,9 @@ def merge(name: str, sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
     for source, values in sources.items():
         for key, value in values.items():
             if key in merged and merged[key] != value:
+                one, other = _shown(key, merged[key]), _shown(key, value)
                 raise ConfigurationError(
-                    f"{name}.{key}: {origin[key]} says {merged[key]!r}, {source} says {value!r}; give it once"
+                    f"{name}.{key}: {origin[key]} says {one}, {source} says {other}; give it once"
                 )
             merged[key] = value
             origin.setdefault(key, source)
@@ -98,11 +100,12 @@ def _explain(name: str, values: Mapping[str, Any], kind: type[msgspec.Struct], m
     assert match is not None
     path = match["path"]
     if path is None:
-        return f"{name}: {message}"
+        # The struct's own check of several fields, which names them itself.
+        return f"{name}.{message}"
     key = re.split(r"[.\[]", path)[0]
     allowed = match["what"].removeprefix("Expected ").split(", got ")[0].replace("`", "")
     choices = _choices(kind, key)
-    return f"{name}.{key}: given {values[key]!r}, allowed: {choices or allowed}"
+    return f"{name}.{key}: given {_shown(key, values[key])}, allowed: {choices or allowed}"
 
 
 def _choices(kind: type[msgspec.Struct], key: str) -> str:
@@ -114,8 +117,12 @@ def _choices(kind: type[msgspec.Struct], key: str) -> str:
     return _listed(tuple(map(str, field.type.values)))
 
 
+def _shown(key: str, value: Any) -> str:
+    return "a secret" if key in SECRETS else repr(value)
+
+
 def _meant(key: str, known: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
+    close = difflib.get_close_matches(str(key), known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
