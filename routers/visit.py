@@ -140,7 +140,7 @@ class Visit:
     def _refuse(self, error: ProxyError) -> web.Response:
         response = error_response(error)
         response.headers[REQUEST_ID] = self._id
-        if self._drain.draining or error.status in (408, 413):
+        if self._drain.draining or not self._request.content.is_eof():
             response.force_close()
         return response
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import aiohttp
@@ -213,6 +214,23 @@ def answer_with(raw: bytes, content_type: str = "application/json") -> Behaviour
         return web.Response(body=raw, content_type=content_type)
 
     return behave
+
+
+@contextmanager
+def server_that_accepts_nothing() -> Iterator[str]:
+    """The URL of a listener with a full queue: a connection attempt hangs."""
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        fillers = [socket.socket() for _ in range(4)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        try:
+            yield f"http://127.0.0.1:{full.getsockname()[1]}"
+        finally:
+            for filler in fillers:
+                filler.close()
 
 
 class Site:

@@ -18,6 +18,7 @@ from scripted_engines import (
     hang_up,
     read_broken,
     running_site,
+    server_that_accepts_nothing,
     status,
     stream_then,
 )
@@ -222,26 +223,12 @@ async def test_a_stream_that_falls_silent_is_ended(site: Site) -> None:
 
 
 async def test_a_connection_that_cannot_be_opened_in_time_counts_as_failed() -> None:
-    """A listener with a full backlog accepts nothing: the connection attempt itself hangs."""
-    import socket
-
-    with socket.socket() as full:
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        fillers = [socket.socket() for _ in range(4)]
-        for filler in fillers:
-            filler.setblocking(False)
-            filler.connect_ex(full.getsockname())
-        try:
-            async with running_site(prefill=1, connect_timeout_s=0.1) as site:
-                server = site.servers("prefill")[0]
-                server.url = f"http://127.0.0.1:{full.getsockname()[1]}"
-                response = await site.complete()
-                assert response.status in (502, 503)
-                assert not server.healthy
-        finally:
-            for filler in fillers:
-                filler.close()
+    with server_that_accepts_nothing() as url:
+        async with running_site(connect_timeout_s=0.1) as site:
+            server = site.servers("prefill")[0]
+            server.url = url
+            assert (await site.complete()).status in (502, 503)
+            assert not server.healthy
 
 
 async def test_a_server_whose_health_goes_bad_is_put_aside_without_any_request() -> None:
