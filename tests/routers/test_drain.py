@@ -29,7 +29,7 @@ class Process:
 
     def __init__(
         self, process: asyncio.subprocess.Process, url: str, prefill: EngineServer, decode: EngineServer
-    ):
+    ) -> None:
         self.process = process
         self.url = url
         self.prefill = prefill
