@@ -34,7 +34,7 @@ class SourceTree:
         for name in path[:-1]:
             scope = _member(scope, name)
         found = _member(scope, path[-1])
-        if isinstance(found, Function):
+        if isinstance(found, Function) and not _is_property(found):
             return Definition(of_node(found), partial(fingerprint, found))
         if found is not None:
             return Definition()
@@ -67,6 +67,11 @@ def _member(scope: ast.AST | None, name: str) -> ast.AST | None:
     if not isinstance(scope, ast.Module | ast.ClassDef):
         return None
     return next((node for node in _statements(scope.body) if name in _names(node)), None)
+
+
+def _is_property(function: Function) -> bool:
+    names = {node.id for node in function.decorator_list if isinstance(node, ast.Name)}
+    return not names.isdisjoint(("property", "cached_property"))
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterable[ast.stmt]:
