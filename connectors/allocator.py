@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from penstock.connectors.free_index import WORTHLESS, Extent, FreeIndex
 from penstock.connectors.runs import Run
@@ -36,19 +36,41 @@ class AllocatorConfig:
     """Most runs' worth of cache that decoding in place may evict before it moves elsewhere."""
     most_slack: int = 16
     """Most blocks reserved behind a prompt for the tokens to be decoded."""
+    slack_factor: float = 1.5
+    """Blocks reserved for growth, in multiples of what finished requests grew by on average."""
+    slack_share: int = 32
+    """Least number of unreserved free blocks for each block reserved for growth."""
+    shortest_ahead: int = 96
+    """Shortest window reserved for chunks to come; with less than that, waiting for others to end is better."""
     seeds: int = 6
     """Oldest extents of each size class around which windows are tried."""
 
 
-@dataclass(slots=True)
+class Hold:
+    """Marks blocks as reserved: still free and hittable, and sold to others only at ``price`` runs."""
+
+    __slots__ = ("price",)
+
+    def __init__(self, price: float) -> None:
+        self.price = price
+
+
 class _Request:
     """What the allocator knows of a request: announced size, reserved intervals in token order."""
 
-    total: int = 0
-    sender: Sequence[Run] = ()
-    held: int = 0
-    plan: deque[tuple[int, int]] = field(default_factory=deque)
-    tail: int = -1
+    __slots__ = ("growth", "held", "plan", "prompt", "sender", "tail", "total")
+
+    def __init__(self, config: AllocatorConfig) -> None:
+        self.total = 0
+        self.sender: Sequence[Run] = ()
+        self.held = 0
+        self.tail = -1
+        self.plan: deque[tuple[int, int]] = deque()
+        self.prompt = Hold(config.hold_price)
+        self.growth = Hold(config.slack_price)
+
+    def owns(self, extent: Extent) -> bool:
+        return extent.holder is self.prompt or extent.holder is self.growth
 
 
 @dataclass(slots=True)
@@ -70,15 +92,6 @@ class _Window:
     stop: int
 
 
-class _Slack:
-    """Holder of blocks reserved for a request's growth."""
-
-    __slots__ = ("request",)
-
-    def __init__(self, request: _Request) -> None:
-        self.request = request
-
-
 class RunAllocator:
     """Mirror of a pool's free blocks that hands them out as few, old, well-aligned runs.
 
@@ -95,6 +108,7 @@ class RunAllocator:
         self._clock = 1
         self._touched = (0, 0)
         self._growth = float(self.config.most_slack) / 2
+        self._buyer = _Request(self.config)
 
     @property
     def num_free(self) -> int:
@@ -139,7 +153,7 @@ class RunAllocator:
 
         ``sender_runs`` are the blocks, in token order for the whole prompt, that a sender holds its copy in.
         """
-        request = self._requests.setdefault(key, _Request())
+        request = self._requests.setdefault(key, _Request(self.config))
         request.total, request.sender = num_blocks, tuple(sender_runs)
 
     def close(self, key: object) -> None:
@@ -169,7 +183,9 @@ class RunAllocator:
         self._settle()
         if count > self._index.num_free:
             raise ValueError(f"{count} blocks asked for, {self._index.num_free} are free")
-        request = _Request() if key is None else self._requests.setdefault(key, _Request())
+        request = (
+            _Request(self.config) if key is None else self._requests.setdefault(key, _Request(self.config))
+        )
         taken = self._follow_plan(request, count)
         if len(taken) < count and request.held > 0:
             self._extend(request, count - len(taken))
@@ -193,7 +209,7 @@ class RunAllocator:
         while request.plan and len(taken) < count:
             position, stop = request.plan.popleft()
             extent = self._index.at(position)
-            if extent is None or extent.holder is not request:
+            if extent is None or not request.owns(extent):
                 if position + 1 < stop:
                     jump = position + 1 if extent is None else min(extent.stop, stop)
                     request.plan.appendleft((jump, stop))
@@ -209,16 +225,16 @@ class RunAllocator:
 
     def _drop_plan(self, request: _Request) -> None:
         while request.plan:
-            position, stop = request.plan.popleft()
-            while position < stop:
-                extent = self._index.at(position)
-                if extent is None:
-                    position += 1
-                    continue
-                end = min(extent.stop, stop)
-                if extent.holder is request:
-                    self._index.hold(position, end, None)
-                position = end
+            self._let_go(request, *request.plan.popleft())
+
+    def _let_go(self, request: _Request, position: int, stop: int) -> None:
+        """What the request still holds of an interval becomes anybody's."""
+        while position < stop:
+            extent = self._index.at(position)
+            end = position + 1 if extent is None else min(extent.stop, stop)
+            if extent is not None and request.owns(extent):
+                self._index.hold(position, end, None)
+            position = end
 
     def _extend(self, request: _Request, count: int) -> None:
         """Reserve free blocks right behind the request's last one, unless others would miss them."""
@@ -228,52 +244,56 @@ class RunAllocator:
         if self._rate(extent) * len(extent) > self.config.growth_limit:
             return
         stop = min(extent.stop, request.tail + max(count, self._slack()))
-        self._reserve(request, request.tail, stop)
+        self._reserve(request, request.tail, stop, request.growth)
         self.stats.grown_in_place += 1
 
     def _make_plan(self, request: _Request, count: int, position: int) -> None:
         """Reserve windows for everything the request still needs, at least ``count`` blocks."""
         self.stats.requests += request.held == 0
-        expected = max(count, request.total - position)
+        self._buyer = request
+        expected = min(max(count, request.total - position), self._index.num_free)
         slack = self._slack()
-        windows = self._cover(request, min(expected, self._index.num_free), count, slack)
-        for start, stop in windows:
-            self._reserve(request, start, stop)
+        missing = expected
+        while missing > 0:
+            served = expected - missing >= count
+            window = self._cheapest(missing + slack)
+            if window is None:
+                if served or not self._steal(missing):
+                    break
+                continue
+            if served and window.stop - window.start < min(missing, self.config.shortest_ahead):
+                break
+            self.stats.windows += 1
+            length = window.stop - window.start
+            prompt = min(length, missing)
+            self._reserve(request, window.start, window.start + prompt, request.prompt)
+            if prompt < length:
+                self._reserve(request, window.start + prompt, window.stop, request.growth)
+            missing -= prompt
 
     def _slack(self) -> int:
         available = self._index.num_free - self._index.num_held
-        return max(0, min(int(self._growth * 1.5 + 1), self.config.most_slack, available // 64))
+        wanted = int(self._growth * self.config.slack_factor + 1)
+        return max(0, min(wanted, self.config.most_slack, available // self.config.slack_share))
 
-    def _reserve(self, request: _Request, start: int, stop: int) -> None:
-        self._index.hold(start, stop, request)
+    def _reserve(self, request: _Request, start: int, stop: int, hold: Hold) -> None:
+        self._index.hold(start, stop, hold)
         request.plan.append((start, stop))
 
-    def _cover(self, request: _Request, wanted: int, needed: int, slack: int) -> list[tuple[int, int]]:
-        """Buy windows until ``wanted`` blocks are covered, or at least ``needed`` if others hold the rest."""
-        windows: list[tuple[int, int]] = []
-        missing = wanted
-        while missing > 0:
-            window = self._cheapest(missing + slack)
-            if window is None:
-                if wanted - missing >= needed or not self._steal():
-                    break
-                continue
-            self._index.hold(window.start, window.stop, request)
-            windows.append((window.start, window.stop))
-            missing -= window.stop - window.start
-            self.stats.windows += 1
-        return windows
-
-    def _steal(self) -> bool:
-        """Take the reservation of the request with the most blocks reserved away from it."""
+    def _steal(self, need: int) -> bool:
+        """Free up to ``need`` blocks from the end of the longest reservation of another request."""
         victim = max(
-            (r for r in self._requests.values() if r.plan),
-            key=lambda r: sum(stop - start for start, stop in r.plan),
+            (r for r in self._requests.values() if r.plan and r is not self._buyer),
+            key=lambda r: r.plan[-1][1] - r.plan[-1][0],
             default=None,
         )
         if victim is None:
             return False
-        self._drop_plan(victim)
+        start, stop = victim.plan.pop()
+        middle = max(start, stop - need)
+        if start < middle:
+            victim.plan.append((start, middle))
+        self._let_go(victim, middle, stop)
         self.stats.stolen += 1
         return True
 
@@ -302,8 +322,12 @@ class RunAllocator:
         cost = 1.0
         while position < end:
             extent = self._index.at(position)
-            if extent is None or extent.holder is not None:
+            if extent is None:
                 break
+            if extent.holder is not None:
+                if self._buyer.owns(extent):
+                    break
+                cost += extent.holder.price
             cost += self._rate(extent) * len(extent)
             position = min(extent.stop, end)
             price = cost / (position - start)
@@ -320,8 +344,12 @@ class RunAllocator:
         cost = 1.0
         while position > end:
             extent = self._index.at(position - 1)
-            if extent is None or extent.holder is not None:
+            if extent is None:
                 break
+            if extent.holder is not None:
+                if self._buyer.owns(extent):
+                    break
+                cost += extent.holder.price
             begin = max(extent.start, end)
             cost += self._rate(extent) * (position - begin)
             position = begin
