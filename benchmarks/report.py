@@ -135,7 +135,8 @@ def write_plot(file: Path, draw: Callable[[Axes], None], *, size: tuple[float, f
     try:
         draw(axes)
         file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, metadata=_undated(file))
+        with mpl.rc_context({"svg.hashsalt": "penstock"}):
+            figure.savefig(file, metadata=_undated(file))
     finally:
         pyplot.close(figure)
     return file

@@ -9,8 +9,11 @@ from typing import Self
 
 import msgspec
 
+from penstock.benchmarks.processes import ServerError
+
 PREFIXES = {"flowkv": "vllm:flowkv", "NixlConnector": "vllm:nixl"}
 POLL_S = 0.2
+ANSWER_S = 60.0
 
 
 class Transfers(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,11 +41,18 @@ class Transfers(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def samples(url: str) -> dict[str, float]:
-    """All samples of a Prometheus page by name, summed over their labels."""
+    """All samples of a Prometheus page by name, summed over their labels.
+
+    Raises:
+        ServerError: the server did not answer.
+    """
     from prometheus_client.parser import text_string_to_metric_families
 
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as page:
-        text = page.read().decode()
+    try:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=ANSWER_S) as page:
+            text = page.read().decode()
+    except OSError as error:
+        raise ServerError(f"{url}/metrics: {error}") from error
     sums: defaultdict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
