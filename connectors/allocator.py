@@ -16,8 +16,9 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from penstock.connectors.alloc_pairing import fill_window, pieces_of
 from penstock.connectors.free_index import WORTHLESS, Extent, FreeIndex
-from penstock.connectors.runs import Run
+from penstock.connectors.runs import Run, count_blocks, slice_runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,7 @@ class AllocatorConfig:
     slack_share: int = 32
     """Least number of unreserved free blocks for each block reserved for growth."""
     shortest_ahead: int = 96
-    """Shortest window reserved for chunks to come; with less than that, waiting for others to end is better."""
+    """Shortest window reserved for chunks to come; rather than less, wait for others to end."""
     seeds: int = 6
     """Oldest extents of each size class around which windows are tried."""
 
@@ -248,10 +249,17 @@ class RunAllocator:
         self.stats.grown_in_place += 1
 
     def _make_plan(self, request: _Request, count: int, position: int) -> None:
-        """Reserve windows for everything the request still needs, at least ``count`` blocks."""
+        """Reserve windows for what the request still needs, and at least for ``count`` blocks."""
         self.stats.requests += request.held == 0
         self._buyer = request
-        expected = min(max(count, request.total - position), self._index.num_free)
+        expected = max(count, request.total - position)
+        if count == expected and position + count <= count_blocks(request.sender):
+            self._plan_paired(request, slice_runs(request.sender, position, count), position)
+        else:
+            self._plan_windows(request, count, min(expected, self._index.num_free))
+
+    def _plan_windows(self, request: _Request, count: int, expected: int) -> None:
+        """Buy windows for ``count`` blocks, and good ones for what is ``expected`` later."""
         slack = self._slack()
         missing = expected
         while missing > 0:
@@ -263,13 +271,43 @@ class RunAllocator:
                 continue
             if served and window.stop - window.start < min(missing, self.config.shortest_ahead):
                 break
+            missing -= self._buy(request, window, missing)
+
+    def _buy(self, request: _Request, window: _Window, missing: int) -> int:
+        """Reserve up to ``missing`` blocks of a window for the prompt and the rest for growth."""
+        self.stats.windows += 1
+        prompt = min(window.stop - window.start, missing)
+        middle = window.start + prompt
+        self._reserve(request, window.start, middle, request.prompt)
+        if middle < window.stop:
+            self._reserve(request, middle, window.stop, request.growth)
+        return prompt
+
+    def _plan_paired(self, request: _Request, sender: Sequence[Run], position: int) -> None:
+        """Buy windows for blocks that arrive from ``sender`` and line them up with its runs."""
+        missing = count_blocks(sender)
+        pieces = pieces_of(sender, position)
+        placed: list[tuple[int, int, int]] = []
+        slack = self._slack()
+        while pieces:
+            window = self._cheapest(missing + slack)
+            if window is None:
+                if not self._steal(missing):
+                    break
+                continue
+            if window.stop - window.start >= missing:
+                pieces.sort()
+            start = window.start
+            for piece in fill_window(pieces, window.stop - window.start):
+                placed.append((piece.offset, start, start + piece.length))
+                start += piece.length
+            self._index.hold(window.start, start, request.prompt)
+            missing -= start - window.start
             self.stats.windows += 1
-            length = window.stop - window.start
-            prompt = min(length, missing)
-            self._reserve(request, window.start, window.start + prompt, request.prompt)
-            if prompt < length:
-                self._reserve(request, window.start + prompt, window.stop, request.growth)
-            missing -= prompt
+            if not pieces and start < window.stop:
+                placed.append((position + count_blocks(sender), start, window.stop))
+                self._index.hold(start, window.stop, request.growth)
+        request.plan.extend((start, stop) for _, start, stop in sorted(placed))
 
     def _slack(self) -> int:
         available = self._index.num_free - self._index.num_held
