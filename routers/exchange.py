@@ -135,18 +135,16 @@ class Exchange:
         return refusal, params
 
     async def _decode(self, params: Body | None, stack: AsyncExitStack) -> Reply:
-        """The decode step; a second try has its own prefill, as the first may have used up the blocks."""
-        first = True
+        """The decode step. A second try uses the hand-off if no server has heard of it, else a new one."""
 
         async def answer(server: Server) -> Reply:
-            nonlocal first, params
-            if not first:
+            nonlocal params
+            if params is not None and self.stage is not Stage.HANDOFF:
                 self.stage = Stage.PREFILL
                 refusal, params = await self._prefill()
                 if refusal is not None:
                     return refusal
                 self.stage = Stage.HANDOFF if params is not None else Stage.DECODE
-            first = False
             return await self._attempt(server, encode_body(decode_body(self._body, params)), stack)
 
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -10,6 +11,8 @@ import aiohttp
 
 from penstock.routers.config import ProxyConfig
 from penstock.routers.pool import Server
+
+log = logging.getLogger("penstock.proxy")
 
 
 async def probe(session: aiohttp.ClientSession, server: Server, config: ProxyConfig) -> None:
@@ -35,16 +38,30 @@ async def watch(session: aiohttp.ClientSession, server: Server, config: ProxyCon
 
     Traffic can ask for a probe before the interval is over; it cannot shorten the backoff.
     """
+    healthy = server.healthy
     while True:
         server.probe_now.clear()
         await probe(session, server, config)
-        if server.healthy:
-            delay = server.probe_delay_s(config.probe_interval_s, config.backoff_base_s, config.backoff_max_s)
+        healthy = _report(server, healthy)
+        if healthy:
             with suppress(TimeoutError):
-                await asyncio.wait_for(server.probe_now.wait(), delay)
-        if not server.healthy:
-            delay = server.probe_delay_s(config.probe_interval_s, config.backoff_base_s, config.backoff_max_s)
-            await asyncio.sleep(delay)
+                await asyncio.wait_for(server.probe_now.wait(), _delay_s(server, config))
+            healthy = _report(server, healthy)
+        if not healthy:
+            await asyncio.sleep(_delay_s(server, config))
+
+
+def _delay_s(server: Server, config: ProxyConfig) -> float:
+    return server.probe_delay_s(config.probe_interval_s, config.backoff_base_s, config.backoff_max_s)
+
+
+def _report(server: Server, was_healthy: bool) -> bool:
+    """Log a change of health; the health."""
+    if server.healthy and not was_healthy:
+        log.info("%s server %s takes requests", server.role, server.url)
+    elif was_healthy and not server.healthy:
+        log.warning("%s server %s is put aside: %s", server.role, server.url, server.last_error)
+    return server.healthy
 
 
 async def probe_all(session: aiohttp.ClientSession, servers: Iterable[Server], config: ProxyConfig) -> None:

@@ -131,6 +131,17 @@ async def test_a_failed_decode_is_tried_once_elsewhere_with_a_new_prefill(fault)
         assert site.metric("retries_total", role="decode") == 1
 
 
+async def test_a_handoff_that_no_server_has_heard_of_is_used_again(caplog: pytest.LogCaptureFixture) -> None:
+    async with running_site(decode=2) as site:
+        await site.decode[0].stop()
+        responses = [await site.complete() for _ in range(3)]
+        assert [response.status for response in responses] == [200] * 3
+        assert len(site.prefill[0].requests) == 3
+        assert site.metric("retries_total", role="decode") >= 1
+        assert site.metric("stranded_handoffs_total", reason="decode_unreachable") == 0
+        await eventually(lambda: f"{site.decode[0].url} is put aside" in caplog.text)
+
+
 def fault_once(fault):
     left = [fault]
 
