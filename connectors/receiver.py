@@ -207,28 +207,28 @@ class Receiver:
             self._reading.append(_Reading(load, transfer, self._clock() + self._config.transfer_timeout_s))
 
     def _poll_transfers(self) -> None:
-        readings, self._reading = self._reading, []
-        for reading in readings:
-            match reading.transfer.poll():
-                case State.DONE if not reading.overdue:
-                    deadline = self._clock() + self._config.transfer_timeout_s
-                    self._ask(_Asking(reading.load, reading.transfer.stats(), deadline))
-                case State.ACTIVE if not self._gave_up(reading):
-                    self._reading.append(reading)
-                case _:
-                    self._forget(reading.load.peer)
-                    timeout = f"did not end within {self._config.transfer_timeout_s:g} s"
-                    reason = timeout if reading.overdue else "failed in the transport"
-                    host, port = reading.load.hand_off.address
-                    self._fail(reading.load, TransferFailedError(f"transfer from {host}:{port} {reason}"))
+        states = [(reading, self._state_of(reading)) for reading in self._reading]
+        self._reading = [reading for reading, state in states if state is State.ACTIVE]
+        for reading, state in states:
+            if state is State.DONE:
+                deadline = self._clock() + self._config.transfer_timeout_s
+                self._ask(_Asking(reading.load, reading.transfer.stats(), deadline))
+            elif state is State.FAILED:
+                self._forget(reading.load.peer)
+                timeout = f"did not end within {self._config.transfer_timeout_s:g} s"
+                reason = timeout if reading.overdue else "failed in the transport"
+                host, port = reading.load.hand_off.address
+                self._fail(reading.load, TransferFailedError(f"transfer from {host}:{port} {reason}"))
 
-    def _gave_up(self, reading: _Reading) -> bool:
-        if self._clock() < reading.deadline:
-            return False
-        if not reading.overdue:
-            logger.warning("FlowKV transfer for %s is overdue; cancelling", reading.load.request_id)
-        reading.overdue = True
-        return reading.transfer.cancel()
+    def _state_of(self, reading: _Reading) -> State:
+        """The transfer's state; an overdue one has failed once it has ended or let itself be cancelled."""
+        state = reading.transfer.poll()
+        if state is State.ACTIVE and self._clock() >= reading.deadline:
+            if not reading.overdue:
+                logger.warning("FlowKV transfer for %s is overdue; cancelling", reading.load.request_id)
+            reading.overdue = True
+            return State.FAILED if reading.transfer.cancel() else State.ACTIVE
+        return State.FAILED if reading.overdue and state is State.DONE else state
 
     def _ask(self, asking: _Asking) -> None:
         hand_off = asking.load.hand_off
