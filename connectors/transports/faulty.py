@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from enum import Enum
+
+import numpy as np
 
 from penstock.connectors.errors import TransferFailedError
 from penstock.connectors.geometry import CacheGeometry, Moves
@@ -21,9 +24,9 @@ class Fault(Enum):
     """What happens to one read."""
 
     POST_FAILS = "post fails"
-    HALF_THEN_FAILS = "half of the descriptors land, then the transfer fails"
+    HALF_THEN_FAILS = "half of the bytes land, then the transfer fails"
     HANGS = "never ends; can be cancelled"
-    HANGS_HARD = "never ends; cancelling succeeds at the third try"
+    HANGS_HARD = "never ends; writes on until cancelling succeeds at the third try"
     FLIPS_A_BYTE = "ends well with one wrong byte"
     DROPS_A_DESCRIPTOR = "ends well without the last descriptor's bytes"
 
@@ -70,12 +73,12 @@ class FaultyTransport:
             case Fault.POST_FAILS:
                 raise TransferFailedError("scripted: post failed")
             case Fault.HALF_THEN_FAILS:
-                self.inner.read(peer, _first(moves, len(moves) // 2))
+                self.inner.read(peer, _half(moves))
                 return _Broken(cancels_needed=0)
             case Fault.HANGS:
                 return _Broken(cancels_needed=1)
             case Fault.HANGS_HARD:
-                return _Broken(cancels_needed=3)
+                return _Broken(cancels_needed=3, write=lambda: self.inner.read(peer, _half(moves)))
             case Fault.FLIPS_A_BYTE:
                 transfer = self.inner.read(peer, moves)
                 byte = ctypes.c_uint8.from_address(int(moves.target[-1]) + int(moves.length[-1]) - 1)
@@ -89,17 +92,29 @@ def _first(moves: Moves, count: int) -> Moves:
     return Moves(moves.source[:count], moves.target[:count], moves.length[:count])
 
 
-class _Broken:
-    """A transfer that fails at once, or hangs until it was cancelled often enough."""
+def _half(moves: Moves) -> Moves:
+    """The first half of the bytes; most transfers are a single descriptor, so descriptors are cut."""
+    before = np.cumsum(moves.length) - moves.length
+    length = np.clip(moves.num_bytes // 2 - before, 0, moves.length)
+    landed = length > 0
+    return Moves(moves.source[landed], moves.target[landed], length[landed])
 
-    def __init__(self, cancels_needed: int) -> None:
+
+class _Broken:
+    """A transfer that fails at once, or hangs until it was cancelled often enough and writes until then."""
+
+    def __init__(self, cancels_needed: int, write: Callable[[], object] = lambda: None) -> None:
         self._cancels_needed = cancels_needed
+        self._write = write
 
     def poll(self) -> State:
         return State.ACTIVE if self._cancels_needed else State.FAILED
 
     def cancel(self) -> bool:
-        self._cancels_needed = max(0, self._cancels_needed - 1)
+        if self._cancels_needed:
+            with suppress(TransferFailedError):
+                self._write()
+            self._cancels_needed -= 1
         return not self._cancels_needed
 
     def stats(self) -> TransferStats:
