@@ -21,7 +21,7 @@ from penstock.connectors.config import FlowKVConfig
 from penstock.connectors.control import Address, Reply
 from penstock.connectors.digest import DramDigester, sampled_positions
 from penstock.connectors.errors import FlowKVError, MessageError, PeerUnreachableError
-from penstock.connectors.geometry import CacheGeometry, LayerPages, strips_of
+from penstock.connectors.geometry import CacheGeometry, LayerPages, Moves, strips_of
 from penstock.connectors.handoff import HandOff, parse_hand_off
 from penstock.connectors.lease import LeaseEnd
 from penstock.connectors.messages import (
@@ -37,7 +37,7 @@ from penstock.connectors.messages import (
 from penstock.connectors.receiver import Load, Outcome, Receiver
 from penstock.connectors.runs import blocks_of, runs_of
 from penstock.connectors.sender import Sender
-from penstock.connectors.transports.base import Transport
+from penstock.connectors.transports.base import State, Transfer, Transport
 from penstock.connectors.transports.faulty import Fault, FaultyTransport
 from penstock.connectors.transports.loopback import LoopbackTransport, Network
 
@@ -132,6 +132,37 @@ def geometry_over(memory: np.ndarray, layout: str, num_blocks: int) -> CacheGeom
         "gaps": LayerPages(LAYERS, PAGE, LAYERS * PAGE + 16, PAGE, offset=8),
     }[layout]
     return CacheGeometry(memory.ctypes.data, memory.nbytes, num_blocks, strips_of([pages]))
+
+
+class Strict:
+    """Holds a transport's user to the contract: connect, read, and disconnect only when nothing is active."""
+
+    def __init__(self, inner: Transport) -> None:
+        self.name, self.inner = inner.name, inner
+        self.register, self.close = inner.register, inner.close
+        self.active: list[tuple[str, Transfer]] = []
+        self.connected: set[str] = set()
+
+    def connect(self, endpoint: bytes) -> str:
+        peer = self.inner.connect(endpoint)
+        self.connected.add(peer)
+        return peer
+
+    def disconnect(self, peer: str) -> None:
+        assert peer in self.connected, "disconnected twice"
+        self._drop_ended()
+        assert peer not in [p for p, _ in self.active], "disconnected while a transfer is active"
+        self.connected.discard(peer)
+        self.inner.disconnect(peer)
+
+    def read(self, peer: str, moves: Moves) -> Transfer:
+        assert peer in self.connected, "read from a peer that is not connected"
+        transfer = self.inner.read(peer, moves)
+        self.active.append((peer, transfer))
+        return transfer
+
+    def _drop_ended(self) -> None:
+        self.active = [(p, t) for p, t in self.active if t.poll() is State.ACTIVE]
 
 
 class Pool:
@@ -261,6 +292,7 @@ class PrefillEngine:
 
     def start(self) -> None:
         """Come up, or come up again: a new process at the same address, with nothing in its memory."""
+        self.alive = True
         self.sender = Sender("prefill", PREFILL, self.site.config, self.site.clock)
         self.sender.use_epochs(self.pool.epochs)
         self.transports = [self.site.loopback(f"prefill-{self.sender.instance}-{r}") for r in self.site.ranks]
@@ -278,6 +310,7 @@ class PrefillEngine:
 
     def die(self) -> None:
         """Kill -9: nothing answers any more, and what was held is gone."""
+        self.alive = False
         del self.site.wire.servers[PREFILL]
         for transport in self.transports:
             transport.close()
@@ -314,7 +347,7 @@ class PrefillEngine:
 
     def sweep(self) -> None:
         """Take back the blocks of ended leases, and hand them to somebody else at once."""
-        ended_leases = self.sender.collect()
+        ended_leases = self.sender.collect() if self.alive else ()
         for ended in ended_leases:
             assert ended.request_id not in self.ends, "a lease ended twice"
             self.ends[ended.request_id] = ended.end
@@ -364,7 +397,9 @@ class DecodeEngine:
             transport = FaultyTransport(site.loopback(f"decode-{rank}"), {})
             transport.register(pool.geometries[rank])
             self.transports.append(transport)
-            self.receivers.append(self._receiver(rank, transport, record_of(pool, site.config, **changes)))
+            self.receivers.append(
+                self._receiver(rank, Strict(transport), record_of(pool, site.config, **changes))
+            )
 
     def script(self, *faults: Fault | None, rank: int = 0) -> None:
         """Let the next reads of one rank suffer ``faults``."""
