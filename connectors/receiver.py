@@ -21,7 +21,7 @@ import numpy as np
 from penstock.connectors.compat import CompatibilityRecord, require_compatible
 from penstock.connectors.config import FlowKVConfig
 from penstock.connectors.control import Address, Reply
-from penstock.connectors.digest import Digester, Digests, sampled_positions
+from penstock.connectors.digest import Digester, sampled_positions
 from penstock.connectors.errors import (
     DigestMismatchError,
     FlowKVError,
@@ -290,7 +290,7 @@ class Receiver:
         load = asking.load
         match answer:
             case Confirmed(digests=digests):
-                error = self._verify(load, np.frombuffer(digests, dtype="<u8"))
+                error = self._verify(load, digests)
                 self._outcomes.append(Outcome(load, error, asking.stats))
             case NotYet() if self._clock() < asking.deadline:
                 self._ask_at.append((self._clock() + ASK_AGAIN_S, asking))
@@ -304,12 +304,15 @@ class Receiver:
             case _:
                 self._fail(load, TransferFailedError(f"unexpected answer {type(answer).__name__}"))
 
-    def _verify(self, load: Load, theirs: Digests) -> FlowKVError | None:
-        """Compare the sampled blocks that were read; ``theirs`` are of the whole prompt's sampled blocks."""
+    def _verify(self, load: Load, digests: bytes) -> FlowKVError | None:
+        """Compare the sampled blocks that were read; ``digests`` are of the whole prompt's sampled blocks."""
         total = count_blocks(load.hand_off.runs)
         positions = sampled_positions(total, self._config.digest)
-        if len(theirs) != len(positions):
-            return DigestMismatchError(f"the sender hashed {len(theirs)} blocks instead of {len(positions)}")
+        if len(digests) != 8 * len(positions):
+            return DigestMismatchError(
+                f"the sender sent {len(digests)} bytes of digests for {len(positions)} blocks of 8 bytes each"
+            )
+        theirs = np.frombuffer(digests, dtype="<u8")
         targets = load.target_blocks
         checked = [(i, p - load.first) for i, p in enumerate(positions) if 0 <= p - load.first < len(targets)]
         if not checked:
