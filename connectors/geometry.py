@@ -10,7 +10,7 @@ kernels of vLLM store K transposed, and nothing here needs to know.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -20,6 +20,9 @@ from penstock.connectors.runs import JointRun
 
 MemoryKind = Literal["DRAM", "VRAM"]
 Int64Array = npt.NDArray[np.int64]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 61)]
+"""An address or a size: sums of a few stay within int64. Checked where a geometry comes off the wire."""
+MAX_STRIPS = 4096
 
 
 class LayerPages(msgspec.Struct, frozen=True):
@@ -38,9 +41,9 @@ class LayerPages(msgspec.Struct, frozen=True):
 class Strip(msgspec.Struct, frozen=True, order=True):
     """One piece of ``width`` bytes a block, ``stride`` bytes apart, the first at ``offset``."""
 
-    offset: int
-    width: int
-    stride: int
+    offset: Bytes
+    width: Bytes
+    stride: Bytes
 
     @property
     def is_dense(self) -> bool:
@@ -80,11 +83,11 @@ def strips_of(pages: Iterable[LayerPages]) -> tuple[Strip, ...]:
 class CacheGeometry(msgspec.Struct, frozen=True):
     """One rank's KV cache in its own address space."""
 
-    base_address: int
-    size: int
+    base_address: Bytes
+    size: Bytes
     """Bytes in the allocation."""
-    num_blocks: int
-    strips: tuple[Strip, ...]
+    num_blocks: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+    strips: Annotated[tuple[Strip, ...], msgspec.Meta(min_length=1, max_length=MAX_STRIPS)]
     memory: MemoryKind = "DRAM"
     device: int = 0
 
