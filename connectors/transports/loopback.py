@@ -43,7 +43,10 @@ class LoopbackTransport:
 
     def connect(self, endpoint: bytes) -> str:
         """Look the peer up."""
-        name = msgspec.msgpack.decode(endpoint, type=_Endpoint).name
+        try:
+            name = msgspec.msgpack.decode(endpoint, type=_Endpoint).name
+        except msgspec.DecodeError as error:
+            raise TransferFailedError(f"not an endpoint of the loopback network: {error}") from error
         if name not in self._network:
             raise TransferFailedError(f"no agent {name} on the loopback network")
         return name
@@ -57,10 +60,10 @@ class LoopbackTransport:
         geometry = self._network.get(peer)
         if geometry is None:
             raise TransferFailedError(f"agent {peer} is gone")
+        offsets = moves.source - geometry.base_address
+        if (offsets < 0).any() or (offsets + moves.length > geometry.size).any():
+            raise TransferFailedError(f"a descriptor leaves the allocation of {peer}")
         for source, target, length in zip(moves.source, moves.target, moves.length, strict=True):
-            offset = int(source) - geometry.base_address
-            if not 0 <= offset <= geometry.size - int(length):
-                raise TransferFailedError(f"byte {offset} of {peer} is outside its allocation")
             ctypes.memmove(int(target), int(source), int(length))
         elapsed = time.perf_counter() - started
         return LoopbackTransfer(TransferStats(len(moves), moves.num_bytes, elapsed, elapsed))
