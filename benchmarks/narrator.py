@@ -29,7 +29,7 @@ class Narrator:
                 status.update(f"{what}: {text}")
                 if not self._console.is_terminal and self._clock() - shown >= LINE_EVERY_S:
                     shown = self._clock()
-                    self._console.print(f"{what}: {text}", highlight=False)
+                    self._console.print(f"{what}: {text}", highlight=False, soft_wrap=True)
 
             yield tell
-        self._console.print(f"{what}: done in {self._clock() - begin:.1f} s", highlight=False)
+        self._console.print(f"{what}: done in {self._clock() - begin:.1f} s", highlight=False, soft_wrap=True)
