@@ -6,8 +6,8 @@ only, so it is shown a tree of links in which the folders stand where their impo
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +18,12 @@ ROOMS = ("schedulers", "connectors", "routers", "plugins", "patches", "benchmark
 
 
 def link_rooms() -> None:
-    """Make the tree of links anew."""
-    shutil.rmtree(LINKS, ignore_errors=True)
+    """Make the links that are missing. Links that stand stay, since another run may be reading through them."""
     package = LINKS / "penstock"
-    package.mkdir(parents=True)
+    package.mkdir(parents=True, exist_ok=True)
     for room in ROOMS:
-        (package / room).symlink_to(ROOT / room, target_is_directory=True)
+        with contextlib.suppress(FileExistsError):
+            (package / room).symlink_to(ROOT / room, target_is_directory=True)
 
 
 def main() -> int:
