@@ -18,7 +18,7 @@ ROOMS = ("schedulers", "connectors", "routers", "plugins", "patches", "benchmark
 
 
 def link_rooms() -> None:
-    """Make the links that are missing. Links that stand stay, since another run may be reading through them."""
+    """Make the links that are missing; those that stand stay, since another run may be using them."""
     package = LINKS / "penstock"
     package.mkdir(parents=True, exist_ok=True)
     for room in ROOMS:
