@@ -107,6 +107,7 @@ class _Peer:
 @dataclass(slots=True)
 class _Reading:
     load: Load
+    peer_name: str
     transfer: Transfer
     deadline: float
     overdue: bool = False
@@ -153,6 +154,7 @@ class Receiver:
         self._config = config
         self._clock = clock
         self._peers: dict[PeerKey, _Peer] = {}
+        self._leaving: set[str] = set()
         self._reading: list[_Reading] = []
         self._asking: dict[int, _Asking] = {}
         self._ask_at: list[tuple[float, _Asking]] = []
@@ -186,6 +188,8 @@ class Receiver:
             self._on_reply(reply)
         self._poll_transfers()
         self._ask_again()
+        if self._leaving:
+            self._disconnect_idle()
 
     def outcomes(self) -> list[Outcome]:
         """Loads that ended since the last call."""
@@ -204,15 +208,14 @@ class Receiver:
             self._forget(load.peer)
             self._fail(load, error)
         else:
-            self._reading.append(_Reading(load, transfer, self._clock() + self._config.transfer_timeout_s))
+            self._reading.append(_Reading(load, peer.name, transfer, self._deadline()))
 
     def _poll_transfers(self) -> None:
         states = [(reading, self._state_of(reading)) for reading in self._reading]
         self._reading = [reading for reading, state in states if state is State.ACTIVE]
         for reading, state in states:
             if state is State.DONE:
-                deadline = self._clock() + self._config.transfer_timeout_s
-                self._ask(_Asking(reading.load, reading.transfer.stats(), deadline))
+                self._ask(_Asking(reading.load, reading.transfer.stats(), self._deadline()))
             elif state is State.FAILED:
                 self._forget(reading.load.peer)
                 timeout = f"did not end within {self._config.transfer_timeout_s:g} s"
@@ -260,6 +263,8 @@ class Receiver:
             for load in waiting:
                 self._fail(load, error)
         else:
+            for other in [k for k in self._peers if k[:2] == key[:2] and k != key]:
+                self._forget(other)  # the address has one owner: earlier instances are dead
             for load in waiting:
                 self.submit(load)
 
@@ -329,11 +334,23 @@ class Receiver:
     def _fail(self, load: Load, error: FlowKVError) -> None:
         self._outcomes.append(Outcome(load, error))
 
+    def _deadline(self) -> float:
+        return self._clock() + self._config.transfer_timeout_s
+
     def _forget(self, key: PeerKey) -> None:
         """Shake hands anew before the next load; transfers under way keep their connection."""
         peer = self._peers.get(key)
-        if peer is None or peer.geometry is None:
-            return
-        del self._peers[key]
-        if not any(reading.load.peer == key for reading in self._reading):
-            self._transport.disconnect(peer.name)
+        if peer is not None and peer.geometry is not None:
+            del self._peers[key]
+            self._leaving.add(peer.name)
+
+    def _disconnect_idle(self) -> None:
+        """Disconnect from forgotten peers whose last transfer has ended, unless hands were shaken again."""
+        self._leaving -= {peer.name for peer in self._peers.values()}
+        idle = self._leaving - {reading.peer_name for reading in self._reading}
+        self._leaving -= idle
+        for name in idle:
+            try:
+                self._transport.disconnect(name)
+            except TransferFailedError as error:
+                logger.warning("FlowKV: %s", error)
