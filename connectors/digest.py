@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -22,14 +23,45 @@ SAMPLE_EVERY = 16
 """In ``sampled`` mode one block in this many is hashed, and always the last one."""
 
 
+class Pending(Protocol):
+    """Digests that may still be computed."""
+
+    def ready(self) -> bool:
+        """True once ``result`` returns at once."""
+        ...
+
+    def result(self) -> Digests:
+        """One digest a block; waits where it must."""
+        ...
+
+
 class Digester(Protocol):
     """Hashes blocks of one rank's KV cache."""
 
     algorithm: str
 
+    def begin(self, blocks: Sequence[int]) -> Pending:
+        """Hash the blocks as the work queued so far leaves them; returns without waiting for a device."""
+        ...
+
     def digests(self, blocks: Sequence[int]) -> Digests:
         """One digest a block, in the order given; shape (len(blocks),)."""
         ...
+
+
+@dataclass(slots=True, frozen=True)
+class Ready:
+    """Digests that are known."""
+
+    digests: Digests
+
+    def ready(self) -> bool:
+        """Always."""
+        return True
+
+    def result(self) -> Digests:
+        """The digests."""
+        return self.digests
 
 
 class DramDigester:
@@ -42,6 +74,10 @@ class DramDigester:
         self._memory = memoryview((ctypes.c_uint8 * geometry.size).from_address(geometry.base_address)).cast(
             "B"
         )
+
+    def begin(self, blocks: Sequence[int]) -> Ready:
+        """Hash at once."""
+        return Ready(self.digests(blocks))
 
     def digests(self, blocks: Sequence[int]) -> Digests:
         """One digest a block; reads ``block_bytes`` a block."""

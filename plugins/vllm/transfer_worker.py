@@ -11,7 +11,6 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from penstock.connectors.config import FlowKVConfig
 from penstock.connectors.control import ControlClient
 from penstock.connectors.digest import DramDigester, sampled_positions
-from penstock.connectors.errors import IncompatibleError
 from penstock.connectors.messages import Welcome
 from penstock.connectors.receiver import Outcome, Receiver
 from penstock.connectors.receiver_thread import ReceiverThread
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from penstock.connectors.digest import Digester
+    from penstock.connectors.digest import Digester, Pending
     from penstock.connectors.geometry import CacheGeometry
 
 logger = logging.getLogger(__name__)
@@ -49,6 +48,7 @@ class TransferWorker:
         self._welcome: Welcome | None = None
         self._digester: Digester | None = None
         self._receiver: ReceiverThread | None = None
+        self._hashing: dict[str, Pending] = {}
         self._reported = WorkerMetadata()
         self._invalid_blocks: set[int] = set()
         self._stats = TransferStatsData()
@@ -57,7 +57,7 @@ class TransferWorker:
         """Register the whole allocation with the transport; the engine may serve peers from now on."""
         config = self._config
         geometry = geometry_of(self._kv_cache_config, kv_caches)
-        self._digester = _digester(geometry)
+        self._digester = _digester(geometry, kv_caches)
         digest = "off" if config.digest == "off" else f"{self._digester.algorithm} {config.digest}"
         record = record_of(self._vllm_config, self._kv_cache_config, geometry, digest)
         transport = make_transport(config, f"{self._engine_id}-{self._rank}")
@@ -101,8 +101,7 @@ class TransferWorker:
         for request_id, blocks in step.to_digest.items():
             assert self._digester is not None
             positions = sampled_positions(len(blocks), self._config.digest)
-            digests = self._digester.digests([blocks[i] for i in positions])
-            self._reported.digests[request_id] = {self._rank: digests.tobytes()}
+            self._hashing[request_id] = self._digester.begin([blocks[i] for i in positions])
 
     def finished(self, step: StepMetadata) -> tuple[set[str], set[str]]:
         """Requests whose sending, and whose receiving, has ended; failed ones are among the latter."""
@@ -122,6 +121,9 @@ class TransferWorker:
 
     def take_reported(self) -> WorkerMetadata | None:
         """Digests and failures for the scheduler half."""
+        for request_id in [r for r, pending in self._hashing.items() if pending.ready()]:
+            digests = self._hashing.pop(request_id).result()
+            self._reported.digests[request_id] = {self._rank: digests.astype("<u8").tobytes()}
         if not self._reported.digests and not self._reported.failed:
             return None
         reported, self._reported = self._reported, WorkerMetadata()
@@ -154,7 +156,14 @@ class TransferWorker:
         self._stats.add_failure(kind)
 
 
-def _digester(geometry: CacheGeometry) -> Digester:
+def _digester(geometry: CacheGeometry, kv_caches: Mapping[str, torch.Tensor]) -> Digester:
     if geometry.memory == "DRAM":
         return DramDigester(geometry)
-    raise IncompatibleError('digests of device memory are not available: set "digest": "off"')
+    import torch
+
+    from penstock.kernels.block_digest import WORD_BYTES, DeviceDigester
+
+    first = next(iter(kv_caches.values()))
+    words = torch.empty(0, dtype=torch.int64, device=first.device)
+    words.set_(first.untyped_storage(), 0, (geometry.size // WORD_BYTES,), (1,))
+    return DeviceDigester(words, [(s.offset, s.width, s.stride) for s in geometry.strips])
