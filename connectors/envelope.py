@@ -21,15 +21,15 @@ from penstock.connectors.errors import MessageError
 WINDOW_S = 60.0
 """Largest accepted difference between two hosts' clocks, and the time for which nonces are remembered."""
 
-Nonce = Annotated[bytes, msgspec.Meta(max_length=16)]
+Nonce = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 
 
-class Frame(msgspec.Struct, frozen=True, array_like=True):
+class Frame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One message on the wire."""
 
     sent_s: float
     nonce: Nonce
-    answers: Nonce
+    answers: Annotated[bytes, msgspec.Meta(max_length=16)]
     body: bytes
     proof: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
 
@@ -60,13 +60,15 @@ class Seal:
         """Check a frame that asks something; the same one is refused a second time.
 
         Raises:
-            MessageError: malformed, unsigned, altered, replayed, or outside the time window.
+            MessageError: malformed, an answer, unsigned, altered, replayed, or outside the time window.
         """
         frame = self._open(data)
+        if frame.answers:
+            raise MessageError("message is an answer where a question is expected")
         if self._key is None:
             return frame
         now = self._wall_clock()
-        if abs(now - frame.sent_s) > WINDOW_S:
+        if not abs(now - frame.sent_s) <= WINDOW_S:  # refuses NaN too
             raise MessageError(
                 f"message is {now - frame.sent_s:.0f} s old; at most {WINDOW_S:.0f} s are allowed"
             )
@@ -91,7 +93,7 @@ class Seal:
     def _open(self, data: bytes) -> Frame:
         try:
             frame = _decoder.decode(data)
-        except (msgspec.DecodeError, ValueError) as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise MessageError(f"malformed frame: {error}") from error
         if self._key is not None and not hmac.compare_digest(frame.proof, self._proof(frame)):
             raise MessageError("message is unsigned or was altered")
