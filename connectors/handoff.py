@@ -19,7 +19,7 @@ from penstock.connectors.runs import Run, count_blocks
 
 MAX_RUNS = 1 << 17
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
-Hex = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+Hex = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 
 
 class HandOff(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +27,7 @@ class HandOff(msgspec.Struct, frozen=True, kw_only=True):
 
     remote_engine_id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     remote_request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
-    remote_host: Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9._:\-]+$")]
+    remote_host: Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"\A[A-Za-z0-9._:\-]+\Z")]
     remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     remote_instance: Hex
     """Identity of the prefill process; a restarted server has a new one."""
@@ -68,7 +68,7 @@ def parse_hand_off(params: Mapping[str, Any]) -> HandOff:
     """
     try:
         hand_off = msgspec.convert(dict(params), HandOff, strict=True)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter for a lone surrogate
         raise HandOffError(f"kv_transfer_params: {error}") from error
     expected = -(-hand_off.remote_num_tokens // hand_off.block_size)
     if (given := count_blocks(hand_off.runs)) != expected:

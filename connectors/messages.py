@@ -15,7 +15,7 @@ MAX_ANSWER_BYTES = 64 << 20
 MAX_LEASES = 4096
 
 M = TypeVar("M")
-LeaseId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+LeaseId = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 LeaseIds = Annotated[list[LeaseId], msgspec.Meta(max_length=MAX_LEASES)]
 Rank = Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
 Reason = Annotated[str, msgspec.Meta(max_length=1024)]
