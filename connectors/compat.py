@@ -14,8 +14,11 @@ PROTOCOL = 1
 Name = Annotated[str, msgspec.Meta(max_length=512)]
 
 
-class CompatibilityRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Compared field by field at the handshake; every field must be equal."""
+class CompatibilityRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Compared field by field at the handshake; every field must be equal.
+
+    Fields of a later protocol are skipped, so that the two ``protocol`` numbers still meet and are named.
+    """
 
     protocol: int = PROTOCOL
     engine: Name

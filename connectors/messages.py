@@ -1,4 +1,8 @@
-"""Messages of the control channel between a decode server (asks) and a prefill server (answers)."""
+"""Messages of the control channel between a decode server (asks) and a prefill server (answers).
+
+The two that carry a compatibility record skip fields of later versions, so that the record can be compared;
+the others refuse them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ Rank = Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
 Reason = Annotated[str, msgspec.Meta(max_length=1024)]
 
 
-class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hello"):
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """A receiving rank introduces itself to the sending rank of the same number."""
 
     rank: Rank
@@ -48,7 +52,7 @@ class Release(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="rele
     reason: Reason = ""
 
 
-class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="welcome"):
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     """The sending rank's memory and how to reach it."""
 
     instance: LeaseId
