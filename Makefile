@@ -6,7 +6,7 @@ VENV   ?= .venv
 MODEL  ?=
 ARGS   ?=
 ENGINE ?= auto
-PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
 BIN := $(VENV)/bin
