@@ -165,7 +165,7 @@ def demo(
     except KeyboardInterrupt:
         console.print(f"interrupted; logs: {folder}")
         sys.exit(130)
-    report.show(console, title="the same requests through each setup")
+    report.show(console, title="the same requests through each setup", across="setup")
     if json_file is not None:
         report.write_json(json_file)
     if not report.holds:

@@ -89,25 +89,46 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
 
-    def show(self, console: Console, *, title: str | None = None) -> None:
-        """Print the environment, the rows and the claims."""
-        console.print(rows_table(self.rows, title=title or self.bench))
+    def show(self, console: Console, *, title: str | None = None, across: str | None = None) -> None:
+        """Print the rows, the claims and the environment.
+
+        With ``across``, each row becomes a column that is headed by its value of that key: better where rows
+        are few and keys are many.
+        """
+        table = rows_table(self.rows) if across is None else across_table(self.rows, across)
+        table.title, table.title_justify = title or self.bench, "left"
+        console.print(table)
         if self.claims:
             console.print(_claims_table(self.claims))
         found = msgspec.structs.asdict(self.environment)
         console.print(", ".join(f"{key} {value}" for key, value in found.items() if value), style="dim")
 
 
-def rows_table(rows: Sequence[Row], *, title: str | None = None) -> Table:
+def rows_table(rows: Sequence[Row]) -> Table:
     """A table with one column for each key, in the order of first appearance."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=title, title_justify="left")
+    columns = _keys(rows)
+    table = Table()
     for column in columns:
         numeric = all(isinstance(row.get(column), int | float | None) for row in rows)
         table.add_column(column, justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*(format_cell(row.get(column)) for column in columns))
     return table
+
+
+def across_table(rows: Sequence[Row], key: str) -> Table:
+    """A table with one column for each row, and one line for each other key."""
+    table = Table(key)
+    for row in rows:
+        table.add_column(format_cell(row.get(key)), justify="right")
+    for name in _keys(rows):
+        if name != key:
+            table.add_row(name, *(format_cell(row.get(name)) for row in rows))
+    return table
+
+
+def _keys(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def format_cell(value: Cell) -> str:

@@ -57,9 +57,10 @@ def test_json_has_the_promised_keys(report, tmp_path):
     assert written["environment"]["cores"] >= 1
 
 
-def test_the_table_shows_every_row_and_claim(report):
+@pytest.mark.parametrize("across", [None, "setup"])
+def test_the_table_shows_every_row_and_claim(report, across):
     text = io.StringIO()
-    report.show(Console(file=text, width=200))
+    report.show(Console(file=text, width=200), across=across)
     shown = text.getvalue()
     for piece in ("stock", "ours", "102", "1.5", "median runs", "<= 2", "cut", ">= 20", "seed 7"):
         assert piece in shown
