@@ -217,16 +217,25 @@ class ControlClient:
         return self._sockets[address]
 
     def _receive(self, socket: zmq.Socket[bytes]) -> list[Reply]:
+        """What has come, at most a queue full, so that a peer that floods cannot hold the caller."""
         replies: list[Reply] = []
-        while True:
+        for _ in range(QUEUE):
             try:
                 data = socket.recv(zmq.NOBLOCK)
             except zmq.Again:
-                return replies
+                break
             try:
                 frame = self._seal.open_answer(data)
-                asked = self._asked.pop(frame.answers, None)
-                if asked is not None:
-                    replies.append(Reply(asked.ticket, decode_answer(frame.body)))
             except MessageError as error:
                 logger.warning("FlowKV refused an answer: %s", error)
+                continue
+            if asked := self._asked.pop(frame.answers, None):
+                replies.append(Reply(asked.ticket, self._parsed(frame.body)))
+        return replies
+
+    @staticmethod
+    def _parsed(body: bytes) -> Answer | FlowKVError:
+        try:
+            return decode_answer(body)
+        except MessageError as error:
+            return error
