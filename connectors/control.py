@@ -73,9 +73,9 @@ class ControlServer:
         endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.port = int(endpoint.rsplit(":", 1)[1])
         self.refused_messages = 0
-        self._wake_name = f"inproc://close-{id(self)}"
-        self._wake = self._context.socket(zmq.PAIR)
-        self._wake.bind(self._wake_name)
+        self._wake, self._stop = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
+        self._wake.bind("inproc://stop")
+        self._stop.connect("inproc://stop")
         self._thread: threading.Thread | None = None
 
     def start(self, answer: Callable[[Question], Answer]) -> None:
@@ -87,22 +87,19 @@ class ControlServer:
 
     def close(self) -> None:
         """Stop answering and free the port."""
-        if self._thread is not None:
-            self._wake.send(b"")
+        if self._thread is not None and not self._context.closed:
+            self._wake.send(b"", zmq.NOBLOCK)
             self._thread.join()
         self._context.destroy(linger=0)
 
     def _serve(self) -> None:
-        stop = self._context.socket(zmq.PAIR)
-        stop.connect(self._wake_name)
         poller = zmq.Poller()
-        poller.register(stop, zmq.POLLIN)
+        poller.register(self._stop, zmq.POLLIN)
         poller.register(self._socket, zmq.POLLIN)
-        while stop not in dict(poller.poll()):
+        while self._stop not in dict(poller.poll()):
             parts = self._socket.recv_multipart()
             if len(parts) == 2:
                 self._reply(*parts)
-        stop.close(0)
 
     def _reply(self, peer: bytes, data: bytes) -> None:
         try:
