@@ -105,19 +105,24 @@ class ControlServer:
         try:
             frame = self._seal.open_question(data)
         except MessageError as error:
-            self.refused_messages += 1
-            logger.warning("FlowKV refused a control message: %s", error)
+            self._refuse(error)
             return
         try:
             answer = self._answer(decode_question(frame.body))
         except MessageError as error:
-            self.refused_messages += 1
+            self._refuse(error)
             answer = Refused(str(error)[:1024])
         sealed, _ = self._seal.seal(encode(answer), answers=frame.nonce)
         try:
             self._socket.send_multipart([peer, sealed], zmq.NOBLOCK)
         except zmq.Again:
             logger.warning("FlowKV dropped an answer to a peer that does not read")
+
+    def _refuse(self, error: MessageError) -> None:
+        """Count; log the first, the second, the fourth, the eighth ..."""
+        self.refused_messages += 1
+        if self.refused_messages.bit_count() == 1:
+            logger.warning("FlowKV refused a control message (%d so far): %s", self.refused_messages, error)
 
 
 @dataclass(slots=True, frozen=True)
