@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import zmq
 
-from penstock.connectors.envelope import Seal
+from penstock.connectors.envelope import WINDOW_S, Seal
 from penstock.connectors.errors import FlowKVError, MessageError, PeerUnreachableError
 from penstock.connectors.messages import (
     MAX_ANSWER_BYTES,
@@ -188,7 +188,10 @@ class ControlClient:
         for nonce, asked in [(n, a) for n, a in self._asked.items() if now >= a.deadline]:
             del self._asked[nonce]
             where = f"{asked.address[0]}:{asked.address[1]}"
-            reason = f"no answer from {where} within {self._timeout_s:g} s"
+            reason = (
+                f"no answer from {where} within {self._timeout_s:g} s: it is down, "
+                f"its shared_key differs, or its clock is more than {WINDOW_S:g} s off"
+            )
             replies.append(Reply(asked.ticket, PeerUnreachableError(reason)))
             self.forget(asked.address)
         return replies
