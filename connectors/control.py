@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 FRAME_OVERHEAD_BYTES = 256
 QUEUE = 1000
+KEPT_CONNECTIONS = 256
+"""Connections that a client keeps open; beyond, the oldest from which no answer is awaited are dropped."""
 Address = tuple[str, int]
 
 
@@ -211,6 +213,8 @@ class ControlClient:
 
     def _socket(self, address: Address) -> zmq.Socket[bytes]:
         if address not in self._sockets:
+            for old in list(self._sockets)[: len(self._sockets) + 1 - KEPT_CONNECTIONS]:
+                self.forget(old)
             socket = self._context.socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.IPV6, ":" in address[0])
