@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 FRAME_OVERHEAD_BYTES = 256
 QUEUE = 1000
+UNREAD_QUESTIONS = 100
+"""Questions of one connection that wait in memory; a peer that asks more waits in TCP."""
 KEPT_CONNECTIONS = 256
 """Connections that a client keeps open; beyond, the oldest from which no answer is awaited are dropped."""
 Address = tuple[str, int]
@@ -64,7 +66,8 @@ class ControlServer:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.IPV6, ":" in bind[0])
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_QUESTION_BYTES + FRAME_OVERHEAD_BYTES)
-        self._socket.set_hwm(QUEUE)
+        self._socket.setsockopt(zmq.SNDHWM, QUEUE)
+        self._socket.setsockopt(zmq.RCVHWM, UNREAD_QUESTIONS)
         try:
             self._socket.bind(_url(bind))
         except zmq.ZMQError as error:
