@@ -14,8 +14,9 @@ from penstock.connectors.compat import CompatibilityRecord, Mismatch
 from penstock.connectors.errors import MessageError
 from penstock.connectors.geometry import CacheGeometry
 
-MAX_QUESTION_BYTES = 1 << 20
+MAX_QUESTION_BYTES = 1 << 18
 MAX_ANSWER_BYTES = 64 << 20
+MAX_ENDPOINT_BYTES = 1 << 20
 MAX_LEASES = 4096
 
 M = TypeVar("M")
@@ -59,7 +60,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     record: CompatibilityRecord
     geometry: CacheGeometry
     transport: Annotated[str, msgspec.Meta(max_length=64)]
-    endpoint: Annotated[bytes, msgspec.Meta(max_length=MAX_QUESTION_BYTES)]
+    endpoint: Annotated[bytes, msgspec.Meta(max_length=MAX_ENDPOINT_BYTES)]
 
 
 class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refused"):
