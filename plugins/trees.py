@@ -10,7 +10,7 @@ import textwrap
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,22 @@ class SourceTree:
 
     root: Path
     _parsed: dict[str, ast.Module | None] = field(default_factory=dict)
+    _found: dict[tuple[str, tuple[str, ...]], Definition | None] = field(default_factory=dict)
 
     def lookup(self, module: str, path: tuple[str, ...]) -> Definition | None:
         """The definition of a name, or None where it does not exist."""
+        key = (module, path)
+        if key not in self._found:
+            self._found[key] = self._find(module, path)
+        return self._found[key]
+
+    def _find(self, module: str, path: tuple[str, ...]) -> Definition | None:
         scope: ast.AST | None = self.parse(module)
         for name in path[:-1]:
             scope = _member(scope, name)
         found = _member(scope, path[-1])
         if isinstance(found, Function) and not _is_property(found):
-            return Definition(of_node(found), partial(fingerprint, found))
+            return Definition(of_node(found), cache(partial(fingerprint, found)))
         if found is not None:
             return Definition()
         if isinstance(scope, ast.ClassDef) and holds_self_attribute(scope, path[-1]):

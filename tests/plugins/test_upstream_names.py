@@ -1,0 +1,109 @@
+"""The declared seams are the ones that the adapter really uses, and the installed vLLM has them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from penstock import patches, plugins
+from penstock.plugins.doctor_report import examine
+from penstock.plugins.signatures import Definition
+from penstock.plugins.trees import SourceTree, installed_tree
+from penstock.plugins.vllm.features import FEATURES
+from penstock.plugins.vllm.flowkv_seams import CONNECTOR
+
+BASE = ("vllm.distributed.kv_transfer.kv_connector.v1.base", ("KVConnectorBase_V1",))
+FOLDERS = [Path(plugins.__path__[0]) / "vllm", Path(patches.__path__[0]) / "vllm"]
+
+
+@pytest.fixture(scope="module")
+def source() -> SourceTree:
+    tree = installed_tree("vllm")
+    if tree is None:
+        pytest.skip("needs an installed vLLM")
+    return tree
+
+
+class Renamed:
+    """A tree in which one name is gone."""
+
+    def __init__(self, tree: SourceTree, name: str) -> None:
+        self.tree, self.name = tree, name
+
+    def lookup(self, module: str, path: tuple[str, ...]) -> Definition | None:
+        return None if f"{module}:{'.'.join(path)}" == self.name else self.tree.lookup(module, path)
+
+
+SEAMS = sorted(
+    {(seam.name, seam.optional) for feature in FEATURES.values() for seam in feature.all_seams()},
+)
+
+
+@pytest.mark.parametrize(("name", "optional"), [seam for seam in SEAMS if seam[0].startswith("vllm")])
+def test_renaming_one_symbol_turns_exactly_one_feature_off(source, name, optional):
+    states = {
+        feature.name: examine(feature, Renamed(source, name))
+        for feature in FEATURES.values()
+        if feature.name != "repackaged-version"
+    }
+    off = {name: report.moved for name, report in states.items() if report.state == "off"}
+    if optional:
+        assert off == {}
+    else:
+        ((moved,),) = off.values()
+        assert moved.startswith(name)
+
+
+def test_every_hook_that_the_connector_overrides_is_a_seam(source):
+    ours = SourceTree(Path(plugins.__path__[0]).parent)
+    module = ours.parse("plugins.vllm.connector")
+    assert module is not None
+    (connector,) = [n for n in module.body if isinstance(n, ast.ClassDef) and n.name == "FlowKVConnector"]
+    methods = {node.name for node in connector.body if isinstance(node, ast.FunctionDef)}
+    upstream = {name for name in methods if source.lookup(BASE[0], (*BASE[1], name)) is not None}
+    declared = {seam.name.rpartition(".")[2] for seam in CONNECTOR if "KVConnectorBase_V1" in seam.name}
+    assert upstream - declared == set()
+
+
+def test_every_abstract_hook_is_overridden(source):
+    module = source.parse(BASE[0])
+    assert module is not None
+    (base,) = [n for n in module.body if isinstance(n, ast.ClassDef) and n.name == BASE[1][0]]
+    abstract = {
+        node.name
+        for node in base.body
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(d, ast.Name) and d.id == "abstractmethod" for d in node.decorator_list)
+    }
+    declared = {seam.name.rpartition(".")[2] for seam in CONNECTOR}
+    assert abstract
+    assert abstract - declared == set()
+
+
+def imported(file: Path) -> Iterator[tuple[str, str]]:
+    """Names that a file imports from vLLM and cannot do without."""
+    tree = ast.parse(file.read_text())
+    guarded = {
+        id(node) for attempt in ast.walk(tree) if isinstance(attempt, ast.Try) for node in attempt.body
+    }
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and (node.module or "").startswith("vllm.")
+            and id(node) not in guarded
+        ):
+            yield from ((str(node.module), alias.name) for alias in node.names)
+
+
+def test_every_imported_name_exists(source):
+    names = {name for folder in FOLDERS for file in folder.glob("*.py") for name in imported(file)}
+    assert len(names) > 10
+    missing = {
+        f"{module}.{name}"
+        for module, name in names
+        if source.lookup(module, (name,)) is None and source.parse(f"{module}.{name}") is None
+    }
+    assert missing == set()
