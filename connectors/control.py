@@ -216,7 +216,7 @@ class ControlClient:
 
     def _socket(self, address: Address) -> zmq.Socket[bytes]:
         if address not in self._sockets:
-            for old in list(self._sockets)[: len(self._sockets) + 1 - KEPT_CONNECTIONS]:
+            for old in list(self._sockets)[: max(0, len(self._sockets) + 1 - KEPT_CONNECTIONS)]:
                 self.forget(old)
             socket = self._context.socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, 0)
