@@ -10,8 +10,8 @@ from typing import Literal
 
 Role = Literal["prefill", "decode"]
 
-PROBE_FAILURES_TOLERATED = 1
-"""A busy server may answer one probe late; two in a row mean that it is not well."""
+PROBE_FAILURES_TOLERATED = 2
+"""A busy server may answer probes late; three failures in a row mean that it is not well."""
 
 
 @dataclass(slots=True, eq=False)

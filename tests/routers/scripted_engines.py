@@ -18,7 +18,7 @@ from penstock.routers.config import ProxyConfig
 Body = dict[str, Any]
 Behaviour = Callable[["EngineServer", web.Request, Body], Awaitable[web.StreamResponse]]
 
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 
 
 async def eventually(condition: Callable[[], bool]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted_engines import Site, answer_with, completion, running_site
+from scripted_engines import PATIENCE_S, Site, answer_with, completion, running_site
 
 JSON = {"Content-Type": "application/json"}
 
@@ -97,7 +97,7 @@ async def test_a_body_that_never_arrives() -> None:
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b"Content-Length: 100\r\n\r\n{"
         )
-        answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE_S)
         assert answer.startswith(b"HTTP/1.1 408")
         writer.close()
 

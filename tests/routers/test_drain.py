@@ -53,7 +53,7 @@ async def running_process(*options: str) -> AsyncIterator[Process]:
     )
     try:
         assert process.stdout is not None
-        async with asyncio.timeout(3 * PATIENCE_S):
+        async with asyncio.timeout(2 * PATIENCE_S):
             line = (await process.stdout.readline()).decode()
         yield Process(process, line.split()[-1], prefill, decode)
     finally:

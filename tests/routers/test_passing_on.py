@@ -7,6 +7,7 @@ import asyncio
 import openai
 import pytest
 from scripted_engines import (
+    PATIENCE_S,
     EngineServer,
     Site,
     answer_with,
@@ -153,7 +154,7 @@ async def test_streamed_answer_is_passed_on_byte_for_byte(site: Site) -> None:
 async def test_each_event_arrives_before_the_next_is_made(site: Site) -> None:
     site.decode[0].script = [stream_then(1, hang)]
     response = await site.complete(stream=True)
-    first = await asyncio.wait_for(response.content.readuntil(b"\n\n"), 5)
+    first = await asyncio.wait_for(response.content.readuntil(b"\n\n"), PATIENCE_S)
     assert b"hello/None/0" in first
     assert not site.decode[0].release.is_set()
     site.decode[0].release.set()
@@ -179,7 +180,7 @@ async def test_a_client_that_does_not_read_holds_the_decode_server_back(site: Si
     site.decode[0].script = [endless]
     response = await site.complete(stream=True)
     before = -1
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while written != before:
             before = written
             await asyncio.sleep(0.2)

@@ -69,11 +69,15 @@ def test_a_server_is_out_until_its_first_good_probe() -> None:
     assert pool.pick() is pool.servers[0]
 
 
-def test_one_late_probe_is_forgiven_and_two_are_not() -> None:
+def test_two_late_probes_are_forgiven_and_a_third_in_a_row_is_not() -> None:
     server = healthy_pool(1).servers[0]
-    server.probe_failed("late")
-    assert server.healthy
-    server.probe_failed("late")
+    for _ in range(3):
+        server.probe_failed("late")
+        server.probe_failed("late")
+        assert server.healthy
+        server.mark_up()
+    for _ in range(3):
+        server.probe_failed("late")
     assert not server.healthy
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted_engines import (
+    PATIENCE_S,
     Site,
     answer_with,
     completion,
@@ -104,7 +105,7 @@ async def test_streamed_prompts_end_once(site: Site) -> None:
 async def test_an_answer_starts_before_the_other_parts_are_ready(site: Site) -> None:
     site.decode[0].script = [stream_then(1, hang), hang]
     response = await site.complete(prompt=["a", "b"], stream=True)
-    first = await asyncio.wait_for(response.content.readuntil(b"\n\n"), 5)
+    first = await asyncio.wait_for(response.content.readuntil(b"\n\n"), PATIENCE_S)
     assert b"/0 " in first
     site.decode[0].release.set()
     assert (await response.content.read()).endswith(b"[DONE]\n\n")
