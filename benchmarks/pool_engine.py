@@ -71,6 +71,7 @@ class Sequence:
 
     request: Request
     abort_at: int
+    row: TraceRequest
     hit_blocks: int = 0
     block_ids: list[int] = field(default_factory=list)
     preempted: bool = False
@@ -83,6 +84,10 @@ class Sequence:
     def new_runs(self) -> list[Run]:
         """Ascending runs over the blocks that were handed out, in token order."""
         return runs_of(self.block_ids[self.hit_blocks :])
+
+    def again(self) -> Sequence:
+        """The same request as another engine gets it: nothing computed yet."""
+        return Sequence(make_request(self.request.request_id, self.row), self.abort_at, self.row)
 
 
 @dataclass(slots=True)
@@ -101,8 +106,8 @@ class Engine:
     """One KV cache manager and the requests that run on it.
 
     ``announce(request_id, blocks, sender_runs)`` is called before a request's first allocation, ``forget``
-    after its end. With ``decodes`` false the engine only prefills and gives each sequence to ``hand_over``,
-    keeping its blocks until ``release``.
+    after its end. With ``on_prefilled`` set, the engine only prefills, gives each sequence away and keeps its
+    blocks until ``release``; ``on_load`` is told of each sequence that came with a sender's runs.
     """
 
     def __init__(
@@ -114,7 +119,6 @@ class Engine:
         most_running: int = 64,
         announce: Callable[[str, int, list[Run]], None] = _nothing,
         forget: Callable[[str], None] = _nothing,
-        hand_over: Callable[[Sequence], None] | None = None,
     ) -> None:
         self.manager = manager
         self.tally = Tally()
@@ -126,7 +130,7 @@ class Engine:
         self._most_running = most_running
         self._announce = announce
         self._forget = forget
-        self._hand_over = hand_over
+        self.on_prefilled: Callable[[Sequence], None] | None = None
 
     def submit(self, sequence: Sequence, sender_runs: list[Run] | None = None) -> None:
         """Queue a sequence; with ``sender_runs`` its prompt is loaded from a sender, not computed."""
@@ -174,11 +178,11 @@ class Engine:
         request.num_computed_tokens += tokens
         if request.num_computed_tokens == request.num_tokens:
             request.append_output_token_ids(0)
-            if request.num_output_tokens == 1 and self._hand_over is not None:
+            if request.num_output_tokens == 1 and self.on_prefilled is not None:
                 sequence.block_ids = self._ids(sequence)
                 self.running.remove(sequence)
                 self.tally.finished.append(sequence.new_runs)
-                self._hand_over(sequence)
+                self.on_prefilled(sequence)
 
     def _done(self, sequence: Sequence) -> bool:
         return sequence.request.num_output_tokens >= sequence.request.max_tokens
@@ -258,4 +262,4 @@ def sequences(rows: Iterator[TraceRequest], seed: int, *, abort_share: float = 0
         abort_at = -1
         if rng.random() < abort_share:
             abort_at = rng.randrange(request.num_prompt_tokens + request.max_tokens)
-        yield Sequence(request, abort_at)
+        yield Sequence(request, abort_at, row)

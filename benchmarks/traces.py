@@ -10,8 +10,9 @@ import gzip
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 CHUNK_TOKENS = 512
@@ -92,3 +93,10 @@ def generate_mooncake(seed: int, shape: MooncakeShape | None = None) -> Iterator
         request = TraceRequest(tokens, output, (prefix + tuple(own))[:count])
         history.append(request)
         yield request
+
+
+def replay(trace: Sequence[TraceRequest] | None, seed: int) -> Iterator[TraceRequest]:
+    """The trace over and over, from a place that depends on the seed; without one, generated requests."""
+    if trace is None:
+        return generate_mooncake(seed)
+    return islice(cycle(trace), seed * len(trace) // 5 % len(trace), None)

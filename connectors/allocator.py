@@ -33,6 +33,8 @@ class AllocatorConfig:
     """Runs that taking over blocks reserved for the prompt of another request is worth."""
     slack_price: float = 0.1
     """Runs that taking over blocks reserved for another request's growth is worth."""
+    split_price: float = 0.1
+    """Runs that leaving a remainder on one side of a window is worth."""
     growth_limit: float = 0.5
     """Most runs' worth of cache that decoding in place may evict before it moves elsewhere."""
     most_slack: int = 16
@@ -345,30 +347,28 @@ class RunAllocator:
     def _cheapest(self, length: int) -> _Window | None:
         """The window of at most ``length`` blocks with the lowest price per block, None if none is left."""
         best: _Window | None = None
-        for shortest in (max(length // 16, 1), 1):
-            for seed in self._index.oldest(shortest, self.config.seeds):
-                best = self._walk_right(seed, length, best)
-                best = self._walk_left(seed, length, best)
-            if best is not None:
-                break
+        for seed in self._index.seeds(length, self.config.seeds):
+            best = self._walk_right(seed, length, best)
+            best = self._walk_left(seed, length, best)
         return best
 
     def _walk_right(self, seed: Extent, length: int, best: _Window | None) -> _Window | None:
         """Try windows that begin where ``seed`` begins. Cutting a head costs the whole extent."""
+        at, split = self._index.at, self.config.split_price
         start = position = seed.start
         end = start + length
-        cost = 1.0
-        while position < end:
-            extent = self._index.at(position)
-            if extent is None:
-                break
+        cost = 1.0 + (split if self._is_open(at(start - 1)) else 0.0)
+        extent: Extent | None = seed
+        while extent is not None and position < end:
             if extent.holder is not None:
                 if self._buyer.owns(extent):
                     break
                 cost += extent.holder.price
             cost += self._rate(extent) * len(extent)
             position = min(extent.stop, end)
-            price = cost / (position - start)
+            if position == extent.stop:
+                extent = at(position)
+            price = (cost + split if self._is_open(extent) else cost) / (position - start)
             if best is None or price < best.price:
                 best = _Window(price, start, position)
             elif cost > best.price * length:
@@ -377,13 +377,12 @@ class RunAllocator:
 
     def _walk_left(self, seed: Extent, length: int, best: _Window | None) -> _Window | None:
         """Try windows that end where ``seed`` ends. Cutting a tail costs only what is cut."""
+        at, split = self._index.at, self.config.split_price
         stop = position = seed.stop
         end = stop - length
-        cost = 1.0
-        while position > end:
-            extent = self._index.at(position - 1)
-            if extent is None:
-                break
+        cost = 1.0 + (split if self._is_open(at(stop)) else 0.0)
+        extent: Extent | None = seed
+        while extent is not None and position > end:
             if extent.holder is not None:
                 if self._buyer.owns(extent):
                     break
@@ -391,12 +390,19 @@ class RunAllocator:
             begin = max(extent.start, end)
             cost += self._rate(extent) * (position - begin)
             position = begin
-            price = cost / (stop - position)
+            if position == extent.start:
+                extent = at(position - 1)
+            price = (cost + split if self._is_open(extent) else cost) / (stop - position)
             if best is None or price < best.price:
                 best = _Window(price, position, stop)
             elif cost > best.price * length:
                 break
         return best
+
+    @staticmethod
+    def _is_open(extent: Extent | None) -> bool:
+        """Whether anybody may take ``extent``: a window that stops beside it leaves a remainder."""
+        return extent is not None and extent.holder is None
 
     def _settle(self) -> None:
         """Apply the prefix hits gathered since the last change."""

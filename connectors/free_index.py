@@ -130,10 +130,15 @@ class FreeIndex:
                 self._enlist(held)
             position = end
 
-    def oldest(self, shortest: int, each: int) -> Iterator[Extent]:
-        """Of each size class from ``shortest`` blocks up, largest first, the ``each`` oldest extents."""
-        for size_class in range(len(self._by_age) - 1, max(shortest, 1).bit_length() - 1, -1):
-            for _, start in islice(self._by_age[size_class], each):
+    def seeds(self, length: int, each: int) -> Iterator[Extent]:
+        """The ``each`` oldest extents of each size class: best fits for ``length`` first.
+
+        Classes that hold ``length`` blocks come in ascending order, then the smaller ones in descending
+        order. Extents with a holder are left out.
+        """
+        fitting = min(length.bit_length(), len(self._by_age) - 1)
+        for ages in (*self._by_age[fitting:], *reversed(self._by_age[:fitting])):
+            for _, start in islice(ages, each):
                 extent = self._extents[start]
                 assert extent is not None
                 yield extent
