@@ -31,10 +31,12 @@ class Entry:
 
 _entries: dict[str, Entry] = {}
 _gauge: Any = None
+_published = False
 
 
 def record(entry: Entry) -> None:
     """Note the state of a feature, replacing what was noted of it before."""
+    global _published  # noqa: PLW0603 - the registry of prometheus_client is one per process as well
     previous = _entries.get(entry.feature)
     if previous == entry:
         return
@@ -43,7 +45,8 @@ def record(entry: Entry) -> None:
         logger.info("penstock: %s is active on %s %s", entry.feature, entry.engine, entry.upstream)
     else:
         logger.warning("penstock: %s is off: %s", entry.feature, entry.reason)
-    if previous is None and len(_entries) == 1:
+    if not _published:
+        _published = True
         after_import("prometheus_client", _publish_all)
     elif _gauge is not None:
         _publish(entry, previous)
@@ -57,7 +60,7 @@ def entries() -> tuple[Entry, ...]:
 def _publish_all() -> None:
     # The engine imports prometheus_client once its multi-process directory is set; importing it here would
     # fix the kind of its values too early.
-    global _gauge  # noqa: PLW0603 - the registry of prometheus_client is one per process as well
+    global _gauge  # noqa: PLW0603
     client = sys.modules["prometheus_client"]
     help_text = "State of a Penstock feature in this process (1 = this row holds)."
     _gauge = client.Gauge(METRIC, help_text, LABELS, multiprocess_mode="livemax")

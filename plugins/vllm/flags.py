@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 from penstock.connectors.config import DigestMode, FlowKVConfig, Policy
@@ -24,12 +24,12 @@ PREFIX = "flowkv_"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Option:
-    """A short option for one field of ``FlowKVConfig``."""
+    """A short option for one field of ``FlowKVConfig``; the struct, not the parser, judges the value."""
 
     key: str
-    kind: type
+    kind: Callable[[str], Any]
     help: str
-    choices: tuple[str, ...] | None = None
+    choices: tuple[str, ...] = ()
 
     @property
     def flag(self) -> str:
@@ -42,11 +42,27 @@ class Option:
         return PREFIX + self.key
 
 
+def whole(text: str) -> int | str:
+    """A whole number, or the text as it is."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def real(text: str) -> float | str:
+    """A number, or the text as it is."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 OPTIONS = (
     Option("host", str, "Address that FlowKV's control channel binds to."),
-    Option("port", int, "TCP port of FlowKV's control channel; 0 takes a free one."),
+    Option("port", whole, "TCP port of FlowKV's control channel; 0 takes a free one."),
     Option("advertise_host", str, "Address that peers use, where it differs from --flowkv-host."),
-    Option("lease_s", float, "Seconds that prefill keeps blocks after decode's last sign of life."),
+    Option("lease_s", real, "Seconds that prefill keeps blocks after decode's last sign of life."),
     Option("digest", str, "Which blocks are hashed on both sides of a transfer.", get_args(DigestMode)),
     Option("allocation", str, "Prefer contiguous blocks, or keep vLLM's own order.", get_args(Policy)),
 )
@@ -64,12 +80,17 @@ def extend(parser: ArgumentParser) -> None:
         help="KV connector: flowkv, or the name of any connector that vLLM has. Joins --kv-transfer-config.",
     )
     help_text = f"Role of this server, {DEFAULT_ROLE} if not given."
-    group.add_argument("--kv-role", choices=ROLES, default=SUPPRESS, help=help_text)
+    group.add_argument("--kv-role", metavar=_one_of(ROLES), default=SUPPRESS, help=help_text)
     for option in OPTIONS:
         default = getattr(FlowKVConfig(), option.key)
         text = option.help if default is None else f"{option.help} (default: {default})"
-        group.add_argument(option.flag, type=option.kind, choices=option.choices, default=SUPPRESS, help=text)
+        metavar = _one_of(option.choices) if option.choices else None
+        group.add_argument(option.flag, type=option.kind, metavar=metavar, default=SUPPRESS, help=text)
     _merge_after_parsing(parser)
+
+
+def _one_of(choices: Sequence[str]) -> str:
+    return "{" + ",".join(choices) + "}"
 
 
 def _merge_after_parsing(parser: ArgumentParser) -> None:
@@ -125,6 +146,8 @@ def _join(fields: dict[str, Any], name: str | None, role: str | None, short: Map
         if in_json is None:
             _check_known(name, fields.get("kv_connector_module_path"))
             fields["kv_connector"] = name
+    if role is not None and role not in ROLES:
+        raise ConfigurationError(f"--kv-role: given {role}, allowed: {', '.join(ROLES)}")
     if role is not None and fields.get("kv_role") not in (None, role):
         _contradiction("--kv-role", role, "kv_role", fields["kv_role"])
     if fields.get("kv_connector") is not None:

@@ -31,6 +31,7 @@ def upstream(tmp_path, monkeypatch):
     (tmp_path / "upfeat.py").write_text(UPSTREAM)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(ledger, "_entries", {})
+    monkeypatch.setattr(ledger, "_published", True)
     monkeypatch.setattr(ledger, "_gauge", None)
     monkeypatch.delenv(features.ASKED_FOR, raising=False)
     importlib.invalidate_caches()
