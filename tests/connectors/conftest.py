@@ -6,18 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from two_engines import Site
-
-settings.register_profile("connectors", deadline=None, derandomize=True, max_examples=150)
-
-
-@pytest.fixture(autouse=True)
-def _profile() -> None:
-    settings.load_profile("connectors")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from seeded import seeded
 from two_engines import Clock
 
 from penstock.connectors.envelope import WINDOW_S, Frame, Seal
@@ -25,6 +26,7 @@ def frame_of(data: bytes) -> Frame:
     return msgspec.msgpack.decode(data, type=Frame)
 
 
+@seeded
 @given(bodies)
 def test_what_is_sealed_opens_once(body):
     asker, server, _ = pair()
@@ -37,6 +39,7 @@ def test_what_is_sealed_opens_once(body):
         server.open_question(question)
 
 
+@seeded
 @given(bodies, st.data())
 def test_an_altered_byte_is_refused_or_changes_nothing(body, data):
     asker, server, _ = pair()
@@ -51,6 +54,7 @@ def test_an_altered_byte_is_refused_or_changes_nothing(body, data):
     assert opened == frame_of(question)
 
 
+@seeded
 @given(bodies, st.data())
 def test_bytes_cannot_wander_between_the_parts_of_a_signed_frame(body, data):
     asker, server, _ = pair()
@@ -94,7 +98,7 @@ def test_a_question_cannot_be_passed_off_as_an_answer_nor_the_other_way_round():
 def test_a_time_stamp_outside_the_window_is_refused(skew):
     clock = Clock()
     sealed, _ = Seal("secret", lambda: clock.now + skew).seal(b"hello")
-    with pytest.raises(MessageError, match="old|clock|time"):
+    with pytest.raises(MessageError, match="s old"):
         Seal("secret", clock).open_question(sealed)
 
 
@@ -105,6 +109,7 @@ def test_clocks_may_differ_by_the_window():
         assert Seal("secret", clock).open_question(sealed).body == b"hello"
 
 
+@seeded
 @given(st.lists(st.floats(0, 3 * WINDOW_S), max_size=60), st.floats(-WINDOW_S, WINDOW_S))
 def test_no_replay_gets_through_at_any_later_time(waits, skew):
     asker_clock, clock = Clock(), Clock()
@@ -142,6 +147,7 @@ def test_nothing_unsigned_is_remembered(key):
     assert not server._seen
 
 
+@seeded
 @given(st.binary(max_size=300))
 def test_random_bytes_raise_nothing_but_message_errors(data):
     for key in (None, "secret"):
@@ -153,6 +159,7 @@ def test_random_bytes_raise_nothing_but_message_errors(data):
             assert key is None
 
 
+@seeded
 @given(st.data())
 def test_mutated_frames_raise_nothing_but_message_errors(data):
     sealed, _ = Seal(None, Clock()).seal(data.draw(bodies), answers=data.draw(st.binary(max_size=16)))
@@ -175,6 +182,7 @@ def test_a_deeply_nested_frame_is_refused(nested):
         Seal(None, Clock()).open_question(deep)
 
 
+@seeded
 @given(st.floats(allow_nan=True) | st.integers(-(1 << 63), (1 << 64) - 1), st.binary(max_size=16))
 def test_any_signed_time_and_nonce_is_judged_without_a_crash(sent, nonce):
     """The holder of the key may be buggy too."""

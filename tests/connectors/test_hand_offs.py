@@ -26,7 +26,7 @@ def test_no_false_alarm_under_churn_with_shared_prefixes_and_local_hits(layouts,
         msgspec.structs.replace(CONFIG, digest=digest), seed=7, layouts=layouts, num_blocks=(160, 200)
     )
     partial = 0
-    for i in range(250):
+    for i in range(120):
         request_id = site.request(prompt(site))
         partial += site.decode.requests[request_id].first > 0
         site.decode.step(site.rng.randrange(2))
@@ -36,8 +36,8 @@ def test_no_false_alarm_under_churn_with_shared_prefixes_and_local_hits(layouts,
             site.decode.drop_cache()
     site.run()
     assert not [r.error for r in site.decode.done.values() if r.error]
-    assert len(site.decode.done) == 250
-    assert partial > 20, "the test no longer exercises local prefix hits"
+    assert len(site.decode.done) == 120
+    assert partial > 10, "the test no longer exercises local prefix hits"
     assert set(site.prefill.ends.values()) == {LeaseEnd.COMMITTED}
     site.check()
 

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from seeded import seeded
 from two_engines import CONFIG, PREFILL, Site
 
 from penstock.connectors.errors import (
@@ -151,6 +152,7 @@ answers = st.one_of(
 )
 
 
+@seeded
 @given(st.lists(answers, min_size=1, max_size=12), st.integers(0, 99))
 def test_whatever_is_answered_every_load_is_reported_once(lies, seed):
     site = Site(seed=seed, checks_bytes=True)

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from seeded import seeded
 from two_engines import CONFIG, Pool, record_of
 
 from penstock.connectors.compat import Mismatch
@@ -63,6 +64,7 @@ def test_answers_arrive_as_given_and_are_not_questions(answer):
         decode_question(encode(answer))
 
 
+@seeded
 @given(st.binary(max_size=400))
 def test_random_bytes_raise_nothing_but_message_errors(data):
     for decode in (decode_question, decode_answer):
@@ -72,6 +74,7 @@ def test_random_bytes_raise_nothing_but_message_errors(data):
             continue
 
 
+@seeded
 @given(st.sampled_from(QUESTIONS + ANSWERS), st.data())
 def test_mutated_messages_raise_nothing_but_message_errors(message, data):
     frame = bytearray(encode(message))

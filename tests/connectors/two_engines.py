@@ -125,7 +125,7 @@ def content(key: int, rank: int, size: int) -> bytes:
 
 
 def geometry_over(memory: np.ndarray, layout: str, num_blocks: int) -> CacheGeometry:
-    """``LAYERS`` layers of ``PAGE`` bytes a block: outermost blocks, outermost layers, or blocks with gaps."""
+    """``LAYERS`` layers of ``PAGE`` bytes a block: blocks outermost, layers outermost, or blocks with gaps."""
     pages = {
         "BLHNC": LayerPages(LAYERS, PAGE, LAYERS * PAGE, PAGE),
         "LBHNC": LayerPages(LAYERS, num_blocks * PAGE, PAGE, PAGE),
@@ -530,7 +530,7 @@ class Site:
         return self.decode.error_of(request_id)
 
     def check(self) -> None:
-        """All is over: nothing pends, nothing leaks, every lease ended once, and the next request is served."""
+        """Nothing pends, nothing leaks, every lease ended once, and the next request is served."""
         next_request = self.request([9_000_001, 9_000_002, 9_000_003])
         self.run()
         assert self.decode.error_of(next_request) is None, "the engine does not serve the next request"
