@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
-from penstock.patches.vllm import cpu_layouts
 from penstock.patches.vllm.builds import CPU_DISTRIBUTION, DISTRIBUTION, installed_version, is_cpu_build
 from penstock.plugins.doctor_report import (
     EngineReport,
@@ -124,12 +123,6 @@ def _members(function: ast.AST) -> Iterator[str]:
                 yield name
             case ast.Return(value=ast.Constant(value=None)):
                 yield ANY
-
-
-def patch_is_unnecessary(source: SourceTree) -> bool:
-    """Whether vLLM's CPU backend declares the block-outermost layout by itself."""
-    owner = cpu_layouts.PATCH.target.rpartition(".")[0]
-    return BLOCK_OUTERMOST in declared_layouts(source, owner)
 
 
 def _transport_problems(transports: tuple[TransportReport, ...]) -> Iterator[Problem]:

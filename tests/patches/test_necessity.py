@@ -1,0 +1,43 @@
+"""Each patch of vLLM is still necessary on the installed version; one that is not should be removed."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from penstock.patches.vllm import builds, command_line, cpu_layouts, distribution_version
+from penstock.plugins.trees import SourceTree, installed_tree
+from penstock.plugins.vllm.examination import BLOCK_OUTERMOST, CPU_BACKENDS, declared_layouts
+
+
+@pytest.fixture(scope="module")
+def source() -> SourceTree:
+    tree = installed_tree("vllm")
+    if tree is None:
+        pytest.skip("needs an installed vLLM")
+    return tree
+
+
+def text_of(source, module, *path):
+    node = source.function(module, path) if path else source.parse(module)
+    assert node is not None
+    return ast.unparse(node)
+
+
+def test_cpu_backend_does_not_declare_the_block_outermost_layout(source):
+    (target,) = CPU_BACKENDS.values()
+    assert cpu_layouts.PATCH.target.startswith(target)
+    assert BLOCK_OUTERMOST not in declared_layouts(source, target)
+
+
+def test_command_line_has_no_option_for_the_connector_and_no_hook_for_plugins(source):
+    module, _, path = command_line.extending(print).target.partition(":")
+    assert "'--kv-connector'" not in text_of(source, module, *path.split("."))
+    build = text_of(source, module, "AsyncEngineArgs", "add_cli_args")
+    assert "load_general_plugins()" in build
+
+
+def test_command_line_asks_for_a_distribution_that_the_cpu_wheel_is_not(source):
+    assert distribution_version.PATCH.needed is builds.only_repackaged
+    assert "importlib.metadata.version('vllm')" in text_of(source, "vllm.entrypoints.cli.main")
