@@ -18,7 +18,7 @@ from penstock.routers.metrics import Metrics
 from penstock.routers.pool import Pool, Server
 from penstock.routers.prober import probe_all, watch
 from penstock.routers.upstream import Upstream, open_session
-from penstock.routers.visit import Visit
+from penstock.routers.visit import CLIENT_GONE, Visit
 
 MODELS_PATH = "/v1/models"
 
@@ -54,7 +54,7 @@ class Proxy:
     async def models(self, request: web.Request) -> web.StreamResponse:
         """GET /v1/models, from a decode server."""
         request_id = request_id_of(request.headers)
-        status = 499
+        status = CLIENT_GONE
         try:
             reply = await fetch(self._fleet, MODELS_PATH, to_server(request.headers, request_id))
             status = reply.status

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 
 import openai
 import pytest
+from aiohttp import web
 from scripted_engines import (
     PATIENCE_S,
     EngineServer,
@@ -151,6 +153,17 @@ async def test_streamed_answer_is_passed_on_byte_for_byte(site: Site) -> None:
     assert response.headers["Content-Type"].startswith("text/event-stream")
 
 
+async def test_an_answer_that_a_server_packs_all_the_same_is_passed_on_packed(site: Site) -> None:
+    async def packed(server: EngineServer, request: web.Request, body: dict) -> web.Response:
+        return web.Response(body=gzip.compress(b'{"choices": []}'), headers={"Content-Encoding": "gzip"})
+
+    site.decode[0].script = [packed]
+    response = await site.complete()
+    assert response.headers["Content-Encoding"] == "gzip"
+    assert await response.read() == b'{"choices": []}'
+    assert site.decode[0].requests[0][2]["Accept-Encoding"] == "identity"
+
+
 async def test_each_event_arrives_before_the_next_is_made(site: Site) -> None:
     site.decode[0].script = [stream_then(1, hang)]
     response = await site.complete(stream=True)
@@ -168,8 +181,6 @@ async def test_a_client_that_does_not_read_holds_the_decode_server_back(site: Si
 
     async def endless(server: EngineServer, request, body):
         nonlocal written
-        from aiohttp import web
-
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         while written < 1 << 30:
