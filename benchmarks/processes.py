@@ -1,7 +1,7 @@
 """Child servers that never outlive their purpose.
 
 Each child leads a process group of its own. It is stopped by SIGTERM and then SIGKILL to that group alone: on
-leaving a ``with`` block, at interpreter exit, and, where the kernel offers it, when this process is killed.
+leaving a ``with`` block, at interpreter exit, and when this process is killed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +22,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
+from penstock.benchmarks.reaper import Reaper, signal_group
+
 Progress = Callable[[str, float], None]
 """Called with the name of a child that is not ready yet and the seconds since it started."""
 
@@ -30,19 +31,6 @@ POLL_S = 0.25
 LOG_TAIL_LINES = 20
 LOG_ERRORS = 5
 _ERROR_LINE = re.compile(r"\b(?:\w+\.)*\w*(?:Error|Exception|error): .*")
-
-# PR_SET_PDEATHSIG survives execve: when the thread that started the child ends, the child gets SIGTERM.
-_TETHER = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    if os.getppid() != int(sys.argv[1]):
-        sys.exit("the parent is gone")
-try:
-    os.execvp(sys.argv[2], sys.argv[2:])
-except OSError as error:
-    sys.exit(f"OSError: {sys.argv[2]}: {error.strerror}")
-"""
 
 
 class ServerError(RuntimeError):
@@ -75,10 +63,7 @@ class Port:
 
 @dataclass(slots=True, kw_only=True)
 class Server:
-    """One HTTP server in a child process. Use it as a context manager, or call ``stop`` yourself.
-
-    ``start`` must run in a thread that lives as long as the server is needed, best the main thread.
-    """
+    """One HTTP server in a child process. Use it as a context manager, or call ``stop`` yourself."""
 
     name: str
     command: Sequence[str]
@@ -114,20 +99,23 @@ class Server:
         return time.monotonic() - self._started_at
 
     def start(self) -> Self:
-        """Start the child; does not wait until it serves."""
+        """Start the child; does not wait until it serves. Raises ServerError if the command cannot run."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        tether = [sys.executable, "-I", "-S", "-c", _TETHER, str(os.getpid())]
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [*tether, *self.command],
-                env={**os.environ, **self.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self._started_at = time.monotonic()
+            try:
+                self._process = subprocess.Popen(
+                    self.command,
+                    env={**os.environ, **self.environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise ServerError(f"{self.name}: {self.command[0]}: {error.strerror}") from error
         _live.append(self)
+        _reaper.guard(self._process.pid)
+        self._started_at = time.monotonic()
         return self
 
     def check_alive(self) -> None:
@@ -155,12 +143,13 @@ class Server:
         """End the process group: SIGTERM, ``grace_s`` seconds of patience, SIGKILL. Safe to call twice."""
         if self._process is not None:
             if self.running:
-                _signal_group(self._process.pid, signal.SIGTERM)
+                signal_group(self._process.pid, signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(self.grace_s)
             # The leader may be gone while its children still hold the group.
-            _signal_group(self._process.pid, signal.SIGKILL)
+            signal_group(self._process.pid, signal.SIGKILL)
             self._process.wait()
+            _reaper.release(self._process.pid)
         for port in (self.port, *self.extra_ports):
             port.release()
         if self in _live:
@@ -176,6 +165,7 @@ class Server:
 
 
 _live: list[Server] = []
+_reaper = Reaper()
 
 
 def wait_until_ready(
@@ -213,11 +203,6 @@ def termination_unwinds() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _signal_group(group: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)
 
 
 @atexit.register
