@@ -10,13 +10,17 @@ import gzip
 import json
 import math
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from pathlib import Path
 
 CHUNK_TOKENS = 512
 """Tokens that one identity of a trace stands for."""
+
+HISTORY = 4096
+"""Requests back to which a generated one may continue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,32 +71,39 @@ class MooncakeShape:
 
 
 def generate_mooncake(seed: int, shape: MooncakeShape | None = None) -> Iterator[TraceRequest]:
-    """An endless stream of requests of ``shape``; the same seed gives the same stream."""
+    """An endless stream of requests of ``shape``; the same seed gives the same stream.
+
+    The stream begins in the middle: requests that came before it can be continued like any other.
+    """
     shape = shape or MooncakeShape()
     rng = random.Random(seed)
-    history: list[TraceRequest] = []
+    history: deque[TraceRequest] = deque(maxlen=HISTORY)
     next_chunk = 1
-    while True:
-        history_length = len(history)
-        gap = int(rng.lognormvariate(math.log(shape.gap_median), shape.gap_sigma)) + 1
-        prefix: tuple[int, ...] = (0,)
-        if rng.random() < shape.continued and history_length:
-            earlier = history[
-                max(history_length - gap, rng.randrange(history_length) if gap > history_length else 0)
-            ]
-            prefix = earlier.chunks[: earlier.input_tokens // CHUNK_TOKENS] or (0,)
-            grown = rng.lognormvariate(math.log(shape.turn_median), shape.turn_sigma)
-            tokens = len(prefix) * CHUNK_TOKENS + int(grown) + 1
-        else:
-            tokens = int(rng.lognormvariate(math.log(shape.input_median), shape.input_sigma)) + 1
-        tokens = min(tokens, shape.longest_input)
-        count = -(-tokens // CHUNK_TOKENS)
-        own = range(next_chunk, next_chunk + max(count - len(prefix), 0))
-        next_chunk += len(own)
-        output = max(1, int(rng.gauss(shape.output_mean, shape.output_mean * 0.6)))
-        request = TraceRequest(tokens, output, (prefix + tuple(own))[:count])
+    for number in count():
+        request = _next_request(rng, shape, history, next_chunk)
+        next_chunk += len(request.chunks)
         history.append(request)
-        yield request
+        if number >= HISTORY:
+            yield request
+
+
+def _next_request(
+    rng: random.Random, shape: MooncakeShape, history: deque[TraceRequest], next_chunk: int
+) -> TraceRequest:
+    gap = int(rng.lognormvariate(math.log(shape.gap_median), shape.gap_sigma)) + 1
+    prefix: tuple[int, ...] = (0,)
+    if rng.random() < shape.continued and gap <= len(history):
+        earlier = history[-gap]
+        prefix = earlier.chunks[: earlier.input_tokens // CHUNK_TOKENS] or prefix
+        turn = int(rng.lognormvariate(math.log(shape.turn_median), shape.turn_sigma)) + 1
+        tokens = len(prefix) * CHUNK_TOKENS + turn
+    else:
+        tokens = int(rng.lognormvariate(math.log(shape.input_median), shape.input_sigma)) + 1
+    tokens = min(tokens, shape.longest_input)
+    chunks = -(-tokens // CHUNK_TOKENS)
+    own = range(next_chunk, next_chunk + max(chunks - len(prefix), 0))
+    output = max(1, int(rng.gauss(shape.output_mean, shape.output_mean * 0.6)))
+    return TraceRequest(tokens, output, (prefix + tuple(own))[:chunks])
 
 
 def replay(trace: Sequence[TraceRequest] | None, seed: int) -> Iterator[TraceRequest]:

@@ -118,6 +118,11 @@ class RunAllocator:
         """Free blocks, whether reserved or not."""
         return self._index.num_free - (self._touched[1] - self._touched[0])
 
+    @property
+    def num_known_requests(self) -> int:
+        """Requests that are announced or hold blocks."""
+        return len(self._requests)
+
     def release(self, blocks: Sequence[int], *, worthless: bool = False) -> None:
         """Blocks become free, given in eviction order. ``worthless``: nobody can hit their contents."""
         self._settle()
@@ -197,6 +202,7 @@ class RunAllocator:
             missing = count - len(taken)
             self._make_plan(request, missing, position + len(taken))
             taken += self._follow_plan(request, missing)
+        assert len(taken) == count, f"{count} blocks asked for, {len(taken)} found"
         for block in taken:
             self._hits[block] = 0
         request.held = position + count
@@ -244,7 +250,7 @@ class RunAllocator:
         extent = self._index.at(request.tail)
         if extent is None or extent.holder is not None:
             return
-        if self._rate(extent) * len(extent) > self.config.growth_limit:
+        if self._loss(extent, len(extent)) > self.config.growth_limit:
             return
         stop = min(extent.stop, request.tail + max(count, self._slack()))
         self._reserve(request, request.tail, stop, request.growth)
@@ -337,11 +343,14 @@ class RunAllocator:
         self.stats.stolen += 1
         return True
 
-    def _rate(self, extent: Extent) -> float:
-        """Runs that one block of ``extent`` is worth to the prefix cache."""
+    def _loss(self, extent: Extent, count: int) -> float:
+        """Runs that ``count`` blocks off the tail of ``extent`` are worth to the prefix cache.
+
+        Each is worth as much as the share of the pool that the stock order would evict before it.
+        """
         if extent.stamp == WORTHLESS:
             return 0.0
-        depth = self._index.depth(extent.stamp) / self._index.num_blocks
+        depth = (self._index.depth(extent.stamp) + count / 2) * count / self._index.num_blocks
         return self.config.age_weight * depth * (1.0 + self.config.hit_weight * min(extent.hits, 3))
 
     def _cheapest(self, length: int) -> _Window | None:
@@ -364,7 +373,7 @@ class RunAllocator:
                 if self._buyer.owns(extent):
                     break
                 cost += extent.holder.price
-            cost += self._rate(extent) * len(extent)
+            cost += self._loss(extent, len(extent))
             position = min(extent.stop, end)
             if position == extent.stop:
                 extent = at(position)
@@ -388,7 +397,7 @@ class RunAllocator:
                     break
                 cost += extent.holder.price
             begin = max(extent.start, end)
-            cost += self._rate(extent) * (position - begin)
+            cost += self._loss(extent, position - begin)
             position = begin
             if position == extent.start:
                 extent = at(position - 1)

@@ -68,11 +68,9 @@ class RunPool:
     @classmethod
     def install(cls, kv_cache_manager: KVCacheManager, *, config: AllocatorConfig | None = None) -> RunPool:
         """Put the allocator to work in ``kv_cache_manager``; a second call returns the first's result."""
-        for method in (kv_cache_manager.block_pool.free_block_queue.popleft_n,):
-            owner = getattr(method, "__self__", None)
-            if isinstance(owner, RunPool):
-                return owner
-        return cls(kv_cache_manager, config)
+        method = vars(kv_cache_manager.block_pool.free_block_queue).get("popleft_n")
+        owner = getattr(method, "__self__", None)
+        return owner if isinstance(owner, RunPool) else cls(kv_cache_manager, config)
 
     def uninstall(self) -> None:
         """Give every replaced method back; vLLM goes on from the same free list."""
@@ -85,6 +83,11 @@ class RunPool:
     def stats(self) -> AllocatorStats:
         """The allocator's counters since installation."""
         return self._allocator.stats
+
+    @property
+    def num_known_requests(self) -> int:
+        """Requests that are announced or hold blocks."""
+        return self._allocator.num_known_requests
 
     def announce(self, request_id: str, num_blocks: int, sender_runs: Sequence[Run] = ()) -> None:
         """Tell, before its first allocation, how many blocks the request's whole prompt needs.
