@@ -154,7 +154,7 @@ class LeaseTable:
     def release(self, lease_ids: Sequence[str]) -> int:
         """End leases that the receiver no longer wants; unknown ones are ignored. Returns how many ended."""
         with self._lock:
-            held = [self._held[lease_id] for lease_id in lease_ids if lease_id in self._held]
+            held = [self._held[lease_id] for lease_id in dict.fromkeys(lease_ids) if lease_id in self._held]
             for lease in held:
                 self._end(lease, LeaseEnd.RELEASED)
             return len(held)
