@@ -100,7 +100,11 @@ class LeaseTable:
         self._epochs = epochs
 
     def grant(self, request_id: str, runs: Sequence[Run], ranks: int) -> str:
-        """Promise ``runs`` to ``ranks`` readers; returns the lease id, a random capability."""
+        """Promise ``runs`` to ``ranks`` readers; returns the lease id, a random capability.
+
+        Raises:
+            ValueError: the request holds a lease already.
+        """
         blocks = np.fromiter(blocks_of(runs), dtype=np.int64)
         now = self._clock()
         lease = Lease(
@@ -109,10 +113,12 @@ class LeaseTable:
             blocks=blocks,
             epochs=None if self._epochs is None else self._epochs[blocks].copy(),
             ranks=ranks,
-            deadline=now + self._duration_s,
+            deadline=now + min(self._duration_s, self._longest_s),
             last_deadline=now + self._longest_s,
         )
         with self._lock:
+            if request_id in self._by_request:
+                raise ValueError(f"request {request_id!r} holds a lease already")
             self._held[lease.id] = lease
             self._by_request[request_id] = lease.id
         return lease.id
