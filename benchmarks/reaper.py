@@ -1,8 +1,8 @@
 """Ends process groups whose owner has died, in whatever way.
 
 The owner starts this file as a process of its own and keeps the writing end of its standard input. ``+ID``
-puts a process group under guard, ``-ID`` takes it out. When the owner is gone the pipe closes, and every group
-that is still under guard gets SIGTERM and, after a grace period, SIGKILL.
+puts a process group under guard, ``-ID`` takes it out. When the owner is gone the pipe closes, and every
+group that is still under guard gets SIGTERM and, after a grace period, SIGKILL.
 
 Run by path and isolated from any site packages: standard library only.
 """
