@@ -125,7 +125,7 @@ def content(key: int, rank: int, size: int) -> bytes:
 
 
 def geometry_over(memory: np.ndarray, layout: str, num_blocks: int) -> CacheGeometry:
-    """``LAYERS`` layers of ``PAGE`` bytes a block: blocks outermost, layers outermost, or blocks with gaps."""
+    """``LAYERS`` layers of ``PAGE`` bytes a block: outermost blocks or layers, or blocks with gaps."""
     pages = {
         "BLHNC": LayerPages(LAYERS, PAGE, LAYERS * PAGE, PAGE),
         "LBHNC": LayerPages(LAYERS, num_blocks * PAGE, PAGE, PAGE),
