@@ -125,9 +125,12 @@ async def test_answers_to_one_prompt_prefill_after_the_first_and_at_its_server()
 
 async def test_at_most_split_concurrency_parts_are_under_way() -> None:
     async with running_site(split_concurrency=3) as site:
-        response = await site.complete(prompt=[str(i) for i in range(40)])
-        assert len((await response.json())["choices"]) == 40
-        assert site.prefill[0].peak <= 3
+        site.decode[0].default = hang
+        task = asyncio.create_task(site.complete(prompt=[str(i) for i in range(40)]))
+        await eventually(lambda: site.decode[0].active == 3)
+        assert len(site.prefill[0].requests) == 3, "the others wait"
+        site.decode[0].release.set()
+        assert len((await (await task).json())["choices"]) == 40
         assert site.decode[0].peak <= 3
 
 
