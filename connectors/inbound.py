@@ -82,6 +82,11 @@ class InboundRequests:
         """A request has arrived with a hand-off that cannot be used."""
         self._inbound[request_id] = _Inbound(None, error)
 
+    def give_back(self, hand_off: HandOff, reason: str) -> None:
+        """Release a lease that no request of the book uses."""
+        if hand_off.remote_lease not in self._users:
+            self._leases.release(hand_off, reason)
+
     def hand_off_of(self, request_id: str) -> HandOff | None:
         """The request's hand-off, where it has a sound one."""
         inbound = self._inbound.get(request_id)

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -21,7 +22,7 @@ from penstock.benchmarks.tiny_model import ensure_model
 
 pytestmark = pytest.mark.engine
 
-LEASE_S = 6.0
+LEASE_S = 20.0
 FLOWKV = {"penstock": {"flowkv": {"lease_s": LEASE_S, "heartbeat_s": 1.5, "handshake_timeout_s": 3.0}}}
 QUICK = ("--additional-config", json.dumps(FLOWKV))
 RECOMPUTE = ("--kv-transfer-config.kv_load_failure_policy", "recompute")
@@ -100,7 +101,7 @@ def test_a_prefix_that_the_decode_server_has_is_not_moved_again(pair):
 
 def test_several_answers_to_one_prompt_share_one_hand_off(pair):
     prompt = tokens(11, 700)
-    answer = pair.decode_with(prompt, pair.prefill_params(prompt), n=3)
+    answer = pair.decode_with(prompt, pair.prefill_params(prompt), n=3, temperature=1, top_k=1)
     answer.raise_for_status()
     expected = pair.reference(prompt)
     assert [choice["token_ids"] for choice in answer.json()["choices"]] == [expected] * 3
@@ -110,11 +111,11 @@ def test_several_answers_to_one_prompt_share_one_hand_off(pair):
 def test_f4_client_gone_between_the_two_frees_the_blocks_within_the_lease(pair):
     expired = samples(pair.prefill.url)["vllm:flowkv_num_expired_leases_total"]
     pair.prefill_params(tokens(12, 900))
-    assert samples(pair.prefill.url)["vllm:kv_cache_usage_perc"] > 0
+    eventually("the blocks are held", lambda: samples(pair.prefill.url)["vllm:kv_cache_usage_perc"] > 0)
     pair.await_idle(pair.prefill, LEASE_S + 10)
     eventually(
         "the expiry is counted",
-        lambda: samples(pair.prefill.url)["vllm:flowkv_num_expired_leases_total"] == expired + 1,
+        lambda: samples(pair.prefill.url)["vllm:flowkv_num_expired_leases_total"] > expired,
     )
 
 
@@ -179,21 +180,7 @@ def test_f3_a_request_that_the_decode_server_rejects_frees_the_blocks(pair):
     prompt = tokens(33, 500)
     params = pair.prefill_params(prompt)
     assert pair.decode_with(prompt, params, max_tokens=100_000).status_code == 400
-    pair.await_idle(pair.prefill, LEASE_S + 10)
-
-
-def test_a_queue_longer_than_the_lease_keeps_the_blocks(pair):
-    """F7: the decode server renews the leases of requests that it has not started yet."""
-    prompt = tokens(34, 400)
-    expected = pair.reference(prompt)
-    params = pair.prefill_params(prompt)
-    others = [tokens(200 + i, 40) for i in range(60)]
-    with concurrent.futures.ThreadPoolExecutor(61) as pool:
-        busy = [pool.submit(ask, pair.decode, pair.body(p, max_tokens=300, ignore_eos=True)) for p in others]
-        waiting = pool.submit(pair.decode_with, prompt, params)
-        assert token_ids(waiting.result()) == expected
-        for answer in busy:
-            answer.result().raise_for_status()
+    pair.await_idle(pair.prefill, LEASE_S / 2)
 
 
 @pytest.mark.parametrize("delay_ms", [0, 5, 20, 80, 300])
@@ -224,17 +211,28 @@ def test_two_hundred_requests_at_once_with_shared_prefixes_raise_no_false_alarm(
     pair.await_idle(pair.decode)
 
 
-def test_kill_9_of_decode_gives_the_blocks_back_within_the_lease(servers, logs, pair):
-    doomed = engine("decode", "doomed", logs)
-    with doomed:
+def test_queued_past_the_lease_then_killed(servers, logs, pair):
+    """F7: a decode server renews the leases of requests that it has not started. F1: dead, it renews no more."""
+    with engine("decode", "doomed", logs, "--max-num-seqs", "1") as doomed:
         wait_until_ready([doomed])
-        prompts = [tokens(500 + i, 2000) for i in range(6)]
+        victim = Pair(pair.model, pair.prefill, doomed)
+        prompts = [tokens(500 + i, 2000) for i in range(5)]
+        expected = pair.reference(prompts[0])
         handed = [pair.prefill_params(p) for p in prompts]
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
-            victim = Pair(pair.model, pair.prefill, doomed)
-            jobs = [pool.submit(victim.decode_with, p, h) for p, h in zip(prompts, handed, strict=True)]
+            body = victim.body(tokens(550, 50), max_tokens=8000, ignore_eos=True)
+            with httpx.Client().stream(
+                "POST", f"{doomed.url}/v1/completions", json={**body, "stream": True}
+            ) as busy:
+                next(busy.iter_lines())
+                jobs = [pool.submit(victim.decode_with, p, h) for p, h in zip(prompts, handed, strict=True)]
+                waiting = "vllm:num_requests_waiting"
+                eventually("five requests wait", lambda: samples(doomed.url)[waiting] == 5)
+                time.sleep(LEASE_S + 5)
+                assert samples(doomed.url)[waiting] == 5
+            assert token_ids(jobs[0].result()) == expected
             os.killpg(doomed.pid, signal.SIGKILL)
-            for job in jobs:
+            for job in jobs[1:]:
                 assert job.exception() or job.result().status_code in (200, 500)
     pair.await_idle(pair.prefill, LEASE_S + 10)
     prompt = tokens(510, 300)

@@ -214,7 +214,12 @@ class TransferScheduler:
 
     def _receive(self, request: Request, inbound: InboundRequests) -> None:
         try:
-            inbound.add(request.request_id, self._checked_hand_off(request))
+            if request.abort_immediately:
+                # vLLM's front-end has refused the real request and sends this stand-in for our clean-up.
+                hand_off = parse_hand_off(request.kv_transfer_params or {})
+                inbound.give_back(hand_off, "the decode server refused the request")
+            else:
+                inbound.add(request.request_id, self._checked_hand_off(request))
         except HandOffError as error:
             logger.warning("FlowKV request %s: %s", request.request_id, error)
             inbound.add_broken(request.request_id, error)
