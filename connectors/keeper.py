@@ -84,7 +84,7 @@ class LeaseKeeper:
             if state.watched and self._clock() >= state.next_renewal:
                 self._renew(state)
         for address, leases in state.watched.items():
-            self._tell(address, sorted(leases), "the decode server is shutting down")
+            self._tell(address, sorted(leases), "the decode server is shutting down", state)
         self._client.close(linger_s=self.FLUSH_S)
 
     def _serve_one(self, state: _State) -> bool:
@@ -98,12 +98,15 @@ class LeaseKeeper:
             case None:
                 return False
             case _Watch(address, lease):
+                if not state.watched:
+                    state.next_renewal = self._clock() + self._heartbeat_s
                 state.watched.setdefault(address, set()).add(lease)
-                state.next_renewal = self._clock()
+                self._client.ask(address, Renew([lease]))
+                self._read(self._client.poll(), state)
             case _Drop(address, lease, reason):
                 self._forget(state, address, lease)
                 if reason is not None:
-                    self._tell(address, [lease], reason)
+                    self._tell(address, [lease], reason, state)
         return True
 
     def _renew(self, state: _State) -> None:
@@ -112,14 +115,14 @@ class LeaseKeeper:
             for start in range(0, len(ordered), MAX_LEASES):
                 self._client.ask(address, Renew(ordered[start : start + MAX_LEASES]))
         state.next_renewal = self._clock() + self._heartbeat_s
-        self._read(self._client.poll())
+        self._read(self._client.poll(), state)
 
-    def _tell(self, address: Address, leases: list[str], reason: str) -> None:
+    def _tell(self, address: Address, leases: list[str], reason: str, state: _State) -> None:
         for start in range(0, len(leases), MAX_LEASES):
             self._client.ask(address, Release(leases[start : start + MAX_LEASES], reason[:1024]))
-        self._read(self._client.poll())
+        self._read(self._client.poll(), state)
 
-    def _read(self, replies: list[Reply]) -> None:
+    def _read(self, replies: list[Reply], state: _State) -> None:
         for reply in replies:
             match reply.answer:
                 case Renewed(lost=lost):
