@@ -126,7 +126,7 @@ class LeaseKeeper:
         for reply in replies:
             match reply.answer:
                 case Renewed(lost=lost):
-                    self._lost.update(lost)
+                    self._lost.update(set(lost).intersection(*[set().union(*state.watched.values())]))
                 case Exception() as error:
                     logger.warning("FlowKV lease renewal: %s", error)
                 case _:
