@@ -33,6 +33,11 @@ class _State:
     watched: dict[Address, set[str]] = field(default_factory=dict)
     next_renewal: float = 0.0
 
+    @property
+    def all_watched(self) -> set[str]:
+        """Leases of all senders."""
+        return set().union(*self.watched.values())
+
 
 class LeaseKeeper:
     """Keeps leases alive from the arrival of a request until its blocks are read or given up.
@@ -126,7 +131,7 @@ class LeaseKeeper:
         for reply in replies:
             match reply.answer:
                 case Renewed(lost=lost):
-                    self._lost.update(set(lost).intersection(*[set().union(*state.watched.values())]))
+                    self._lost |= state.all_watched.intersection(lost)
                 case Exception() as error:
                     logger.warning("FlowKV lease renewal: %s", error)
                 case _:
