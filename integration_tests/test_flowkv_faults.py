@@ -212,7 +212,7 @@ def test_two_hundred_requests_at_once_with_shared_prefixes_raise_no_false_alarm(
 
 
 def test_queued_past_the_lease_then_killed(servers, logs, pair):
-    """F7: a decode server renews the leases of requests that it has not started. F1: dead, it renews no more."""
+    """F7: a decode server renews the leases of requests that it has not started. F1: dead, no longer."""
     with engine("decode", "doomed", logs, "--max-num-seqs", "1") as doomed:
         wait_until_ready([doomed])
         victim = Pair(pair.model, pair.prefill, doomed)
@@ -220,10 +220,9 @@ def test_queued_past_the_lease_then_killed(servers, logs, pair):
         expected = pair.reference(prompts[0])
         handed = [pair.prefill_params(p) for p in prompts]
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
-            body = victim.body(tokens(550, 50), max_tokens=8000, ignore_eos=True)
-            with httpx.Client().stream(
-                "POST", f"{doomed.url}/v1/completions", json={**body, "stream": True}
-            ) as busy:
+            url = f"{doomed.url}/v1/completions"
+            body = victim.body(tokens(550, 50), max_tokens=8000, ignore_eos=True, stream=True)
+            with httpx.Client(timeout=120) as client, client.stream("POST", url, json=body) as busy:
                 next(busy.iter_lines())
                 jobs = [pool.submit(victim.decode_with, p, h) for p, h in zip(prompts, handed, strict=True)]
                 waiting = "vllm:num_requests_waiting"
