@@ -32,6 +32,8 @@ class _Drop:
 class _State:
     watched: dict[Address, set[str]] = field(default_factory=dict)
     next_renewal: float = 0.0
+    awaited: int = 0
+    """Questions whose reply has not come."""
 
     @property
     def all_watched(self) -> set[str]:
@@ -52,6 +54,8 @@ class LeaseKeeper:
 
     FLUSH_S = 0.5
     """Longest time that closing waits for the last releases to leave."""
+    REPLY_PAUSE_S = 0.02
+    """Longest pause between looks at the replies while some are awaited."""
 
     def __init__(self, client: ControlClient, heartbeat_s: float, clock: Callable[[], float]) -> None:
         self._client = client
@@ -86,6 +90,7 @@ class LeaseKeeper:
     def _run(self) -> None:
         state = _State(next_renewal=self._clock())
         while self._serve_one(state):
+            self._read(self._client.poll(), state)
             if state.watched and self._clock() >= state.next_renewal:
                 self._renew(state)
         for address, leases in state.watched.items():
@@ -95,6 +100,8 @@ class LeaseKeeper:
     def _serve_one(self, state: _State) -> bool:
         """Wait for a command or the next renewal; False when it is time to stop."""
         timeout = max(0.0, state.next_renewal - self._clock()) if state.watched else None
+        if state.awaited:
+            timeout = self.REPLY_PAUSE_S if timeout is None else min(timeout, self.REPLY_PAUSE_S)
         try:
             command = self._commands.get(timeout=timeout)
         except queue.Empty:
@@ -106,8 +113,7 @@ class LeaseKeeper:
                 if not state.watched:
                     state.next_renewal = self._clock() + self._heartbeat_s
                 state.watched.setdefault(address, set()).add(lease)
-                self._client.ask(address, Renew([lease]))
-                self._read(self._client.poll(), state)
+                self._ask(address, Renew([lease]), state)
             case _Drop(address, lease, reason):
                 self._forget(state, address, lease)
                 if reason is not None:
@@ -118,19 +124,22 @@ class LeaseKeeper:
         for address, leases in state.watched.items():
             ordered = sorted(leases)
             for start in range(0, len(ordered), MAX_LEASES):
-                self._client.ask(address, Renew(ordered[start : start + MAX_LEASES]))
+                self._ask(address, Renew(ordered[start : start + MAX_LEASES]), state)
         state.next_renewal = self._clock() + self._heartbeat_s
-        self._read(self._client.poll(), state)
 
     def _tell(self, address: Address, leases: list[str], reason: str, state: _State) -> None:
         for start in range(0, len(leases), MAX_LEASES):
-            self._client.ask(address, Release(leases[start : start + MAX_LEASES], reason[:1024]))
-        self._read(self._client.poll(), state)
+            self._ask(address, Release(leases[start : start + MAX_LEASES], reason[:1024]), state)
+
+    def _ask(self, address: Address, question: Renew | Release, state: _State) -> None:
+        self._client.ask(address, question)
+        state.awaited += 1
 
     def _read(self, replies: list[Reply], state: _State) -> None:
+        state.awaited -= len(replies)
         for reply in replies:
             match reply.answer:
-                case Renewed(lost=lost):
+                case Renewed(lost=lost) if lost:
                     self._lost |= state.all_watched.intersection(lost)
                 case Exception() as error:
                     logger.warning("FlowKV lease renewal: %s", error)
