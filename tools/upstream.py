@@ -23,6 +23,7 @@ ROOT = make_env.ROOT
 FOLDER = ROOT / ".venv-upstream"
 RUN = ("0.30.0", "0.31.0", "0.32.0")
 """Versions with a CPU build: installed and run."""
+FAST_TESTS = ("tests/patches", "tests/plugins/test_entry.py", "tests/plugins/test_flags.py")
 READ = ("0.33.0",)
 """Versions whose source is read."""
 
@@ -58,7 +59,7 @@ def run_version(version: str, *, install_only: bool) -> bool:
     if install_only:
         return True
     doctor = [str(environment.folder / "bin" / "penstock"), "doctor", "--require", "flowkv"]
-    tests = [str(environment.python), "-m", "pytest", "-q", "integration_tests/upstream"]
+    tests = [str(environment.python), "-m", "pytest", "-q", *FAST_TESTS, "integration_tests/upstream"]
     # A server under test finds its own `vllm` command, and no configuration of the caller's.
     path = f"{environment.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     variables = {**os.environ, "PATH": path, "PENSTOCK_UPSTREAM": version}
