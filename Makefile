@@ -29,14 +29,14 @@ demo: env  ## two stock servers and the proxy, checked against one plain server
 test: env  ## everything that must hold before a change goes in
 	@$(MAKE) --no-print-directory lint types imports
 	@$(RUN) $(BIN)/python -m pytest tests $(ARGS)
-	@$(RUN) $(BIN)/python -m pytest integration_tests $(ARGS)
+	@$(RUN) $(BIN)/python -m pytest integration_tests --ignore=integration_tests/upstream $(ARGS)
 
 test-fast: env  ## the same without starting an engine (under two minutes)
 	@$(MAKE) --no-print-directory lint types imports
 	@$(RUN) $(BIN)/python -m pytest tests $(ARGS)
 
 test-engine: env  ## only the tests with real engines
-	@$(RUN) $(BIN)/python -m pytest integration_tests $(ARGS)
+	@$(RUN) $(BIN)/python -m pytest integration_tests --ignore=integration_tests/upstream $(ARGS)
 
 test-upstream: env  ## every supported engine version, each in an environment of its own
 	@$(RUN) $(BIN)/python tools/upstream.py $(ARGS)

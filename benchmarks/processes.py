@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from penstock.benchmarks.reaper import Reaper, signal_group
 
@@ -192,12 +192,20 @@ def wait_until_ready(
 
 @contextlib.contextmanager
 def termination_unwinds() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into SystemExit inside the block, so that every ``with`` gets its exit."""
+    """Let every signal that asks this process to end unwind the block, so that each ``with`` gets its exit.
+
+    SIGTERM and SIGHUP become SystemExit. SIGINT becomes KeyboardInterrupt even where a shell has started this
+    process in the background and made it ignore that signal. A SIGHUP that is ignored, as under nohup, stays
+    ignored.
+    """
 
     def leave(number: int, _frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers: dict[signal.Signals, Any] = {signal.SIGTERM: leave, signal.SIGINT: signal.default_int_handler}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        handlers[signal.SIGHUP] = leave
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:

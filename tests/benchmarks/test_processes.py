@@ -191,3 +191,23 @@ def test_termination_unwinds_the_stack(number):
     assert unwound
     assert caught.value.code == 128 + number
     assert signal.getsignal(number) is before
+
+
+def test_an_interrupt_unwinds_even_where_a_shell_made_it_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), termination_unwinds():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(DEADLINE_S)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with termination_unwinds():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
