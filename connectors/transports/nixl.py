@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -13,6 +14,8 @@ import numpy as np
 from penstock.connectors.errors import TransferFailedError
 from penstock.connectors.geometry import CacheGeometry, Moves
 from penstock.connectors.transports.base import State, TransferStats
+
+logger = logging.getLogger(__name__)
 
 # UCX keeps released registrations for ever unless this is set before it loads (vLLM #32181).
 os.environ.setdefault("UCX_RCACHE_MAX_UNRELEASED", "1024")
@@ -88,6 +91,8 @@ class NixlTransport:
 
     def read(self, peer: str, moves: Moves) -> NixlTransfer:
         """Prepare and post one READ for all moves."""
+        if not len(moves):
+            raise TransferFailedError(f"nothing to read from {peer}")
         started = time.perf_counter()
         with self._lock:
             try:
@@ -97,11 +102,18 @@ class NixlTransport:
                     self._descriptors(moves.source, moves.length),
                     peer,
                 )
-                if self._agent.transfer(handle) == "ERR":
-                    raise TransferFailedError(f"NIXL refused to post a READ from {peer}")
             except self._nixl_errors as error:
                 raise TransferFailedError(f"NIXL READ from {peer}: {error}") from error
-        return NixlTransfer(self._agent, self._lock, self._nixl_errors, handle, moves, started)
+            try:
+                status = self._agent.transfer(handle)
+            except self._nixl_errors as error:
+                logger.warning("NIXL cannot post a READ from %s: %s", peer, error)
+                status = "ERR"
+        transfer = NixlTransfer(self._agent, self._lock, self._nixl_errors, handle, moves, started)
+        # A part of a failed post may be under way: only a released handle is certain to write no more.
+        if status == "ERR" and transfer.cancel():
+            raise TransferFailedError(f"NIXL refused to post a READ from {peer}")
+        return transfer
 
     def close(self) -> None:
         """Deregister the memory; peers go with the agent."""
