@@ -25,6 +25,8 @@ from penstock.plugins.transport_probe import Findings
 PACKAGES = {"pyzmq": "control channel", "msgspec": "control messages", "xxhash": "digests"}
 PROBE_TIMEOUT_S = 20.0
 
+PROBE = [sys.executable, "-m", "penstock.plugins.transport_probe", "UCX"]
+
 # By name: nothing imports an adapter, and an engine's adapter is looked at only when it is examined.
 EXAMINATION = "penstock.plugins.vllm.examination"
 
@@ -37,9 +39,8 @@ def _version(distribution: str) -> str:
 def probe_nixl(timeout_s: float = PROBE_TIMEOUT_S) -> TransportReport:
     """What NIXL can do here, asked in a process that may hang or crash without harm."""
     version = _version("nixl")
-    command = [sys.executable, "-m", "penstock.plugins.transport_probe", "UCX"]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=timeout_s, check=False)
+        done = subprocess.run(PROBE, capture_output=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
         detail = f"starting UCX took more than {timeout_s:.0f} s"
         return TransportReport(name="nixl", version=version, available=False, detail=detail)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -36,9 +37,9 @@ ANY = "any"
 
 
 def minor_of(version: str) -> tuple[int, int]:
-    """Major and minor number of a version such as ``0.32.0+cpu``."""
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
+    """Major and minor number of a version such as ``0.32.0+cpu``; ``(0, 0)`` for one that has none."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
