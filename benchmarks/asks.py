@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
+import openai
 
 from penstock.benchmarks.tiny_model import corpus
 
@@ -82,8 +83,6 @@ def ask_all(
     Raises:
         AskError: the server answered with an error, or not at all.
     """
-    import openai
-
     answers = []
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=180) as client:
         for ask in asks:

@@ -24,7 +24,7 @@ from penstock.benchmarks.narrator import Narrator
 from penstock.benchmarks.processes import Progress, ServerError, termination_unwinds
 from penstock.benchmarks.report import Cell, Claim, Environment, Report
 from penstock.benchmarks.scrape import Transfers, settled
-from penstock.benchmarks.servers import Engine, engine_server, serving, serving_pair
+from penstock.benchmarks.servers import Engine, console_script, engine_server, serving, serving_pair
 from penstock.benchmarks.tiny_model import ensure_model
 
 PLAIN = "plain"
@@ -151,19 +151,18 @@ def demo(
     Exits with 1 if any answer differs or a server fails.
     """
     console = Console()
-    name = model or str(ensure_model())
     folder = logs or Path(tempfile.mkdtemp(prefix="penstock-demo-"))
-    template = Engine(model=name, max_model_len=max_model_len)
-    stage = Stage(Narrator(console), template, folder)
     try:
+        console_script("vllm")
+        template = Engine(model=model or str(ensure_model()), max_model_len=max_model_len)
         with termination_unwinds():
-            report = _run(stage, connectors)
+            report = _run(Stage(Narrator(console), template, folder), connectors)
     except (AskError, ServerError) as error:
-        console.print(str(error), style="red", markup=False, highlight=False)
-        console.print(f"logs: {folder}")
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"logs: {folder}", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print(f"interrupted; logs: {folder}")
+        console.print(f"interrupted; logs: {folder}", soft_wrap=True)
         sys.exit(130)
     report.show(console, title="the same requests through each setup", across="setup")
     if json_file is not None:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from typing import Self
 
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 
 from penstock.benchmarks.processes import ServerError
 
@@ -46,8 +47,6 @@ def samples(url: str) -> dict[str, float]:
     Raises:
         ServerError: the server did not answer.
     """
-    from prometheus_client.parser import text_string_to_metric_families
-
     try:
         with urllib.request.urlopen(f"{url}/metrics", timeout=ANSWER_S) as page:
             text = page.read().decode()

@@ -75,6 +75,7 @@ def test_prompts_share_no_beginning():
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "ensure_model", lambda: "m")
+    monkeypatch.setattr(module, "console_script", lambda name: name)
     monkeypatch.setattr(module.Stage, "plain", lambda self, asks: PLAIN)
 
     def run(apart, *arguments: str):
@@ -112,3 +113,13 @@ def test_ctrl_c_is_exit_code_130(run):
         raise KeyboardInterrupt
 
     assert run(interrupt).exit_code == 130
+
+
+def test_without_an_engine_the_demo_says_what_is_missing(run, monkeypatch):
+    def missing(name):
+        raise ServerError(f"the command {name!r} is not installed")
+
+    monkeypatch.setattr(module, "console_script", missing)
+    result = run(lambda self, connector, asks: GOOD)
+    assert result.exit_code == 1
+    assert "the command 'vllm' is not installed" in result.output
