@@ -50,6 +50,15 @@ def test_the_least_busy_healthy_server_is_picked(count: int, steps: list[tuple[s
             assert s.in_flight == sum(url == s.url for _, url in held)
 
 
+def test_a_busier_server_is_passed_over_even_when_it_is_its_turn() -> None:
+    pool = healthy_pool(2)
+    with ExitStack() as stack:
+        first = pool.pick()
+        assert first is not None
+        stack.enter_context(pool.occupy(first))
+        assert {server.url for _ in range(3) if (server := pool.pick())} == {URLS[1]}
+
+
 def test_equally_busy_servers_take_turns() -> None:
     pool = healthy_pool(4)
     picks = [server.url for _ in range(8) if (server := pool.pick()) is not None]
