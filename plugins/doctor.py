@@ -23,7 +23,7 @@ from penstock.plugins.doctor_report import (
 from penstock.plugins.transport_probe import Findings
 
 PACKAGES = {"pyzmq": "control channel", "msgspec": "control messages", "xxhash": "digests"}
-PROBE_TIMEOUT_S = 20.0
+PROBE_TIMEOUT_S = 60.0
 
 PROBE = [sys.executable, "-m", "penstock.plugins.transport_probe", "UCX"]
 
@@ -67,10 +67,10 @@ def examiner() -> Examiner:
     return found
 
 
-def examine_all(examiner: Examiner, *, probe: bool = True) -> Report:
-    """The whole examination; ``probe=False`` leaves the transports out."""
+def examine_all(examiner: Examiner, *, probe_timeout_s: float = PROBE_TIMEOUT_S) -> Report:
+    """The whole examination; with no time for a probe, transports are left out."""
     packages = tuple(PackageReport(name, purpose, _version(name)) for name, purpose in PACKAGES.items())
-    transports = (probe_nixl(),) if probe else ()
+    transports = (probe_nixl(probe_timeout_s),) if probe_timeout_s else ()
     return Report(
         penstock=_version("penstock"),
         python=platform.python_version(),
@@ -136,8 +136,14 @@ def _transport(transport: TransportReport) -> Iterator[str]:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--require", multiple=True, metavar="FEATURE", help="Exit with 1 if this feature cannot work.")
 @click.option("-v", "--verbose", is_flag=True, help="Name every seam.")
-@click.option("--no-probe", is_flag=True, help="Do not start transports to see what they find.")
-def doctor(*, as_json: bool, require: tuple[str, ...], verbose: bool, no_probe: bool) -> None:
+@click.option(
+    "--probe-timeout",
+    default=PROBE_TIMEOUT_S,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Seconds that starting the transports may take; 0 leaves them out.",
+)
+def doctor(*, as_json: bool, require: tuple[str, ...], verbose: bool, probe_timeout: float) -> None:
     """Say what works with the installed engine, without starting it, and what to do about what does not.
 
     Exit code: 0; 1 if a feature named by --require cannot work.
@@ -147,7 +153,7 @@ def doctor(*, as_json: bool, require: tuple[str, ...], verbose: bool, no_probe: 
     if unknown:
         known = ", ".join(adapter.feature_names())
         raise click.BadParameter(f"given {unknown[0]}, allowed: {known}", param_hint="--require")
-    report = examine_all(adapter, probe=not no_probe)
+    report = examine_all(adapter, probe_timeout_s=probe_timeout)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(report)).decode())
     else:

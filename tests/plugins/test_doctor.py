@@ -50,7 +50,7 @@ def ask(tmp_path, monkeypatch):
         (tmp_path / "upd.py").write_text(source)
         engine = EngineReport("engine", "1.0", "engine", True, "1.0 to 1.2")
         monkeypatch.setattr(command, "examiner", lambda: Examiner(SourceTree(tmp_path), engine))
-        monkeypatch.setattr(command, "probe_nixl", lambda: transport)
+        monkeypatch.setattr(command, "probe_nixl", lambda timeout_s: transport)
         return CliRunner().invoke(command.doctor, [*arguments])
 
     return ask
@@ -141,7 +141,7 @@ def test_installed_engine_is_examined_without_being_imported():
     pytest.importorskip("vllm", reason="needs an installed vLLM")
     code = (
         "import sys; from penstock.plugins.doctor import examine_all, examiner\n"
-        "import msgspec; report = examine_all(examiner(), probe=False)\n"
+        "import msgspec; report = examine_all(examiner(), probe_timeout_s=0)\n"
         "assert not {'vllm', 'torch'} & set(sys.modules)\n"
         "print(msgspec.json.encode(report).decode())"
     )
