@@ -17,11 +17,10 @@ from penstock.connectors.transports.base import State, TransferStats
 
 logger = logging.getLogger(__name__)
 
-# UCX keeps released registrations for ever unless this is set before it loads (vLLM #32181).
-os.environ.setdefault("UCX_RCACHE_MAX_UNRELEASED", "1024")
-
 
 def _api() -> Any:
+    # UCX keeps released registrations for ever unless this is set before it loads (vLLM #32181).
+    os.environ.setdefault("UCX_RCACHE_MAX_UNRELEASED", "1024")
     try:
         from nixl import _api
     except ImportError as error:
