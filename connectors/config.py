@@ -10,6 +10,7 @@ DigestMode = Literal["off", "sampled", "full"]
 Policy = Literal["runs", "stock"]
 TransportName = Literal["nixl", "loopback"]
 
+ANY_ADDRESS = ("0.0.0.0", "::", "*")
 Host = Annotated[str, msgspec.Meta(min_length=1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
@@ -51,6 +52,10 @@ class FlowKVConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """NIXL plugins to load, in order of preference."""
 
     def __post_init__(self) -> None:
+        if self.host in ANY_ADDRESS and self.advertise_host is None:
+            raise ValueError(
+                f"host: given {self.host!r}, allowed with advertise_host, which peers connect to"
+            )
         if not self.heartbeat_s < self.lease_s:
             raise ValueError(
                 f"heartbeat_s: given {self.heartbeat_s}, allowed: less than lease_s={self.lease_s}"
