@@ -9,13 +9,22 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from penstock.connectors.errors import TransferFailedError
-from penstock.connectors.geometry import CacheGeometry, Moves
+from penstock.connectors.geometry import CacheGeometry, Int64Array, MemoryKind, Moves
 from penstock.connectors.transports.base import State, TransferStats
 
 logger = logging.getLogger(__name__)
+
+
+class _Endpoint(msgspec.Struct, frozen=True, array_like=True):
+    """What a peer needs: the agent's metadata, and where the registered allocation lies."""
+
+    metadata: bytes
+    memory: MemoryKind
+    device: int
 
 
 def _api() -> Any:
@@ -58,30 +67,36 @@ class NixlTransport:
             available = ", ".join(self._agent.get_plugin_list())
             raise TransferFailedError(f"NIXL has no plugin {', '.join(missing)}; available: {available}")
         self._lock = threading.Lock()
-        self._memory = "DRAM"
-        self._device = 0
+        self._local = _Endpoint(b"", "DRAM", 0)
+        self._peers: dict[str, _Endpoint] = {}
         self._registration: Any = None
 
     def register(self, geometry: CacheGeometry) -> bytes:
-        """Register the whole allocation; returns the agent's metadata."""
-        self._memory, self._device = geometry.memory, geometry.device
+        """Register the whole allocation; returns the agent's metadata and the allocation's device."""
         regions = [(geometry.base_address, geometry.size, geometry.device, "")]
         with self._lock:
             self._registration = self._agent.register_memory(regions, mem_type=geometry.memory)
-            metadata: bytes = self._agent.get_agent_metadata()
-        return metadata
+            self._local = _Endpoint(self._agent.get_agent_metadata(), geometry.memory, geometry.device)
+        return msgspec.msgpack.encode(self._local)
 
     def connect(self, endpoint: bytes) -> str:
         """Load a peer's metadata; returns its agent name."""
+        try:
+            remote = msgspec.msgpack.decode(endpoint, type=_Endpoint)
+        except msgspec.DecodeError as error:
+            raise TransferFailedError(f"not an endpoint of NIXL: {error}") from error
         with self._lock:
             try:
-                peer = self._agent.add_remote_agent(endpoint)
+                peer = self._agent.add_remote_agent(remote.metadata)
             except self._nixl_errors as error:
                 raise TransferFailedError(f"NIXL cannot load the peer's metadata: {error}") from error
-        return peer.decode() if isinstance(peer, bytes) else str(peer)
+        name = peer.decode() if isinstance(peer, bytes) else str(peer)
+        self._peers[name] = remote
+        return name
 
     def disconnect(self, peer: str) -> None:
         """Invalidate a peer's metadata."""
+        self._peers.pop(peer, None)
         with self._lock:
             try:
                 self._agent.remove_remote_agent(peer)
@@ -90,15 +105,16 @@ class NixlTransport:
 
     def read(self, peer: str, moves: Moves) -> NixlTransfer:
         """Prepare and post one READ for all moves."""
-        if not len(moves):
-            raise TransferFailedError(f"nothing to read from {peer}")
+        remote = self._peers.get(peer)
+        if remote is None or not len(moves):
+            raise TransferFailedError(f"{peer} is not connected" if moves else f"nothing to read from {peer}")
         started = time.perf_counter()
         with self._lock:
             try:
                 handle = self._agent.initialize_xfer(
                     "READ",
-                    self._descriptors(moves.target, moves.length),
-                    self._descriptors(moves.source, moves.length),
+                    self._descriptors(moves.target, moves.length, self._local),
+                    self._descriptors(moves.source, moves.length, remote),
                     peer,
                 )
             except self._nixl_errors as error:
@@ -121,10 +137,10 @@ class NixlTransport:
                 self._agent.deregister_memory(self._registration)
                 self._registration = None
 
-    def _descriptors(self, addresses: Any, lengths: Any) -> Any:
+    def _descriptors(self, addresses: Int64Array, lengths: Int64Array, side: _Endpoint) -> Any:
         rows = np.empty((len(lengths), 3), dtype=np.uint64)
-        rows[:, 0], rows[:, 1], rows[:, 2] = addresses, lengths, self._device
-        return self._agent.get_xfer_descs(rows, mem_type=self._memory)
+        rows[:, 0], rows[:, 1], rows[:, 2] = addresses, lengths, side.device
+        return self._agent.get_xfer_descs(rows, mem_type=side.memory)
 
 
 class NixlTransfer:
