@@ -27,10 +27,10 @@ DEADLINE_S = 30.0
 class Side:
     """One rank: memory, its geometry and a transport with it registered."""
 
-    def __init__(self, transport: Transport, fill: int) -> None:
+    def __init__(self, transport: Transport, fill: int, device: int = 0) -> None:
         self.memory = np.full(BLOCKS * BYTES, fill, dtype=np.uint8)
         self.geometry = CacheGeometry(
-            self.memory.ctypes.data, self.memory.nbytes, BLOCKS, (Strip(0, BYTES, BYTES),)
+            self.memory.ctypes.data, self.memory.nbytes, BLOCKS, (Strip(0, BYTES, BYTES),), device=device
         )
         self.transport = transport
         self.endpoint = transport.register(self.geometry)
@@ -45,11 +45,11 @@ def ended(transfer: Transfer) -> State:
 
 @pytest.fixture(scope="module", params=["loopback", "nixl"])
 def sides(request) -> Iterator[tuple[Side, Side]]:
-    """Sender and receiver; one pair of NIXL agents serves all tests of this file."""
+    """Sender and receiver on devices of different numbers; one pair of NIXL agents serves all tests here."""
     if request.param == "nixl":
         pytest.importorskip("nixl")
     config = FlowKVConfig(transport=request.param)
-    pair = Side(make_transport(config, "sender"), 0), Side(make_transport(config, "receiver"), 0)
+    pair = Side(make_transport(config, "sender"), 0, device=1), Side(make_transport(config, "receiver"), 0)
     yield pair
     for side in pair:
         side.transport.close()
