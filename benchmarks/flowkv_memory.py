@@ -1,0 +1,181 @@
+"""KV pools of real size in little memory, one of them in a process of its own, both registered with NIXL.
+
+A pool's addresses are laid over a smaller stretch of memory again and again, so that a pool of 12,000 blocks
+of 2 MiB fits a small machine: NIXL sees 24 GiB of addresses, the caches see the smaller stretch, which is
+many times their size. Every page is mapped before anything is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import multiprocessing
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from penstock.connectors.geometry import CacheGeometry, LayerPages, strips_of
+from penstock.connectors.transports.nixl import NixlTransport
+
+DISTINCT_BYTES = 512 << 20
+STOCK_THREADS = 4
+"""UCX worker threads of vLLM's NixlConnector unless ``num_threads`` is configured."""
+WORD = 0x9E3779B97F4A7C15
+_MAP_FIXED = 0x10
+_MAP_POPULATE = 0x8000
+_MAP_NORESERVE = 0x4000
+
+
+class Shape(msgspec.Struct, frozen=True):
+    """KV cache of one rank: ``layers`` pages of ``page_bytes`` a block."""
+
+    name: str
+    layers: int
+    page_bytes: int
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers."""
+        return self.layers * self.page_bytes
+
+    def block_outermost(self, base: int, num_blocks: int) -> CacheGeometry:
+        """``BLHNC``: all layers of a block lie together."""
+        return self._geometry(base, num_blocks, self.page_bytes, self.block_bytes)
+
+    def layer_outermost(self, base: int, num_blocks: int) -> CacheGeometry:
+        """``LBHNC``: all blocks of a layer lie together."""
+        return self._geometry(base, num_blocks, num_blocks * self.page_bytes, self.page_bytes)
+
+    def _geometry(self, base: int, num_blocks: int, layer_stride: int, block_stride: int) -> CacheGeometry:
+        pages = LayerPages(self.layers, layer_stride, block_stride, self.page_bytes)
+        return CacheGeometry(base, num_blocks * self.block_bytes, num_blocks, strips_of([pages]))
+
+
+def map_pool(num_bytes: int, distinct_bytes: int = DISTINCT_BYTES) -> int:
+    """Address of ``num_bytes`` whose contents repeat every ``distinct_bytes``. Kept until the process ends.
+
+    Raises:
+        OSError: the kernel has no room for it.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+
+    def place(address: int | None, length: int, flags: int, file: int) -> int:
+        found: int = libc.mmap(address, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, file, 0)
+        if found == ctypes.c_void_p(-1).value:
+            raise OSError(
+                ctypes.get_errno(), f"mmap of {length >> 20} MiB: {os.strerror(ctypes.get_errno())}"
+            )
+        return found
+
+    memory = os.memfd_create("kv-pool")
+    try:
+        os.ftruncate(memory, min(distinct_bytes, num_bytes))
+        base = place(None, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
+        for start in range(0, num_bytes, distinct_bytes):
+            length = min(distinct_bytes, num_bytes - start)
+            place(base + start, length, mmap.MAP_SHARED | _MAP_FIXED | _MAP_POPULATE, memory)
+    finally:
+        os.close(memory)
+    return base
+
+
+def words_at(base: int, num_bytes: int) -> npt.NDArray[np.uint64]:
+    """Memory as 64-bit words; a view."""
+    return np.frombuffer((ctypes.c_uint8 * num_bytes).from_address(base), dtype=np.uint64)
+
+
+def pattern(offset: int, num_bytes: int, distinct_bytes: int = DISTINCT_BYTES) -> npt.NDArray[np.uint64]:
+    """What a source pool holds at ``offset``: every word of the distinct stretch differs."""
+    words = (np.arange(num_bytes // 8, dtype=np.uint64) + np.uint64(offset // 8)) % np.uint64(
+        distinct_bytes // 8
+    )
+    return words * np.uint64(WORD)
+
+
+class Source(msgspec.Struct, frozen=True):
+    """What the process with the source pool tells."""
+
+    base: int
+    endpoint: bytes
+    """Of the agent as FlowKV makes it."""
+    stock_metadata: bytes
+    """Of the agent as vLLM's NixlConnector makes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """Both ends, connected both in FlowKV's way and in the stock connector's."""
+
+    source_base: int
+    source_blocks: int
+    target_base: int
+    target_blocks: int
+    transport: NixlTransport
+    peer: str
+    stock_agent: Any
+    stock_peer: str
+
+
+def stock_agent(name: str) -> Any:
+    """An agent with the settings of vLLM 0.32's NixlConnector."""
+    from nixl._api import nixl_agent, nixl_agent_config
+
+    return nixl_agent(name, nixl_agent_config(num_threads=STOCK_THREADS, capture_telemetry=True))
+
+
+def hold_source(pipe: Connection, shape: Shape, num_blocks: int) -> None:
+    """Body of the source process: make a pool, say where it is, keep it until told to end."""
+    num_bytes = num_blocks * shape.block_bytes
+    base = map_pool(num_bytes)
+    distinct = min(DISTINCT_BYTES, num_bytes)
+    words_at(base, distinct)[:] = pattern(0, distinct)
+    transport = NixlTransport("source")
+    endpoint = transport.register(shape.block_outermost(base, num_blocks))
+    agent = stock_agent("stock-source")
+    registered = agent.register_memory([(base, num_bytes, 0, "")], mem_type="DRAM")
+    pipe.send_bytes(msgspec.msgpack.encode(Source(base, endpoint, agent.get_agent_metadata())))
+    with contextlib.suppress(EOFError):
+        pipe.recv_bytes()
+    agent.deregister_memory(registered)
+    transport.close()
+
+
+@contextlib.contextmanager
+def connected_pools(shape: Shape, source_blocks: int, target_blocks: int) -> Iterator[Pools]:
+    """A source pool in a child process and a target pool here, ready to transfer."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=hold_source, args=(theirs, shape, source_blocks), daemon=True)
+    child.start()
+    theirs.close()
+    num_bytes = target_blocks * shape.block_bytes
+    base = map_pool(num_bytes)
+    transport = NixlTransport("target")
+    agent = stock_agent("stock-target")
+    try:
+        transport.register(shape.block_outermost(base, target_blocks))
+        registered = agent.register_memory([(base, num_bytes, 0, "")], mem_type="DRAM")
+        source = msgspec.msgpack.decode(ours.recv_bytes(), type=Source)
+        peer, stock_peer = transport.connect(source.endpoint), agent.add_remote_agent(source.stock_metadata)
+        yield Pools(
+            source.base, source_blocks, base, target_blocks, transport, peer, agent, _text(stock_peer)
+        )
+        agent.deregister_memory(registered)
+    finally:
+        transport.close()
+        ours.close()
+        child.join(10)
+        child.terminate()
+
+
+def _text(name: str | bytes) -> str:
+    return name.decode() if isinstance(name, bytes) else name
