@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import resource
 import socket
+import struct
 import time
+from contextlib import suppress
 
 import msgspec
 import pytest
@@ -214,6 +216,23 @@ def test_messages_of_several_parts_are_ignored(serve, client_of, raw):
     question, _ = Seal(None, time.time).seal(encode(Renew([])))
     raw.dealer(address).send_multipart([question, question])
     assert ask(client_of(), address, Renew([])) == Renewed([])
+
+
+@pytest.mark.xfail(strict=True, reason="libzmq limits a part of a message, not the number of its parts")
+def test_an_endless_message_of_many_parts_is_cut_off(serve, raw):
+    """A stranger that speaks ZMTP by hand sends parts and never the last one; the key does not help."""
+    _, address = serve("secret")
+    connection = raw.tcp(address)
+    ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
+    greeting = b"\xff" + b"\0" * 8 + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" * 32
+    connection.sendall(greeting + b"\x04" + bytes([len(ready)]) + ready)
+    before = resident_bytes()
+    size = MAX_QUESTION_BYTES // 2
+    part = b"\x03" + struct.pack(">Q", size) + b"x" * size
+    with suppress(ConnectionError):
+        for _ in range((64 << 20) // size):
+            connection.sendall(part)
+    assert resident_bytes() - before < 32 << 20
 
 
 def test_an_authentic_question_that_makes_no_sense_is_answered_with_the_reason(serve, raw):
