@@ -166,6 +166,7 @@ class Server:
 
 _live: list[Server] = []
 _reaper = Reaper()
+_owner = os.getpid()
 
 
 def wait_until_ready(
@@ -215,5 +216,6 @@ def termination_unwinds() -> Iterator[None]:
 
 @atexit.register
 def _stop_all() -> None:
-    for server in list(_live):
+    # A forked child inherits the list, but not the servers.
+    for server in list(_live) if os.getpid() == _owner else ():
         server.stop()

@@ -178,6 +178,28 @@ def test_a_parent_that_exits_without_a_word_stops_its_servers(tmp_path):
     assert not alive(child)
 
 
+FORKING_PARENT = PARENT.replace(
+    "sys.stdin.read()",
+    """
+import os
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+print("alive" if server.running and server.ready() else "gone", flush=True)
+sys.stdin.read()
+""",
+)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_that_exits_leaves_the_servers_alone(tmp_path):
+    code = tmp_path / "serve.py"
+    code.write_text(SERVE)
+    command = [sys.executable, "-c", FORKING_PARENT, str(code)]
+    output = subprocess.run(command, input="", capture_output=True, text=True, check=True).stdout
+    assert output.split()[-1] == "alive"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_termination_unwinds_the_stack(number):
     before = signal.getsignal(number)
