@@ -53,6 +53,7 @@ class Environment:
         sources = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
         return {
             "engine": self.engine,
+            "folder": str(self.folder),
             "python": ".".join(map(str, sys.version_info[:2])),
             "root": str(ROOT),
             "sources": hashlib.sha256(sources).hexdigest(),
@@ -71,8 +72,8 @@ class Environment:
         found, wanted = self.found(), self.wanted
         if found == wanted and self.python.exists():
             return
-        if found and any(found[key] != wanted[key] for key in ("engine", "python")):
-            say(f"{self.folder.name} was made for another engine or Python: making it anew")
+        if found and any(found.get(key) != wanted[key] for key in ("engine", "folder", "python")):
+            say(f"{self.folder.name} was made for another engine, Python or place: making it anew")
             shutil.rmtree(self.folder)
         self.stamp.unlink(missing_ok=True)
         self._create()
