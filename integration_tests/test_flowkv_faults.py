@@ -23,7 +23,7 @@ from penstock.benchmarks.tiny_model import ensure_model
 pytestmark = pytest.mark.engine
 
 LEASE_S = 20.0
-FLOWKV = {"penstock": {"flowkv": {"lease_s": LEASE_S, "heartbeat_s": 1.5, "handshake_timeout_s": 3.0}}}
+FLOWKV = {"penstock": {"flowkv": {"lease_s": LEASE_S, "heartbeat_s": 1.5, "handshake_timeout_s": 10.0}}}
 QUICK = ("--additional-config", json.dumps(FLOWKV))
 RECOMPUTE = ("--kv-transfer-config.kv_load_failure_policy", "recompute")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_pair import Pair, failed_cleanly, token_ids, tokens
+from engine_pair import Pair, ask, failed_cleanly, token_ids, tokens
 
 from penstock.benchmarks.processes import Server, wait_until_ready
 from penstock.benchmarks.scrape import samples
@@ -89,24 +91,46 @@ def multi(role: str, storage: Path) -> tuple[str, ...]:
     return "--kv-transfer-config", json.dumps(config)
 
 
-def test_f18_flowkv_beside_another_connector(logs, tmp_path):
-    """F18: as one child of vLLM's MultiConnector."""
+@pytest.fixture(scope="module")
+def crowded(logs, tmp_path_factory) -> Iterator[Pair]:
+    """FlowKV as one child of vLLM's MultiConnector, in pools that hold about three prompts."""
+    storage = tmp_path_factory.mktemp("storage")
+    few = ("--num-gpu-blocks-override", "80", "--max-model-len", "2048")
     with (
         server(
-            "prefill", "multi-prefill", logs, *multi("kv_producer", tmp_path / "p"), connector=None
+            "prefill", "multi-prefill", logs, *few, *multi("kv_producer", storage / "p"), connector=None
         ) as prefill,
         server(
-            "decode", "multi-decode", logs, *multi("kv_consumer", tmp_path / "d"), connector=None
+            "decode", "multi-decode", logs, *few, *multi("kv_consumer", storage / "d"), connector=None
         ) as decode,
     ):
         wait_until_ready([prefill, decode])
-        pair = Pair(str(ensure_model()), prefill, decode)
-        for seed in range(3):
-            prompt = tokens(720 + seed, 600)
-            answer = pair.decode_with(prompt, pair.prefill_params(prompt))
-            assert token_ids(answer) == pair.reference(prompt)
-        pair.await_idle(prefill)
-        pair.await_idle(decode)
+        yield Pair(str(ensure_model()), prefill, decode)
+
+
+def test_f18_flowkv_beside_another_connector(crowded):
+    """F18: each child does its part; what FlowKV moved is right."""
+    for seed in range(3):
+        prompt = tokens(720 + seed, 600)
+        answer = crowded.decode_with(prompt, crowded.prefill_params(prompt))
+        assert token_ids(answer) == crowded.reference(prompt)
+    crowded.await_idle(crowded.prefill)
+    crowded.await_idle(crowded.decode)
+
+
+def test_f17_pools_too_small_for_all_at_once_delay_and_never_lose(crowded):
+    """F17: prompts wait for leased blocks, decodes are preempted; every answer is right."""
+    prompts = [tokens(740 + i, 500 + 37 * i) for i in range(12)]
+    expected = [token_ids(ask(crowded.prefill, crowded.body(p, max_tokens=150))) for p in prompts]
+
+    def one(prompt: list[int]) -> list[int]:
+        return token_ids(crowded.decode_with(prompt, crowded.prefill_params(prompt), max_tokens=150))
+
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        assert list(pool.map(one, prompts)) == expected
+    assert samples(crowded.decode.url)["vllm:num_preemptions_total"] > 0
+    crowded.await_idle(crowded.prefill)
+    crowded.await_idle(crowded.decode)
 
 
 ONE_PROCESS = """
@@ -134,8 +158,6 @@ def test_llm_takes_the_connector_as_an_argument(tmp_path):
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
-    import os
-
     done = subprocess.run(
         [sys.executable, str(script), str(ensure_model())],
         env={**os.environ, **environment},
