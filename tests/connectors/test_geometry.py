@@ -16,11 +16,11 @@ from penstock.connectors.runs import JointRun
 
 
 @st.composite
-def placements(draw, num_layers: int, page: int):
+def placements(draw, layout: str, num_layers: int, page: int):
     """Where one engine puts ``num_layers`` pages a block: (pages, blocks, bytes of the allocation)."""
     blocks = draw(st.integers(1, 12))
     offset = draw(st.sampled_from([0, 0, 5, 64]))
-    match draw(st.sampled_from(["BLHNC", "LBHNC", "gaps", "two allocs of layers"])):
+    match layout:
         case "BLHNC":
             pages = [LayerPages(num_layers, page, num_layers * page, page, offset)]
         case "LBHNC":
@@ -57,11 +57,24 @@ def geometry_of(memory: np.ndarray, pages: list[LayerPages], blocks: int) -> Cac
     return CacheGeometry(memory.ctypes.data, memory.nbytes, blocks, strips_of(pages))
 
 
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ("BLHNC", "BLHNC"),
+        ("LBHNC", "LBHNC"),
+        ("gaps", "gaps"),
+        ("BLHNC", "gaps"),
+        ("gaps", "BLHNC"),
+        ("halves", "halves"),
+        ("BLHNC", "LBHNC"),
+    ],
+    ids="-to-".join,
+)
 @seeded
-@given(st.data(), st.integers(1, 5), st.integers(1, 9))
-def test_moves_copy_exactly_the_bytes_of_the_joint_runs(data, num_layers, page):
-    source_pages, source_blocks, source_size = data.draw(placements(num_layers, page))
-    target_pages, target_blocks, target_size = data.draw(placements(num_layers, page))
+@given(data=st.data(), num_layers=st.integers(1, 5), page=st.integers(1, 9))
+def test_moves_copy_exactly_the_bytes_of_the_joint_runs(layouts, data, num_layers, page):
+    source_pages, source_blocks, source_size = data.draw(placements(layouts[0], num_layers, page))
+    target_pages, target_blocks, target_size = data.draw(placements(layouts[1], num_layers, page))
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     source, target = (rng.integers(0, 256, n, dtype=np.uint8) for n in (source_size, target_size))
     expected = target.copy()
@@ -95,10 +108,11 @@ def test_moves_copy_exactly_the_bytes_of_the_joint_runs(data, num_layers, page):
         assert len(moves) == len(joint) * ours.extents_per_run
 
 
+@pytest.mark.parametrize("layout", ["BLHNC", "LBHNC", "gaps", "halves"])
 @seeded
-@given(st.data(), st.integers(1, 6), st.integers(1, 9))
-def test_strips_are_the_pages_and_nothing_else_in_the_fewest_pieces(data, num_layers, page):
-    pages, blocks, size = data.draw(placements(num_layers, page))
+@given(data=st.data(), num_layers=st.integers(1, 6), page=st.integers(1, 9))
+def test_strips_are_the_pages_and_nothing_else_in_the_fewest_pieces(layout, data, num_layers, page):
+    pages, blocks, size = data.draw(placements(layout, num_layers, page))
     strips = strips_of(pages)
     for block in range(blocks):
         by_pages = sorted(b for start, n in page_starts(pages, block) for b in range(start, start + n))

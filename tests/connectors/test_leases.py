@@ -18,7 +18,8 @@ from penstock.connectors.runs import Run, blocks_of
 
 BLOCKS = 40
 DURATION, LONGEST = 30.0, 100.0
-names = st.integers(0, 11)
+names = st.integers(0, 2)
+"""One of the three latest leases: old ones have ended, and a rule that meets none tests nothing."""
 
 
 class Model:
@@ -49,6 +50,9 @@ class LeaseMachine(RuleBasedStateMachine):
         self.due: Counter[tuple[str, LeaseEnd]] = Counter()
         self.stale = 0
 
+    def latest(self, pick: int) -> int:
+        return len(self.models) - 1 - pick
+
     def lease_of(self, name: int) -> str:
         return self.ids.get(name, "f" * 32)
 
@@ -60,24 +64,32 @@ class LeaseMachine(RuleBasedStateMachine):
         self.models[name].end = end
         self.due[f"r{name}", end] += 1
 
-    @rule(name=names, start=st.integers(0, BLOCKS - 6), length=st.integers(1, 5), ranks=st.integers(1, 3))
-    def grant(self, name, start, length, ranks):
-        if name in self.models:
-            return
+    @rule(
+        start=st.integers(0, BLOCKS - 6),
+        length=st.integers(1, 5),
+        ranks=st.integers(1, 3),
+        hashed=st.booleans(),
+    )
+    def grant(self, start, length, ranks, hashed):
+        name = len(self.models)
         runs = [Run(start, length), Run(0, 1)]
         blocks = list(blocks_of(runs))
         self.ids[name] = self.table.grant(f"r{name}", runs, ranks)
         self.models[name] = Model(self.clock(), blocks, list(self.epochs[blocks]), ranks)
+        for rank in range(ranks if hashed else 0):
+            self.add_digests(0, rank)
 
-    @rule(name=names, rank=st.integers(0, 2))
-    def add_digests(self, name, rank):
-        digests = np.array([name, rank], dtype=np.uint64)
+    @rule(pick=names, rank=st.integers(0, 2))
+    def add_digests(self, pick, rank):
+        name = self.latest(pick)
+        digests = np.array([1000 + name, rank], dtype=np.uint64)
         self.table.add_digests(f"r{name}", rank, digests)
         if model := self.held(name):
             model.hashed[rank] = digests.tobytes()
 
-    @rule(name=names, rank=st.integers(0, 3))
-    def commit(self, name, rank):
+    @rule(pick=names, rank=st.integers(0, 3))
+    def commit(self, pick, rank):
+        name = self.latest(pick)
         outcome, digests = self.table.commit(self.lease_of(name), rank)
         model = self.held(name)
         reused = model and any(self.epochs[b] != e for b, e in zip(model.blocks, model.epochs, strict=True))
@@ -94,8 +106,9 @@ class LeaseMachine(RuleBasedStateMachine):
             if len(model.committed) == model.ranks:
                 self.finish(name, LeaseEnd.COMMITTED)
 
-    @rule(wanted=st.lists(names, max_size=5))
-    def renew(self, wanted):
+    @rule(picks=st.lists(names, max_size=5))
+    def renew(self, picks):
+        wanted = [self.latest(pick) for pick in picks]
         lost = []
         for name in wanted:
             model = self.held(name)
@@ -105,8 +118,9 @@ class LeaseMachine(RuleBasedStateMachine):
                 model.deadline = min(model.last, max(model.deadline, self.clock() + DURATION))
         assert self.table.renew([self.lease_of(name) for name in wanted]) == lost
 
-    @rule(names=st.lists(names, max_size=3))
-    def release(self, names):
+    @rule(picks=st.lists(names, max_size=3))
+    def release(self, picks):
+        names = [self.latest(pick) for pick in picks]
         ended = {name for name in names if self.held(name)}
         assert self.table.release([self.lease_of(name) for name in names]) == len(ended)
         for name in ended:
@@ -149,6 +163,25 @@ TestLeaseTable = LeaseMachine.TestCase
 
 def table(clock, **options) -> LeaseTable:
     return LeaseTable(**{"duration_s": DURATION, "longest_s": LONGEST, "clock": clock, **options})
+
+
+def test_a_lease_ends_with_the_last_of_its_ranks_and_no_rank_counts_twice():
+    leases = table(Clock())
+    lease = leases.grant("r", [Run(0, 4)], 3)
+    said = [leases.commit(lease, rank)[0] for rank in (1, 1, 0, 1, 3)]
+    assert said == [Commit.ACCEPTED, Commit.STALE, Commit.ACCEPTED, Commit.STALE, Commit.STALE]
+    assert leases.collect() == []
+    assert leases.commit(lease, 2)[0] is Commit.ACCEPTED
+    assert [ended.end for ended in leases.collect()] == [LeaseEnd.COMMITTED]
+    assert leases.commit(lease, 2)[0] is Commit.STALE
+    assert leases.take_stale_refused() == 4
+
+
+def test_a_release_may_name_a_lease_twice():
+    leases = table(Clock())
+    lease = leases.grant("r", [Run(0, 4)], 1)
+    assert leases.release([lease, "f" * 32, lease]) == 1
+    assert len(leases.collect()) == 1
 
 
 def test_renewals_never_extend_a_lease_beyond_its_bound():
