@@ -62,14 +62,14 @@ def verify(feature: Feature, tree: Tree) -> list[Finding]:
     return [check(seam, tree) for seam in feature.all_seams()]
 
 
-def apply(feature: Feature, upstream: Upstream) -> None:
-    """Verify a feature and install its patches. Applied twice, it does nothing the second time.
+def apply(feature: Feature, upstream: Upstream) -> bool:
+    """Verify a feature and install its patches. Applied twice, it does nothing the second time; False then.
 
     Raises:
         FeatureError: a seam moved; no patch of the feature is installed then.
     """
     if any(entry.feature == feature.name and entry.state == "active" for entry in ledger.entries()):
-        return
+        return False
     moved = [finding for finding in verify(feature, upstream.tree) if finding.state is State.MOVED]
     if moved:
         reason = "; ".join(map(str, moved))
@@ -81,6 +81,7 @@ def apply(feature: Feature, upstream: Upstream) -> None:
                 installed.append(patch)
                 after_import(patch.module, patch.install)
     _record(feature, upstream, "active")
+    return True
 
 
 @contextmanager
@@ -100,7 +101,8 @@ def require(feature: Feature, upstream: Upstream) -> None:
     Raises:
         FeatureError: as ``apply``.
     """
-    apply(feature, upstream)
+    if apply(feature, upstream):
+        ledger.logger.info("penstock: %s is active on %s", feature.name, upstream.name)
     names = asked_for()
     if feature.name not in names:
         os.environ[ASKED_FOR] = ",".join((*names, feature.name))

@@ -1,4 +1,4 @@
-"""What is active in this process: a table, one log line a change, and a metric."""
+"""What is active in this process: a table, a warning for what is off, and a metric."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def record(entry: Entry) -> None:
     if previous == entry:
         return
     _entries[entry.feature] = entry
-    if entry.state == "active":
-        logger.info("penstock: %s is active on %s %s", entry.feature, entry.engine, entry.upstream)
-    else:
+    if entry.state == "off":
         logger.warning("penstock: %s is off: %s", entry.feature, entry.reason)
     if not _published:
         _published = True

@@ -92,10 +92,10 @@ def _register_connectors() -> None:
 
 
 def _apply_inherited() -> None:
-    from penstock.plugins.features import apply, asked_for
+    from penstock.plugins.features import asked_for, require
     from penstock.plugins.vllm.features import FEATURES
     from penstock.plugins.vllm.installation import upstream
 
     for name in asked_for():
         if name in FEATURES:
-            apply(FEATURES[name], upstream())
+            require(FEATURES[name], upstream())

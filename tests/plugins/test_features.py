@@ -114,13 +114,18 @@ def test_patch_waits_for_a_module_that_is_not_loaded(upstream):
     assert stock.Pool().take(1) == "stock"
 
 
-def test_only_what_is_asked_for_reaches_processes_started_later(upstream):
+def test_only_what_is_asked_for_reaches_processes_started_later(upstream, caplog):
+    caplog.set_level("INFO")
     offer(feature("giving", patch("give")), upstream)
     require(feature("taking", patch("take")), upstream)
     require(feature("watching"), upstream)
     require(feature("taking", patch("take")), upstream)
     assert features.asked_for() == ("taking", "watching")
     assert os.environ[features.ASKED_FOR] == "taking,watching"
+    assert [record.getMessage() for record in caplog.records] == [
+        "penstock: taking is active on engine 1.2",
+        "penstock: watching is active on engine 1.2",
+    ]
 
 
 METRIC = """
