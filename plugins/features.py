@@ -112,7 +112,8 @@ def offer(feature: Feature, upstream: Upstream) -> bool:
     """Apply a feature that nobody asked for by name; where it cannot be applied it stays off."""
     try:
         apply(feature, upstream)
-    except FeatureError:
+    except FeatureError as error:
+        ledger.logger.warning("penstock: %s; it stays off", error)
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""What is active in this process: a table, a warning for what is off, and a metric."""
+"""What is active in this process: a table and a metric."""
 
 from __future__ import annotations
 
@@ -41,8 +41,6 @@ def record(entry: Entry) -> None:
     if previous == entry:
         return
     _entries[entry.feature] = entry
-    if entry.state == "off":
-        logger.warning("penstock: %s is off: %s", entry.feature, entry.reason)
     if not _published:
         _published = True
         after_import("prometheus_client", _publish_all)

@@ -80,7 +80,9 @@ def test_one_renamed_symbol_turns_exactly_one_feature_off(upstream, monkeypatch,
     assert [offer(taking, upstream), offer(giving, upstream)] == [False, True]
     assert states() == {"taking": "off", "giving": "active"}
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == ["penstock: taking is off: upfeat:Pool.take: not found"]
+    assert warnings == [
+        "penstock: taking cannot be applied to engine 1.2: upfeat:Pool.take: not found; it stays off"
+    ]
 
 
 def test_seams_are_verified_before_anything_is_changed(upstream):
