@@ -29,20 +29,24 @@ POLICIES: tuple[Policy, ...] = ("stock", "address-sorted", "best-fit", "flowkv")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A pool of ``num_blocks``: ``warm`` requests fill it, then ``measured`` are counted."""
+    """A pool of ``num_blocks``: ``warm`` requests fill it before any is counted.
+
+    Steps of ``step_tokens`` set how many requests run at once, and so how much of the pool is active.
+    """
 
     name: str
     num_blocks: int
     warm: int
+    step_tokens: int
     median_target: float | None
     p99_target: float | None
 
 
 CASES = (
-    Case("25 % active", 26_000, 300, 2, 8),
-    Case("70 % active", 9_000, 150, 2, 20),
-    Case("90 % active", 3_600, 100, 4, 45),
-    Case("hits over 15 %", 60_000, 700, None, None),
+    Case("25 % active", 26_000, 300, 1024, 2, 8),
+    Case("70 % active", 9_000, 150, 1024, 2, 20),
+    Case("90 % active", 6_000, 150, 2048, 4, 45),
+    Case("hits over 15 %", 90_000, 750, 1024, None, None),
 )
 
 
@@ -97,7 +101,7 @@ class Pooled:
 
 def churn(case: Case, policy: Policy, rows: Iterator[TraceRequest], seed: int, measured: int) -> Tally:
     """Run one pool and count ``measured`` requests after the pool is full."""
-    engine = equip(make_manager(case.num_blocks), policy)
+    engine = equip(make_manager(case.num_blocks), policy, case.step_tokens)
     source = sequences(rows, seed)
     for goal in (case.warm, measured):
         engine.tally = Tally()

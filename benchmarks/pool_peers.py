@@ -69,7 +69,7 @@ def choose_by(manager: KVCacheManager, choice: Choice) -> None:
     queue.append_n, queue.prepend_n = freed(append_n), freed(prepend_n)
 
 
-def equip(manager: KVCacheManager, policy: Policy) -> Engine:
+def equip(manager: KVCacheManager, policy: Policy, step_tokens: int = 1024) -> Engine:
     """An engine on ``manager`` whose blocks are handed out by ``policy``."""
     if policy == "address-sorted":
         choose_by(manager, lowest_addresses)
@@ -77,9 +77,11 @@ def equip(manager: KVCacheManager, policy: Policy) -> Engine:
         choose_by(manager, best_fit)
     elif policy != "stock":
         pool = RunPool.install(manager)
-        if policy == "flowkv":
-            return Engine(manager, announce=pool.announce, forget=pool.forget)
+        paired = policy == "flowkv"
         return Engine(
-            manager, announce=lambda name, blocks, _: pool.announce(name, blocks), forget=pool.forget
+            manager,
+            step_tokens=step_tokens,
+            announce=lambda name, blocks, runs: pool.announce(name, blocks, runs if paired else ()),
+            forget=pool.forget,
         )
-    return Engine(manager)
+    return Engine(manager, step_tokens=step_tokens)

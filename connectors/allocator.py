@@ -25,7 +25,7 @@ from penstock.connectors.runs import Run, count_blocks, slice_runs
 class AllocatorConfig:
     """Weights of the price. One setting serves all pools: ages count in shares of the pool's size."""
 
-    age_weight: float = 0.03
+    age_weight: float = 0.1
     """Runs that evicting one block from the far end of a pool-sized eviction order is worth."""
     hit_weight: float = 1.0
     """How much dearer a block is that a prefix hit has fetched back before."""
@@ -35,7 +35,7 @@ class AllocatorConfig:
     """Runs that taking over blocks reserved for another request's growth is worth."""
     split_price: float = 0.1
     """Runs that leaving a remainder on one side of a window is worth."""
-    growth_limit: float = 0.5
+    growth_limit: float = 0.1
     """Most runs' worth of cache that decoding in place may evict before it moves elsewhere."""
     most_slack: int = 16
     """Most blocks reserved behind a prompt for the tokens to be decoded."""

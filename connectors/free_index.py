@@ -79,6 +79,7 @@ class FreeIndex:
         self.num_blocks = num_blocks
         self.num_free = 0
         self.num_held = 0
+        self.num_worthless = 0
         self._extents: list[Extent | None] = [None] * num_blocks
         self._by_age: list[SortedList] = [SortedList() for _ in range(num_blocks.bit_length() + 1)]
         self._bands = AgeBands(num_blocks)
@@ -145,7 +146,7 @@ class FreeIndex:
 
     def depth(self, stamp: int) -> int:
         """How many free blocks the stock order would evict before one of ``stamp``, within one band."""
-        return 0 if stamp == WORTHLESS else self._bands.ahead_of(stamp)
+        return 0 if stamp == WORTHLESS else self.num_worthless + self._bands.ahead_of(stamp)
 
     def extents(self) -> Iterator[Extent]:
         """All extents in ascending order of blocks. O(blocks)."""
@@ -165,7 +166,8 @@ class FreeIndex:
             mergeable = left.stop == right.start and left.stamp == right.stamp == WORTHLESS
             assert not mergeable or left.holder is not None or right.holder is not None, (left, right)
         free = sum(len(e) for e in extents)
-        assert free == self.num_free == self._bands.total()
+        assert free == self.num_free == self.num_worthless + self._bands.total()
+        assert self.num_worthless == sum(len(e) for e in extents if e.stamp == WORTHLESS)
         assert free == sum(1 for extent in self._extents if extent is not None)
         assert self.num_held == sum(len(e) for e in extents if e.holder is not None)
         listed = sorted((e.stamp, e.start) for e in extents if e.holder is None)
@@ -207,13 +209,9 @@ class FreeIndex:
             for neighbour in (self.at(extent.start - 1), self.at(extent.stop)):
                 if neighbour is not None and neighbour.stamp == WORTHLESS and neighbour.holder is None:
                     extent = self._absorb(extent, neighbour)
-        length = len(extent)
-        self.num_free += length
-        self._bands.add(extent.stamp, length)
+        self._count(extent, len(extent))
         if extent.holder is None:
-            self._by_age[length.bit_length()].add((extent.stamp, extent.start))
-        else:
-            self.num_held += length
+            self._by_age[len(extent).bit_length()].add((extent.stamp, extent.start))
 
     def _absorb(self, extent: Extent, listed: Extent) -> Extent:
         """Join ``extent`` with an adjacent listed one; the smaller is written into the larger."""
@@ -224,10 +222,15 @@ class FreeIndex:
         return large
 
     def _unlist(self, extent: Extent) -> None:
-        length = len(extent)
-        self.num_free -= length
-        self._bands.add(extent.stamp, -length)
+        self._count(extent, -len(extent))
         if extent.holder is None:
-            self._by_age[length.bit_length()].remove((extent.stamp, extent.start))
+            self._by_age[len(extent).bit_length()].remove((extent.stamp, extent.start))
+
+    def _count(self, extent: Extent, length: int) -> None:
+        self.num_free += length
+        if extent.holder is not None:
+            self.num_held += length
+        if extent.stamp == WORTHLESS:
+            self.num_worthless += length
         else:
-            self.num_held -= length
+            self._bands.add(extent.stamp, length)
