@@ -39,19 +39,21 @@ def test_what_is_sealed_opens_once(body):
         server.open_question(question)
 
 
-@seeded
-@given(bodies, st.data())
-def test_an_altered_byte_is_refused_or_changes_nothing(body, data):
+@pytest.mark.parametrize("flip", [0x01, 0x20, 0x80, 0xFF])
+def test_any_altered_byte_is_refused_or_changes_nothing(flip):
     asker, server, _ = pair()
-    question, _ = asker.seal(body)
-    at = data.draw(st.integers(0, len(question) - 1))
-    altered = bytearray(question)
-    altered[at] ^= data.draw(st.integers(1, 255))
-    try:
-        opened = server.open_question(bytes(altered))
-    except MessageError:
-        return
-    assert opened == frame_of(question)
+    question, _ = asker.seal(b"release everything")
+    refused = 0
+    for at in range(len(question)):
+        altered = bytearray(question)
+        altered[at] ^= flip
+        try:
+            opened = server.open_question(bytes(altered))
+        except MessageError:
+            refused += 1
+        else:
+            assert opened == frame_of(question)
+    assert refused >= len(question) - 2
 
 
 @seeded
