@@ -235,3 +235,17 @@ def test_class_is_refused_when_a_seam_moved(monkeypatch):
     ):
         KVConnectorFactory.get_connector_class_by_name("flowkv")
     assert features.ASKED_FOR not in os.environ
+
+
+def test_moved_registry_leaves_flowkv_off_and_vllm_running(monkeypatch):
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    from penstock.plugins.vllm import entry
+
+    registry = {name: load for name, load in KVConnectorFactory._registry.items() if "low" not in name}
+    monkeypatch.setattr(KVConnectorFactory, "_registry", registry)
+    monkeypatch.setattr(KVConnectorFactory, "register_connector", classmethod(lambda cls, name, path: None))
+    entry.register()
+    assert [(entry.feature, entry.state) for entry in ledger.entries()] == [("flowkv", "off")]
+    assert "register_connector: expected" in ledger.entries()[0].reason
+    assert "flowkv" not in registry
