@@ -90,7 +90,8 @@ def map_pool(num_bytes: int, distinct_bytes: int = DISTINCT_BYTES) -> int:
 
 def words_at(base: int, num_bytes: int) -> npt.NDArray[np.uint64]:
     """Memory as 64-bit words; a view."""
-    return np.frombuffer((ctypes.c_uint8 * num_bytes).from_address(base), dtype=np.uint64)
+    memory = memoryview((ctypes.c_uint8 * num_bytes).from_address(base)).cast("B")
+    return np.frombuffer(memory, dtype=np.uint64)
 
 
 def pattern(offset: int, num_bytes: int, distinct_bytes: int = DISTINCT_BYTES) -> npt.NDArray[np.uint64]:

@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -76,11 +76,11 @@ Timings = dict[str, Timing]
 
 
 def measure(options: Options, tell: Tell) -> Finding:
-    """Fresh and churned pools with the 8B model's blocks, churned ones with those of one of eight ranks."""
+    """Fresh and churned pools with an 8B model's blocks; churned ones also with those of one of its ranks."""
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
-    churned, fresh = (12, 5) if options.quick else (100, FRESH_REQUESTS)
+    churned, fresh = (6, 3) if options.quick else (100, FRESH_REQUESTS)
     found: dict[str, Timings] = {}
-    for shape in (LLAMA_8B, LLAMA_8B_RANK):
+    for shape in (LLAMA_8B,) if options.quick else (LLAMA_8B, LLAMA_8B_RANK):
         cases = {"churned": pairs(options, churned)}
         if shape is LLAMA_8B:
             cases["fresh"] = pairs(options, fresh, warm=0)
@@ -91,7 +91,7 @@ def measure(options: Options, tell: Tell) -> Finding:
                 check(mover, pools, shape)
             for case, todo in cases.items():
                 name = f"{case}, {shape.name}"
-                found[name] = run(movers, todo, shape, lambda n, name=name: tell(f"{name}: request {n}"))
+                found[name] = run(movers, todo, shape, name, tell)
     return Finding(
         rows=[row for case, timings in found.items() for row in rows_of(case, timings)],
         claims=[*claims_of(found), *counts_of(found)],
@@ -130,11 +130,11 @@ def match(stock: Sequence[Transfer], flowkv: Sequence[Transfer]) -> list[Pair]:
     return [Pair(job, by_size[job.num_blocks].pop()) for job in jobs if by_size[job.num_blocks]]
 
 
-def run(movers: Sequence[Mover], todo: Sequence[Pair], shape: Shape, tell: Callable[[int], None]) -> Timings:
+def run(movers: Sequence[Mover], todo: Sequence[Pair], shape: Shape, case: str, tell: Tell) -> Timings:
     """Every mover on every request, the order turned by one from request to request."""
     timings: Timings = {mover.name: Timing() for mover in movers}
     for number, pair in enumerate(todo):
-        tell(number)
+        tell(f"{case}: request {number + 1} of {len(todo)}")
         for mover in turned(movers, number):
             job = pair.flowkv if isinstance(mover, FlowKV) else pair.stock
             cpu, wall = time.process_time(), time.perf_counter()
