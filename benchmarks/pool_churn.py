@@ -45,7 +45,7 @@ class Case:
 CASES = (
     Case("25 % active", 26_000, 300, 1024, 2, 8),
     Case("70 % active", 9_000, 150, 1024, 2, 20),
-    Case("90 % active", 6_000, 150, 2048, 4, 45),
+    Case("90 % active", 9_000, 150, 1664, 4, 45),
     Case("hits over 15 %", 90_000, 750, 1024, None, None),
 )
 

@@ -139,6 +139,8 @@ class FreeIndex:
         """
         fitting = min(length.bit_length(), len(self._by_age) - 1)
         for ages in (*self._by_age[fitting:], *reversed(self._by_age[:fitting])):
+            if not ages:
+                continue
             for _, start in islice(ages, each):
                 extent = self._extents[start]
                 assert extent is not None
