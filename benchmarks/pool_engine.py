@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import BlockHash
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
@@ -231,11 +231,11 @@ class Engine:
         self.on_load(sequence, slice_runs(sender_runs, sequence.hit_blocks, count))
         self.manager.cache_blocks(sequence.request, sequence.request.num_prompt_tokens)
 
-    def _check_refusal(self, request: Request, hits: list[object], hit_tokens: int) -> None:
+    def _check_refusal(self, request: Request, hits: list[KVCacheBlock], hit_tokens: int) -> None:
         """A refusal is right only if the blocks that nobody references are too few."""
         blocks = self.manager.block_pool.blocks
         free = sum(1 for block in blocks if block.ref_cnt == 0 and not block.is_null)
-        evictable = sum(1 for block in hits if block.ref_cnt == 0)  # type: ignore[attr-defined]
+        evictable = sum(1 for block in hits if block.ref_cnt == 0)
         needed = -(-request.num_tokens // BLOCK_TOKENS) - len(hits) + evictable
         self.tally.wrongly_refused += needed <= free
 

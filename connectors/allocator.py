@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from penstock.connectors.alloc_pairing import fill_window, pieces_of
-from penstock.connectors.free_index import WORTHLESS, Extent, FreeIndex
+from penstock.connectors.free_index import WORTHLESS, Extent, FreeIndex, Hold
 from penstock.connectors.runs import Run, count_blocks, slice_runs
 
 
@@ -47,15 +47,6 @@ class AllocatorConfig:
     """Shortest window reserved for chunks to come; rather than less, wait for others to end."""
     seeds: int = 6
     """Oldest extents of each size class around which windows are tried."""
-
-
-class Hold:
-    """Marks blocks as reserved: still free and hittable, and sold to others only at ``price`` runs."""
-
-    __slots__ = ("price",)
-
-    def __init__(self, price: float) -> None:
-        self.price = price
 
 
 class _Request:

@@ -17,6 +17,15 @@ WORTHLESS = 0
 """Stamp of an extent whose contents nobody can hit."""
 
 
+class Hold:
+    """Marks blocks as reserved: still free and hittable, and sold to others only at ``price`` runs."""
+
+    __slots__ = ("price",)
+
+    def __init__(self, price: float) -> None:
+        self.price = price
+
+
 class Extent:
     """Free blocks ``start`` to ``stop``, last used at ``stamp``, in token order of one chain.
 
@@ -26,7 +35,7 @@ class Extent:
 
     __slots__ = ("hits", "holder", "stamp", "start", "stop")
 
-    def __init__(self, start: int, stop: int, stamp: int, hits: int, holder: object | None) -> None:
+    def __init__(self, start: int, stop: int, stamp: int, hits: int, holder: Hold | None) -> None:
         self.start = start
         self.stop = stop
         self.stamp = stamp
@@ -113,7 +122,7 @@ class FreeIndex:
                 self._enlist(right)
             position = end
 
-    def hold(self, start: int, stop: int, holder: object | None) -> None:
+    def hold(self, start: int, stop: int, holder: Hold | None) -> None:
         """Give blocks ``start`` to ``stop``, all free, to ``holder``; None makes them anybody's."""
         position = start
         while position < stop:
