@@ -26,7 +26,7 @@ def complete(url: str, model: str) -> dict:
 def metric(url: str, name: str) -> float:
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vllm:{name}"))
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vllm:{name}{{"))
 
 
 def test_doctor_finds_every_feature_ready():
@@ -54,7 +54,7 @@ def test_command_starts_whatever_the_distribution_is_called(start):
 def test_request_prefilled_on_one_server_decodes_on_the_other(flowkv_pair, model):
     handed_over = complete(flowkv_pair.url, model)
     assert metric(flowkv_pair.decode.url, "flowkv_bytes_transferred_sum") > 0
-    assert metric(flowkv_pair.decode.url, "flowkv_num_failed_transfers") == 0
+    assert metric(flowkv_pair.decode.url, "flowkv_num_failed_transfers_total") == 0
     alone = complete(flowkv_pair.decode.url, model)
     assert handed_over["choices"][0]["text"] == alone["choices"][0]["text"]
     assert handed_over["usage"]["prompt_tokens"] > 64
