@@ -25,10 +25,11 @@ import msgspec
 
 from penstock.benchmarks.asks import ask_together, churn_asks
 from penstock.benchmarks.flowkv_part import Finding, Options, Tell, percentile
+from penstock.benchmarks.processes import ServerError
 from penstock.benchmarks.report import Cell, Claim
 from penstock.benchmarks.scrape import Transfers, settled
 from penstock.benchmarks.servers import Engine, Pair, serving_pair
-from penstock.benchmarks.tiny_model import TinyLlama, ensure_model
+from penstock.benchmarks.tiny_model import ensure_model
 from penstock.routers.bodies import decode_body, prefill_body
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ NOISE_SHARE = 0.05
 """What two medians may differ by on a shared machine."""
 
 
-class HandOverError(RuntimeError):
+class HandOverError(ServerError):
     """A server refused a request, or ended its answer without a token."""
 
 
@@ -73,7 +74,7 @@ def measure(options: Options, tell: Tell) -> Finding:
             tell(f"{connector}: wearing the block pools")
             ask_together(pairs[connector].url, model, churn_asks(seed=options.seed))
         before = {name: settled(pair.decode.url, name) for name, pair in pairs.items()}
-        samples = compare(pairs, model, prompts(lengths, repeats, options.seed), tell)
+        samples = compare(pairs, model, prompts(lengths, repeats, options.seed, vocabulary(model)), tell)
         moved = {name: settled(pair.decode.url, name) - before[name] for name, pair in pairs.items()}
     shutil.rmtree(logs, ignore_errors=True)
     return Finding(
@@ -87,13 +88,19 @@ def _waiting(connector: str, tell: Tell) -> Any:
     return lambda name, seconds: tell(f"{connector}: waiting for {name}, {seconds:.0f} s")
 
 
-def prompts(lengths: Sequence[int], repeats: int, seed: int) -> list[list[int]]:
+def vocabulary(model: str) -> int:
+    """How many token ids the tokenizer knows; the server refuses others."""
+    tokenizer = json.loads((Path(model) / "tokenizer.json").read_text(encoding="utf-8"))
+    return len(tokenizer["model"]["vocab"])
+
+
+def prompts(lengths: Sequence[int], repeats: int, seed: int, vocabulary: int) -> list[list[int]]:
     """Random token ids, so that no prompt hits a prefix cache; ``repeats`` of each length, mixed."""
     rng = random.Random(seed)
     chosen = [length for length in lengths for _ in range(repeats)]
     rng.shuffle(chosen)
     # The first prompt of each length warms both pairs up and is thrown away.
-    return [rng.choices(range(SPECIAL_IDS, TinyLlama().vocabulary), k=n) for n in (*lengths, *chosen)]
+    return [rng.choices(range(SPECIAL_IDS, vocabulary), k=n) for n in (*lengths, *chosen)]
 
 
 def compare(pairs: dict[str, Pair], model: str, asked: Sequence[list[int]], tell: Tell) -> Samples:

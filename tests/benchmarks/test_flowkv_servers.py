@@ -72,11 +72,19 @@ def test_a_refusal_is_an_error_with_its_text(engine):
 
 
 def test_each_length_has_a_warm_up_first_and_no_two_prompts_are_alike():
-    asked = flowkv_serving.prompts((16, 32), 5, seed=1)
+    asked = flowkv_serving.prompts((16, 32), 5, seed=1, vocabulary=50)
     assert [len(p) for p in asked[:2]] == [16, 32]
     assert sorted(len(p) for p in asked[2:]) == [16] * 5 + [32] * 5
     assert len({tuple(p) for p in asked}) == len(asked)
-    assert min(min(p) for p in asked) >= flowkv_serving.SPECIAL_IDS
+    assert {i for p in asked for i in p} <= set(range(flowkv_serving.SPECIAL_IDS, 50))
+
+
+def test_prompts_keep_to_the_tokens_that_the_model_knows(tmp_path):
+    from penstock.benchmarks.tiny_model import TinyLlama, write_model
+
+    write_model(tmp_path, TinyLlama(vocabulary=400))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert flowkv_serving.vocabulary(str(tmp_path)) == config["vocab_size"] <= 400
 
 
 def test_serving_claims_compare_prompt_with_prompt():
