@@ -37,6 +37,8 @@ class CompatibilityRecord(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: Name
     packing: Name
     """How a kernel stores K and V inside a page: ``logical``, or the name of an opaque packing."""
+    layer_order: Name
+    """Fingerprint of the layers' names in address order: equal strips of two engines hold the same layers."""
     strip_widths: Annotated[tuple[int, ...], msgspec.Meta(max_length=4096)]
     """Bytes a block in each strip (see ``geometry``)."""
     digest: Name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import vllm
+import xxhash
 from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backend
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
@@ -97,9 +98,19 @@ def record_of(
         layout=str(kv_cache_config.kv_cache_layout or cache.kv_cache_layout),
         attention_backend=get_current_attn_backend(vllm_config).get_name(),
         packing=_packing(vllm_config, kv_cache_config),
+        layer_order=_layer_order(kv_cache_config),
         strip_widths=tuple(strip.width for strip in geometry.strips),
         digest=digest,
     )
+
+
+def _layer_order(kv_cache_config: KVCacheConfig) -> str:
+    placed = [
+        (tensor.offset + index * tensor.layer_stride, layer)
+        for tensor in kv_cache_config.kv_cache_tensors
+        for index, layer in enumerate(tensor.layers)
+    ]
+    return xxhash.xxh3_64_hexdigest("\n".join(layer for _, layer in sorted(placed)))
 
 
 def _page_bytes(spec: KVCacheSpec, layer: str) -> int:

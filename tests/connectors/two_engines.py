@@ -272,6 +272,7 @@ def record_of(pool: Pool, config: FlowKVConfig, **changes: object) -> Compatibil
         "layout": "any",
         "attention_backend": "none",
         "packing": "logical",
+        "layer_order": "by name",
         "strip_widths": tuple(strip.width for strip in pool.geometries[0].strips),
         "digest": config.digest,
     }
