@@ -24,6 +24,7 @@ OTHER = {
     "layout": "LBHNC",
     "attention_backend": "other",
     "packing": "amx",
+    "layer_order": "other order",
     "strip_widths": (32, 32, 32),
     "digest": "xxh3-64 sampled",
 }
