@@ -10,7 +10,7 @@ CHUNK = 4096
 """64-bit words that one program sums."""
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _digest(memory, ids, out, offset, width, stride, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
     row = tl.program_id(0)
     column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKS = ROOT / ".cache" / "typecheck"
-ROOMS = ("schedulers", "connectors", "routers", "plugins", "patches", "benchmarks", "simulation")
+ROOMS = ("schedulers", "connectors", "kernels", "routers", "plugins", "patches", "benchmarks", "simulation")
 
 
 def link_rooms() -> None:

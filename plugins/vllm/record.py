@@ -110,7 +110,7 @@ def _layer_order(kv_cache_config: KVCacheConfig) -> str:
         for tensor in kv_cache_config.kv_cache_tensors
         for index, layer in enumerate(tensor.layers)
     ]
-    return xxhash.xxh3_64_hexdigest("\n".join(layer for _, layer in sorted(placed)))
+    return xxhash.xxh3_64_hexdigest("\n".join(layer for _, layer in sorted(placed)).encode())
 
 
 def _page_bytes(spec: KVCacheSpec, layer: str) -> int:
