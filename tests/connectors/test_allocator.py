@@ -95,7 +95,7 @@ class Model:
             self.fetched += self.take(None, self.rng.randint(1, min(7, len(self.free))), 0)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("num_blocks", [12, 300])
 def test_thousands_of_operations_lose_no_block_and_hand_none_out_twice(num_blocks, seed):
     model = Model(num_blocks, seed)
