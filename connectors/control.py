@@ -2,10 +2,16 @@
 
 The server binds to exactly the address that it is given. Frames above the size limit never leave libzmq,
 its queues are bounded, and a peer that does not read its answers loses them, not the server.
+
+With a shared key the connections are encrypted with CURVE: the server's key pair follows from the shared key,
+so a peer that does not know it fails at its first frame of the handshake. libzmq limits the size of a part
+of a message but not the number of parts, so without a key whoever reaches the port can fill the memory.
 """
 
 from __future__ import annotations
 
+import hmac
+import ipaddress
 import logging
 import threading
 import time
@@ -13,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq
+from zmq.utils import z85
 
 from penstock.connectors.envelope import WINDOW_S, Seal
 from penstock.connectors.errors import FlowKVError, MessageError, PeerUnreachableError
@@ -35,6 +42,8 @@ UNREAD_QUESTIONS = 100
 """Questions of one connection that wait in memory; a peer that asks more waits in TCP."""
 KEPT_CONNECTIONS = 256
 """Connections that a client keeps open; beyond, the oldest from which no answer is awaited are dropped."""
+HANDSHAKE_MS = 10_000
+"""Time that a new connection has for the CURVE handshake."""
 Address = tuple[str, int]
 
 
@@ -43,15 +52,29 @@ def _url(address: Address) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
+def server_keys(shared_key: str) -> tuple[bytes, bytes]:
+    """The control server's public and secret CURVE keys in Z85; who knows the shared key knows both.
+
+    Raises:
+        FlowKVError: the installed libzmq has no CURVE.
+    """
+    if not zmq.has("curve"):
+        raise FlowKVError(
+            f"shared_key needs a libzmq that has CURVE; the installed libzmq {zmq.zmq_version()} has not"
+        )
+    secret = z85.encode(hmac.digest(shared_key.encode(), b"penstock flowkv control server", "sha256"))
+    return zmq.curve_public(secret), secret
+
+
 class ControlServer:
     """Listens at once, answers on one thread from ``start`` until ``close``.
 
     Args:
         bind: host and port to listen on; port 0 takes a free one.
-        shared_key: secret that questions must be signed with, or None.
+        shared_key: secret that peers must know to connect and to sign questions with, or None.
 
     Raises:
-        FlowKVError: the address cannot be bound.
+        FlowKVError: the address cannot be bound, or there is a key and libzmq has no CURVE.
     """
 
     def __init__(
@@ -60,6 +83,7 @@ class ControlServer:
         shared_key: str | None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        secret = server_keys(shared_key)[1] if shared_key else None
         self._seal = Seal(shared_key, wall_clock)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -68,6 +92,10 @@ class ControlServer:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_QUESTION_BYTES + FRAME_OVERHEAD_BYTES)
         self._socket.setsockopt(zmq.SNDHWM, QUEUE)
         self._socket.setsockopt(zmq.RCVHWM, UNREAD_QUESTIONS)
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        if secret:
+            self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
         try:
             self._socket.bind(_url(bind))
         except zmq.ZMQError as error:
@@ -75,8 +103,12 @@ class ControlServer:
             raise FlowKVError(
                 f"FlowKV cannot bind its control channel to {bind[0]}:{bind[1]}: {error}"
             ) from error
-        endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.port = int(endpoint.rsplit(":", 1)[1])
+        host, port = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://").rsplit(":", 1)
+        self.port = int(port)
+        if not secret and not ipaddress.ip_address(host.strip("[]")).is_loopback:
+            logger.warning(
+                "FlowKV's control channel on %s:%s trusts whoever reaches it: set shared_key", host, port
+            )
         self.refused_messages = 0
         self._wake, self._stop = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
         self._wake.bind("inproc://stop")
@@ -149,9 +181,12 @@ class ControlClient:
     """Asks any number of senders without blocking. One thread at a time.
 
     Args:
-        shared_key: secret to sign with, or None.
+        shared_key: secret to connect and to sign with, or None.
         timeout_s: how long to wait for an answer.
         clock: monotonic seconds.
+
+    Raises:
+        FlowKVError: there is a key and libzmq has no CURVE.
     """
 
     def __init__(
@@ -161,6 +196,8 @@ class ControlClient:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        self._server_key = server_keys(shared_key)[0] if shared_key else None
+        self._keys = zmq.curve_keypair() if shared_key else None
         self._seal = Seal(shared_key, wall_clock)
         self._timeout_s = timeout_s
         self._clock = clock
@@ -179,7 +216,11 @@ class ControlClient:
         try:
             self._socket(address).send(sealed, zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            self._failed.append(Reply(ticket, PeerUnreachableError(f"{address[0]}:{address[1]}: {error}")))
+            # libzmq gives a connection up for good when the two ends do not agree on CURVE.
+            hint = "; it does not read, or its shared_key differs" if isinstance(error, zmq.Again) else ""
+            reason = f"{address[0]}:{address[1]}: {error}{hint}"
+            self._failed.append(Reply(ticket, PeerUnreachableError(reason)))
+            self.forget(address)
         else:
             self._asked[nonce] = _Asked(ticket, address, self._clock() + self._timeout_s)
         return ticket
@@ -223,6 +264,10 @@ class ControlClient:
             socket.setsockopt(zmq.IPV6, ":" in address[0])
             socket.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER_BYTES + FRAME_OVERHEAD_BYTES)
             socket.set_hwm(QUEUE)
+            if self._server_key and self._keys:
+                socket.setsockopt(zmq.CURVE_SERVERKEY, self._server_key)
+                socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys[0])
+                socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys[1])
             socket.connect(_url(address))
             self._sockets[address] = socket
             self._poller.register(socket, zmq.POLLIN)

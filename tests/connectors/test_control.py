@@ -15,7 +15,7 @@ import zmq
 from two_engines import Clock
 
 from penstock.connectors import control
-from penstock.connectors.control import ControlClient, ControlServer, Reply
+from penstock.connectors.control import ControlClient, ControlServer, Reply, server_keys
 from penstock.connectors.envelope import Seal
 from penstock.connectors.errors import FlowKVError, MessageError, PeerUnreachableError
 from penstock.connectors.messages import (
@@ -76,11 +76,14 @@ def client_of():
 
 @pytest.fixture
 def raw():
-    """Plain ZeroMQ and TCP sockets of strangers."""
+    """Plain ZeroMQ and TCP sockets of strangers, and of peers that know the key and do as they like."""
     context, plain = zmq.Context(), []
 
-    def dealer(address, **options):
+    def dealer(address, key=None, **options):
         stranger = context.socket(zmq.DEALER)
+        if key:
+            stranger.curve_serverkey, _ = server_keys(key)
+            stranger.curve_publickey, stranger.curve_secretkey = zmq.curve_keypair()
         for name, value in options.items():
             stranger.setsockopt(getattr(zmq, name), value)
         stranger.connect(f"tcp://{address[0]}:{address[1]}")
@@ -141,7 +144,7 @@ def test_a_replayed_question_is_not_acted_on_twice(serve, client_of, raw):
     acted = []
     server, address = serve("secret", lambda q: acted.append(q) or answer(q))
     question, _ = Seal("secret", time.time).seal(encode(Release([LEASE])))
-    stranger = raw.dealer(address)
+    stranger = raw.dealer(address, "secret")
     for _ in range(50):
         stranger.send(question)
     assert stranger.recv()
@@ -158,7 +161,7 @@ def test_thousands_of_garbage_frames_cost_little_and_harm_nobody(serve, client_o
     good, _ = Seal(None, time.time).seal(b"\x00garbage body")
     nested = b"\x96" + good[1:] + b"\x91" * 50_000
     frames = [b"", b"\xff" * 9, good, nested, good[:-1], encode(Renew([])), b"\xdd\xff\xff\xff\xff"]
-    stranger = raw.dealer(address)
+    stranger = raw.dealer(address, key)
     for i in range(5000):
         stranger.send(frames[i % len(frames)])
         if i % 1000 == 0:
@@ -218,28 +221,153 @@ def test_messages_of_several_parts_are_ignored(serve, client_of, raw):
     assert ask(client_of(), address, Renew([])) == Renewed([])
 
 
-@pytest.mark.xfail(strict=True, reason="libzmq limits a part of a message, not the number of its parts")
-def test_an_endless_message_of_many_parts_is_cut_off(serve, raw):
-    """A stranger that speaks ZMTP by hand sends parts and never the last one; the key does not help."""
+GREETING = b"\xff" + b"\0" * 8 + b"\x7f"
+"""Signature that opens a ZMTP connection of any version from 2.0 on."""
+ENDLESS = b"\x03" + struct.pack(">Q", MAX_QUESTION_BYTES // 2) + b"x" * (MAX_QUESTION_BYTES // 2)
+"""A part of a message, with more to come."""
+
+
+def zmtp_3(mechanism: bytes) -> bytes:
+    return GREETING + b"\x03\x00" + mechanism.ljust(20, b"\0") + b"\0" * 32
+
+
+def command(body: bytes) -> bytes:
+    return b"\x04" + bytes([len(body)]) + body
+
+
+READY = command(b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER")
+
+
+def parts_taken(connection, opening: bytes) -> bool:
+    """Whether a server takes 64 MiB of parts after ``opening``, or hangs up."""
+    try:
+        connection.sendall(opening)
+        for _ in range((64 << 20) // len(ENDLESS)):
+            connection.sendall(ENDLESS)
+    except ConnectionError:
+        return False
+    return True
+
+
+@pytest.fixture
+def recorded_hello(raw, client_of):
+    """What a client that knows the key says first, as heard on the wire."""
+    with socket.create_server((LOCAL, 0)) as listener:
+        client_of("secret").ask((LOCAL, listener.getsockname()[1]), Renew([]))
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rb") as stream:
+            connection.sendall(zmtp_3(b"CURVE"))
+            return stream.read(64 + 2 + 200)
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        zmtp_3(b"NULL") + READY,
+        zmtp_3(b"CURVE"),
+        zmtp_3(b"CURVE") + READY,
+        zmtp_3(b"CURVE") + command(b"\x05HELLO\x01\x00" + b"\x01" * 193),
+        GREETING + b"\x01\x05" + b"\0\0",
+        b"\x01\0",
+        "recorded",
+    ],
+    ids=["no CURVE", "no hello", "ready at once", "another key", "ZMTP 2.0", "ZMTP 1.0", "recorded hello"],
+)
+def test_an_endless_message_of_many_parts_is_cut_off(serve, client_of, raw, recorded_hello, opening):
+    """Who speaks ZMTP by hand sends parts and never the last one; without the key nobody gets that far."""
     _, address = serve("secret")
-    connection = raw.tcp(address)
-    ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
-    greeting = b"\xff" + b"\0" * 8 + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" * 32
-    connection.sendall(greeting + b"\x04" + bytes([len(ready)]) + ready)
     before = resident_bytes()
-    size = MAX_QUESTION_BYTES // 2
-    part = b"\x03" + struct.pack(">Q", size) + b"x" * size
-    with suppress(ConnectionError):
-        for _ in range((64 << 20) // size):
-            connection.sendall(part)
-    assert resident_bytes() - before < 32 << 20
+    assert not parts_taken(raw.tcp(address), recorded_hello if opening == "recorded" else opening)
+    assert resident_bytes() - before < 16 << 20
+    assert ask(client_of("secret"), address, Renew([LEASE])) == Renewed([LEASE])
+
+
+@pytest.mark.xfail(strict=True, reason="libzmq limits a part of a message, not the number of its parts")
+def test_without_a_key_an_endless_message_is_cut_off(serve, raw):
+    _, address = serve()
+    assert not parts_taken(raw.tcp(address), zmtp_3(b"NULL") + READY)
+
+
+def test_a_handshake_that_stalls_is_ended(serve, raw, monkeypatch, recorded_hello):
+    monkeypatch.setattr(control, "HANDSHAKE_MS", 50)
+    _, address = serve("secret")
+    for said in (b"", GREETING, zmtp_3(b"CURVE"), recorded_hello, recorded_hello + ENDLESS[:1000]):
+        connection = raw.tcp(address)
+        connection.settimeout(30.0)
+        connection.sendall(said)
+        with suppress(ConnectionResetError):
+            while connection.recv(4096):
+                pass
+
+
+def test_the_largest_question_and_answer_fit_into_an_encrypted_message(serve, client_of, raw, monkeypatch):
+    largest = 1 << 20
+    monkeypatch.setattr(control, "MAX_ANSWER_BYTES", largest)
+    frame = len(encode(Confirmed(b"x" * largest))) - largest
+    digests = b"x" * (largest - frame)
+    _, address = serve("secret", lambda question: Confirmed(digests))
+    assert ask(client_of("secret"), address, EndOfRead(LEASE, 0)) == Confirmed(digests)
+    seal = Seal("secret", time.time)
+    question, nonce = seal.seal(b"x" * MAX_QUESTION_BYTES)
+    peer = raw.dealer(address, "secret")
+    peer.send(question)
+    assert seal.open_answer(peer.recv()).answers == nonce
+
+
+@pytest.mark.parametrize("keys", [("secret", None), (None, "secret")], ids=["key lost", "key set"])
+def test_a_server_whose_key_was_wrong_for_a_while_is_reached_again(serve, client_of, keys):
+    """The two ends disagree on CURVE, so that libzmq gives the connection up."""
+    ours, theirs = keys
+    server, address = serve(ours)
+    client = client_of(ours)
+    assert ask(client, address, Renew([])) == Renewed([])
+    server.close()
+    wrong = ControlServer(address, theirs)
+    wrong.start(answer)
+    while client._sockets[address].poll(10, zmq.POLLOUT):
+        pass
+    assert "its shared_key differs" in str(ask(client, address, Renew([])))
+    wrong.close()
+    again = ControlServer(address, ours)
+    again.start(answer)
+    assert ask(client, address, Renew([LEASE])) == Renewed([LEASE])
+    again.close()
+
+
+def test_a_key_without_curve_in_libzmq_stops_start_up(monkeypatch):
+    monkeypatch.setattr(zmq, "has", lambda capability: capability != "curve")
+    with pytest.raises(FlowKVError, match="shared_key needs a libzmq that has CURVE"):
+        ControlServer((LOCAL, 0), "secret")
+    with pytest.raises(FlowKVError, match="shared_key needs a libzmq that has CURVE"):
+        ControlClient("secret", 1.0)
+    ControlServer((LOCAL, 0), None).close()
+    ControlClient(None, 1.0).close()
+
+
+def test_the_keys_of_the_server_follow_from_the_shared_key_alone():
+    """Both roles derive them, on hosts that may run different releases."""
+    assert server_keys("secret") == (
+        b"2!@XGfz@WKNrL<XZ<ehmhp@S4b[FQClHvZOdD)9j",
+        b"6z/mrjanlGB1&>qZd[nGtlaT(f)8]Z7Pg21S!zpi",
+    )
+    assert server_keys("secret")[0] != server_keys("Secret")[0]
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warnings"),
+    [("0.0.0.0", None, 1), ("0.0.0.0", "secret", 0), (LOCAL, None, 0), ("localhost", None, 0)],
+)
+def test_a_server_that_trusts_everybody_says_so_once(caplog, host, key, warnings):
+    caplog.set_level(logging.WARNING)
+    ControlServer((host, 0), key).close()
+    assert [("set shared_key" in record.message) for record in caplog.records] == [True] * warnings
 
 
 def test_an_authentic_question_that_makes_no_sense_is_answered_with_the_reason(serve, raw):
     _, address = serve("secret")
     seal = Seal("secret", time.time)
     question, nonce = seal.seal(b"\x81\xa4type\xa4what")
-    stranger = raw.dealer(address)
+    stranger = raw.dealer(address, "secret")
     stranger.send(question)
     frame = seal.open_answer(stranger.recv())
     assert frame.answers == nonce
