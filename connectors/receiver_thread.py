@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 
+from penstock.connectors.errors import FlowKVError
 from penstock.connectors.receiver import Load, Outcome, Receiver
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,10 @@ ASKING_PAUSE_S = 0.001
 """Longest wait for a control reply before looking at new loads."""
 
 
+class ReceiverDiedError(FlowKVError):
+    """The receiver broke off by a defect: no load of this rank will end. The cause is chained."""
+
+
 class ReceiverThread:
     """Thread-safe front of a :class:`Receiver`; idle, it blocks and costs nothing."""
 
@@ -25,15 +30,26 @@ class ReceiverThread:
         self._receiver = receiver
         self._inbox: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
         self._outbox: deque[Outcome] = deque()
+        self._died_of: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="flowkv-receiver", daemon=True)
         self._thread.start()
 
     def submit(self, load: Load) -> None:
-        """Start a load; its outcome follows."""
+        """Start a load; its outcome follows.
+
+        Raises:
+            ReceiverDiedError: it would never follow.
+        """
+        self._require_alive()
         self._inbox.put(load)
 
     def outcomes(self) -> list[Outcome]:
-        """Loads that ended since the last call, in the order in which they ended."""
+        """Loads that ended since the last call, in the order in which they ended.
+
+        Raises:
+            ReceiverDiedError: the loads under way will never end.
+        """
+        self._require_alive()
         return [self._outbox.popleft() for _ in range(len(self._outbox))]
 
     def close(self) -> None:
@@ -41,8 +57,18 @@ class ReceiverThread:
         self._inbox.put(None)
         self._thread.join()
 
+    def _require_alive(self) -> None:
+        if self._died_of is not None:
+            raise ReceiverDiedError("FlowKV's receiver has died; its loads will never end") from self._died_of
+
     def _run(self) -> None:
-        receiver = self._receiver
+        try:
+            self._drive(self._receiver)
+        except BaseException as error:
+            self._died_of = error
+            raise
+
+    def _drive(self, receiver: Receiver) -> None:
         while self._take_loads():
             receiver.step(0.0 if receiver.is_reading else ASKING_PAUSE_S)
             self._outbox.extend(receiver.outcomes())

@@ -15,7 +15,7 @@ from penstock.connectors.digest import DramDigester
 from penstock.connectors.errors import DigestMismatchError
 from penstock.connectors.messages import Welcome
 from penstock.connectors.receiver import Load, Outcome, Receiver
-from penstock.connectors.receiver_thread import ReceiverThread
+from penstock.connectors.receiver_thread import ReceiverDiedError, ReceiverThread
 from penstock.connectors.runs import Run
 from penstock.connectors.sender import Sender
 from penstock.connectors.transports.faulty import Fault, FaultyTransport
@@ -94,6 +94,26 @@ def test_closing_ends_the_thread_whether_idle_or_busy(site, pending):
     thread.close()
     thread.close()
     assert not thread._thread.is_alive()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("method", ["submit", "step", "outcomes"])
+def test_a_receiver_that_breaks_stops_the_engine_instead_of_letting_it_wait(site, method):
+    defect = KeyError("a defect")
+
+    def breaks(*args):
+        raise defect
+
+    receiver = Scripted()
+    setattr(receiver, method, breaks)
+    thread = ReceiverThread(receiver)
+    thread.submit(load(site, "r0"))
+    thread._thread.join(WAIT_S)
+    for use in (thread.outcomes, lambda: thread.submit(load(site, "r1"))):
+        with pytest.raises(ReceiverDiedError, match="will never end") as caught:
+            use()
+        assert caught.value.__cause__ is defect
+    thread.close()
 
 
 class Pair:
