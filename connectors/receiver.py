@@ -49,7 +49,9 @@ from penstock.connectors.transports.base import State, Transfer, TransferStats, 
 logger = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 0.002
-"""Pause before asking a sender again whose digests are not ready."""
+"""First pause before asking a sender again whose digests are not ready; each further one is twice as long."""
+ASK_AGAIN_LONGEST_S = 0.05
+"""Longest such pause."""
 
 PeerKey = tuple[str, int, str]
 """Host, port and instance of a sender."""
@@ -118,6 +120,7 @@ class _Asking:
     load: Load
     stats: TransferStats
     deadline: float
+    pause: float = ASK_AGAIN_S
 
 
 class Receiver:
@@ -298,7 +301,8 @@ class Receiver:
                 error = self._verify(load, digests)
                 self._outcomes.append(Outcome(load, error, asking.stats))
             case NotYet() if self._clock() < asking.deadline:
-                self._ask_at.append((self._clock() + ASK_AGAIN_S, asking))
+                self._ask_at.append((self._clock() + asking.pause, asking))
+                asking.pause = min(2 * asking.pause, ASK_AGAIN_LONGEST_S)
             case NotYet():
                 self._fail(load, TransferFailedError("the sender never hashed the blocks"))
             case Stale():
