@@ -43,7 +43,7 @@ def chosen(text: str | None, *, quick: bool) -> list[str]:
 
 
 @click.command("flowkv")
-@click.option("--quick", is_flag=True, help="In small, within 50 s on two cores, without servers.")
+@click.option("--quick", is_flag=True, help="In small, about a minute on two cores, without servers.")
 @click.option("--parts", help=f"Comma-separated, of {', '.join(PARTS)}.  [default: all]")
 @click.option(
     "--trace",

@@ -78,7 +78,7 @@ Timings = dict[str, Timing]
 def measure(options: Options, tell: Tell) -> Finding:
     """Fresh and churned pools with an 8B model's blocks; churned ones also with those of one of its ranks."""
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
-    churned, fresh = (6, 3) if options.quick else (100, FRESH_REQUESTS)
+    churned, fresh = (3, 2) if options.quick else (100, FRESH_REQUESTS)
     found: dict[str, Timings] = {}
     for shape in (LLAMA_8B,) if options.quick else (LLAMA_8B, LLAMA_8B_RANK):
         cases = {"churned": pairs(options, churned)}
