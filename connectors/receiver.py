@@ -68,6 +68,10 @@ class ControlLink(Protocol):
         """Replies that have come since the last call."""
         ...
 
+    def close(self) -> None:
+        """Hang up, also when that has been done before."""
+        ...
+
 
 @dataclass(slots=True, frozen=True)
 class Load:
@@ -198,6 +202,16 @@ class Receiver:
         """Loads that ended since the last call."""
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
+
+    def close(self) -> int:
+        """Hang up and cancel: how many transfers are still active, and may write until a later call says 0.
+
+        No load is taken or reported any more.
+        """
+        self._control.close()
+        self._reading = [r for r in self._reading if r.transfer.poll() is State.ACTIVE]
+        self._reading = [r for r in self._reading if not r.transfer.cancel()]
+        return len(self._reading)
 
     def _start(self, load: Load, peer: _Peer) -> None:
         assert peer.geometry is not None

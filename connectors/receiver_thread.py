@@ -17,6 +17,10 @@ READING_PAUSE_S = 0.0001
 """Pause between polls while bytes move: long enough to leave the interpreter to the engine's step."""
 ASKING_PAUSE_S = 0.001
 """Longest wait for a control reply before looking at new loads."""
+CLOSING_S = 5.0
+"""Longest wait for the thread to end, and then for transfers to let themselves be cancelled."""
+CANCELLING_PAUSE_S = 0.01
+"""Pause before a transfer that could not be cancelled is asked again."""
 
 
 class ReceiverDiedError(FlowKVError):
@@ -52,10 +56,20 @@ class ReceiverThread:
         self._require_alive()
         return [self._outbox.popleft() for _ in range(len(self._outbox))]
 
-    def close(self) -> None:
-        """Stop; loads under way are abandoned with the process."""
+    def close(self) -> bool:
+        """Stop and abandon the loads under way; True once none of them can write to memory any more."""
         self._inbox.put(None)
-        self._thread.join()
+        self._thread.join(CLOSING_S)
+        if self._thread.is_alive():
+            logger.error("FlowKV's receiver does not end; it is left as it is")
+            return False
+        deadline = time.monotonic() + CLOSING_S
+        while active := self._receiver.close():
+            if time.monotonic() >= deadline:
+                logger.error("FlowKV cannot cancel %d transfers; they may still write", active)
+                return False
+            time.sleep(CANCELLING_PAUSE_S)
+        return True
 
     def _require_alive(self) -> None:
         if self._died_of is not None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from penstock.connectors.digest import Digester, Pending
     from penstock.connectors.geometry import CacheGeometry
+    from penstock.connectors.transports.base import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class TransferWorker:
         self._rank = get_tensor_model_parallel_rank()
         self._welcome: Welcome | None = None
         self._digester: Digester | None = None
+        self._transport: Transport | None = None
         self._receiver: ReceiverThread | None = None
         self._hashing: dict[str, Pending] = {}
         self._reported = WorkerMetadata()
@@ -60,7 +62,7 @@ class TransferWorker:
         self._digester = _digester(geometry, kv_caches)
         digest = "off" if config.digest == "off" else f"{self._digester.algorithm} {config.digest}"
         record = record_of(self._vllm_config, self._kv_cache_config, geometry, digest)
-        transport = make_transport(config, f"{self._engine_id}-{self._rank}")
+        transport = self._transport = make_transport(config, f"{self._engine_id}-{self._rank}")
         endpoint = transport.register(geometry)
         self._welcome = Welcome(UNKNOWN_INSTANCE, record, geometry, transport.name, endpoint)
         self._receiver = ReceiverThread(
@@ -137,10 +139,14 @@ class TransferWorker:
         return stats
 
     def shutdown(self) -> None:
-        """Stop pulling."""
-        if self._receiver:
-            self._receiver.close()
-            self._receiver = None
+        """Stop pulling and deregister the memory, unless a transfer may still write to it."""
+        if self._receiver and not self._receiver.close():
+            logger.error("FlowKV rank %d leaves its KV cache registered", self._rank)
+            return
+        self._receiver = None
+        if self._transport:
+            self._transport.close()
+            self._transport = None
 
     def _settle(self, outcome: Outcome) -> None:
         load = outcome.load

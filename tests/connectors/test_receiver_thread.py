@@ -10,6 +10,7 @@ import time
 import pytest
 from two_engines import CONFIG, Pool, Site, record_of
 
+from penstock.connectors import receiver_thread
 from penstock.connectors.control import ControlClient, ControlServer
 from penstock.connectors.digest import DramDigester
 from penstock.connectors.errors import DigestMismatchError
@@ -33,6 +34,7 @@ class Scripted:
         self.pending = 0
         self.threads: set[int] = set()
         self.is_reading = False
+        self.cancels_needed = 0
 
     @property
     def num_pending(self) -> int:
@@ -50,6 +52,10 @@ class Scripted:
         ended = [Outcome(self.ready.get()) for _ in range(self.ready.qsize())]
         self.pending -= len(ended)
         return ended
+
+    def close(self) -> int:
+        self.cancels_needed = max(0, self.cancels_needed - 1)
+        return self.cancels_needed
 
 
 def load(site: Site, name: str) -> Load:
@@ -91,9 +97,41 @@ def test_closing_ends_the_thread_whether_idle_or_busy(site, pending):
     for i in range(pending):
         thread.submit(load(site, f"r{i}"))
         receiver.submitted.get(timeout=WAIT_S)
-    thread.close()
-    thread.close()
+    assert thread.close()
+    assert thread.close()
     assert not thread._thread.is_alive()
+
+
+@pytest.mark.parametrize(("cancels_needed", "clean"), [(5, True), (1 << 60, False)])
+def test_closing_waits_for_transfers_to_be_cancelled_but_not_for_ever(
+    monkeypatch, caplog, cancels_needed, clean
+):
+    monkeypatch.setattr(receiver_thread, "CANCELLING_PAUSE_S", 0.0)
+    if not clean:
+        monkeypatch.setattr(receiver_thread, "CLOSING_S", 0.1)
+    receiver = Scripted()
+    receiver.cancels_needed = cancels_needed
+    assert ReceiverThread(receiver).close() is clean
+    assert ("cannot cancel" in caplog.text) is not clean
+
+
+def test_closing_leaves_a_thread_that_does_not_end_as_it_is(site, monkeypatch, caplog):
+    monkeypatch.setattr(receiver_thread, "CLOSING_S", 0.05)
+    receiver, stuck, release = Scripted(), threading.Event(), threading.Event()
+
+    def step(wait_s):
+        stuck.set()
+        release.wait(WAIT_S)
+
+    receiver.step = step
+    receiver.close = lambda: pytest.fail("closed while its thread uses it")
+    thread = ReceiverThread(receiver)
+    thread.submit(load(site, "r0"))
+    assert stuck.wait(WAIT_S)
+    assert not thread.close()
+    assert "does not end" in caplog.text
+    release.set()
+    thread._thread.join(WAIT_S)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -109,6 +147,7 @@ def test_a_receiver_that_breaks_stops_the_engine_instead_of_letting_it_wait(site
     thread = ReceiverThread(receiver)
     thread.submit(load(site, "r0"))
     thread._thread.join(WAIT_S)
+    assert not thread._thread.is_alive()
     for use in (thread.outcomes, lambda: thread.submit(load(site, "r1"))):
         with pytest.raises(ReceiverDiedError, match="will never end") as caught:
             use()
@@ -170,7 +209,6 @@ class Pair:
 
     def close(self) -> None:
         self.thread.close()
-        self.client.close()
         self.server.close()
 
 
@@ -208,3 +246,15 @@ def test_a_real_pair_waits_for_late_digests_and_catches_a_flipped_byte(pair):
     pair.hash("late", [0, 1, 2, 3])
     (second,) = collect(pair.thread, 1)
     assert (second.load, second.error) == (late, None)
+
+
+@pytest.mark.parametrize("fault", [Fault.HANGS, Fault.HANGS_HARD])
+def test_closing_cancels_what_moves_and_hangs_up(pair, fault):
+    pair.transport.script = {0: fault}
+    pair.thread.submit(pair.load("hangs", Run(0, 4)))
+    while not pair.transport.reads:
+        assert not pair.thread.outcomes()
+    assert pair.thread.close()
+    assert not pair.thread._receiver.is_reading
+    assert pair.client._context.closed
+    assert pair.thread.outcomes() == []
