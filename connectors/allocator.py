@@ -17,36 +17,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from penstock.connectors.alloc_pairing import fill_window, pieces_of
+from penstock.connectors.alloc_windows import AllocatorConfig, Window, WindowSearch
 from penstock.connectors.free_index import WORTHLESS, Extent, FreeIndex, Hold
 from penstock.connectors.runs import Run, count_blocks, slice_runs
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AllocatorConfig:
-    """Weights of the price. One setting serves all pools: ages count in shares of the pool's size."""
-
-    age_weight: float = 0.1
-    """Runs that evicting one block from the far end of a pool-sized eviction order is worth."""
-    hit_weight: float = 1.0
-    """How much dearer a block is that a prefix hit has fetched back before."""
-    hold_price: float = 1.0
-    """Runs that taking over blocks reserved for the prompt of another request is worth."""
-    slack_price: float = 0.1
-    """Runs that taking over blocks reserved for another request's growth is worth."""
-    split_price: float = 0.1
-    """Runs that leaving a remainder on one side of a window is worth."""
-    growth_limit: float = 0.1
-    """Most runs' worth of cache that decoding in place may evict before it moves elsewhere."""
-    most_slack: int = 16
-    """Most blocks reserved behind a prompt for the tokens to be decoded."""
-    slack_factor: float = 1.5
-    """Blocks reserved for growth, in multiples of what finished requests grew by on average."""
-    slack_share: int = 32
-    """Least number of unreserved free blocks for each block reserved for growth."""
-    shortest_ahead: int = 96
-    """Shortest window reserved for chunks to come; rather than less, wait for others to end."""
-    seeds: int = 6
-    """Oldest extents of each size class around which windows are tried."""
+__all__ = ["AllocatorConfig", "AllocatorStats", "RunAllocator"]
 
 
 class _Request:
@@ -79,13 +54,6 @@ class AllocatorStats:
     stolen: int = 0
 
 
-@dataclass(slots=True)
-class _Window:
-    price: float
-    start: int
-    stop: int
-
-
 class RunAllocator:
     """Mirror of a pool's free blocks that hands them out as few, old, well-aligned runs.
 
@@ -97,6 +65,7 @@ class RunAllocator:
         self.config = config or AllocatorConfig()
         self.stats = AllocatorStats()
         self._index = FreeIndex(num_blocks)
+        self._windows = WindowSearch(self._index, self.config)
         self._requests: dict[object, _Request] = {}
         self._hits = bytearray(num_blocks)
         self._clock = 1
@@ -241,7 +210,7 @@ class RunAllocator:
         extent = self._index.at(request.tail)
         if extent is None or extent.holder is not None:
             return
-        if self._loss(extent, len(extent)) > self.config.growth_limit:
+        if self._windows.loss(extent, len(extent)) > self.config.growth_limit:
             return
         stop = min(extent.stop, request.tail + max(count, self._slack()))
         self._reserve(request, request.tail, stop, request.growth)
@@ -263,7 +232,7 @@ class RunAllocator:
         missing = expected
         while missing > 0:
             served = expected - missing >= count
-            window = self._cheapest(missing + slack)
+            window = self._windows.cheapest(missing + slack, request)
             if window is None:
                 if served or not self._steal(missing):
                     break
@@ -272,7 +241,7 @@ class RunAllocator:
                 break
             missing -= self._buy(request, window, missing)
 
-    def _buy(self, request: _Request, window: _Window, missing: int) -> int:
+    def _buy(self, request: _Request, window: Window, missing: int) -> int:
         """Reserve up to ``missing`` blocks of a window for the prompt and the rest for growth."""
         self.stats.windows += 1
         prompt = min(window.stop - window.start, missing)
@@ -289,7 +258,7 @@ class RunAllocator:
         placed: list[tuple[int, int, int]] = []
         slack = self._slack()
         while pieces:
-            window = self._cheapest(missing + slack)
+            window = self._windows.cheapest(missing + slack, request)
             if window is None:
                 if not self._steal(missing):
                     break
@@ -333,76 +302,6 @@ class RunAllocator:
         self._let_go(victim, middle, stop)
         self.stats.stolen += 1
         return True
-
-    def _loss(self, extent: Extent, count: int) -> float:
-        """Runs that ``count`` blocks off the tail of ``extent`` are worth to the prefix cache.
-
-        Each is worth as much as the share of the pool that the stock order would evict before it.
-        """
-        if extent.stamp == WORTHLESS:
-            return 0.0
-        depth = (self._index.depth(extent.stamp) + count / 2) * count / self._index.num_blocks
-        return self.config.age_weight * depth * (1.0 + self.config.hit_weight * min(extent.hits, 3))
-
-    def _cheapest(self, length: int) -> _Window | None:
-        """The window of at most ``length`` blocks with the lowest price per block, None if none is left."""
-        best: _Window | None = None
-        for seed in self._index.seeds(length, self.config.seeds):
-            best = self._walk_right(seed, length, best)
-            best = self._walk_left(seed, length, best)
-        return best
-
-    def _walk_right(self, seed: Extent, length: int, best: _Window | None) -> _Window | None:
-        """Try windows that begin where ``seed`` begins. Cutting a head costs the whole extent."""
-        at, split = self._index.at, self.config.split_price
-        start = position = seed.start
-        end = start + length
-        cost = 1.0 + (split if self._is_open(at(start - 1)) else 0.0)
-        extent: Extent | None = seed
-        while extent is not None and position < end:
-            if extent.holder is not None:
-                if self._buyer.owns(extent):
-                    break
-                cost += extent.holder.price
-            cost += self._loss(extent, len(extent))
-            position = min(extent.stop, end)
-            if position == extent.stop:
-                extent = at(position)
-            price = (cost + split if self._is_open(extent) else cost) / (position - start)
-            if best is None or price < best.price:
-                best = _Window(price, start, position)
-            elif cost > best.price * length:
-                break
-        return best
-
-    def _walk_left(self, seed: Extent, length: int, best: _Window | None) -> _Window | None:
-        """Try windows that end where ``seed`` ends. Cutting a tail costs only what is cut."""
-        at, split = self._index.at, self.config.split_price
-        stop = position = seed.stop
-        end = stop - length
-        cost = 1.0 + (split if self._is_open(at(stop)) else 0.0)
-        extent: Extent | None = seed
-        while extent is not None and position > end:
-            if extent.holder is not None:
-                if self._buyer.owns(extent):
-                    break
-                cost += extent.holder.price
-            begin = max(extent.start, end)
-            cost += self._loss(extent, position - begin)
-            position = begin
-            if position == extent.start:
-                extent = at(position - 1)
-            price = (cost + split if self._is_open(extent) else cost) / (stop - position)
-            if best is None or price < best.price:
-                best = _Window(price, position, stop)
-            elif cost > best.price * length:
-                break
-        return best
-
-    @staticmethod
-    def _is_open(extent: Extent | None) -> bool:
-        """Whether anybody may take ``extent``: a window that stops beside it leaves a remainder."""
-        return extent is not None and extent.holder is None
 
     def _settle(self) -> None:
         """Apply the prefix hits gathered since the last change."""
