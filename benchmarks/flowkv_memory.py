@@ -160,7 +160,7 @@ def connected_pools(shape: Shape, source_blocks: int, target_blocks: int) -> Ite
     theirs.close()
     num_bytes = target_blocks * shape.block_bytes
     base = map_pool(num_bytes)
-    transport = NixlTransport("target")
+    transport = NixlTransport("target", serves=False)
     agent = stock_agent("stock-target")
     try:
         transport.register(shape.block_outermost(base, target_blocks))

@@ -13,8 +13,12 @@ from penstock.connectors.transports.nixl import NixlTransport
 NAMES = ("nixl", "loopback")
 
 
-def make_transport(config: FlowKVConfig, owner: str) -> Transport:
+def make_transport(config: FlowKVConfig, owner: str, *, serves: bool = True) -> Transport:
     """The configured byte mover, under a name that no restarted process shares.
+
+    Args:
+        owner: the engine and rank that the mover is of.
+        serves: whether peers read from it, rather than it from peers alone.
 
     Raises:
         FlowKVError: the name is unknown, or the transport cannot be loaded.
@@ -22,7 +26,7 @@ def make_transport(config: FlowKVConfig, owner: str) -> Transport:
     name = f"{owner}-{secrets.token_hex(4)}"
     match config.transport:
         case "nixl":
-            return NixlTransport(name, config.nixl_backends)
+            return NixlTransport(name, config.nixl_backends, serves=serves)
         case "loopback":
             return LoopbackTransport(name)
         case other:

@@ -54,14 +54,19 @@ class NixlTransport:
     Args:
         name: unique name of the agent; a restarted process must take another.
         backends: NIXL plugins to load.
+        serves: whether peers read from this agent. A thread of NIXL then answers them; it never sleeps, and
+            on an agent that only reads it competes with the reading itself (256 MiB over shared memory take
+            87 ms and 90 ms of CPU with it, 40 and 20 without).
     """
 
     name = "nixl"
 
-    def __init__(self, name: str, backends: Sequence[str] = ("UCX",)) -> None:
+    def __init__(self, name: str, backends: Sequence[str] = ("UCX",), *, serves: bool = True) -> None:
         api = _api()
         self._nixl_errors = _errors(api)
-        self._agent = api.nixl_agent(name, api.nixl_agent_config(backends=list(backends)))
+        self._agent = api.nixl_agent(
+            name, api.nixl_agent_config(enable_prog_thread=serves, backends=list(backends))
+        )
         missing = [backend for backend in backends if backend not in self._agent.backends]
         if missing:
             available = ", ".join(self._agent.get_plugin_list())

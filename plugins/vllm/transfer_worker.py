@@ -62,7 +62,11 @@ class TransferWorker:
         self._digester = _digester(geometry, kv_caches)
         digest = "off" if config.digest == "off" else f"{self._digester.algorithm} {config.digest}"
         record = record_of(self._vllm_config, self._kv_cache_config, geometry, digest)
-        transport = self._transport = make_transport(config, f"{self._engine_id}-{self._rank}")
+        transport = self._transport = make_transport(
+            config,
+            f"{self._engine_id}-{self._rank}",
+            serves=self._vllm_config.kv_transfer_config.is_kv_producer,
+        )
         endpoint = transport.register(geometry)
         self._welcome = Welcome(UNKNOWN_INSTANCE, record, geometry, transport.name, endpoint)
         self._receiver = ReceiverThread(

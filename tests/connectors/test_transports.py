@@ -149,7 +149,7 @@ def test_nixl_between_two_processes_and_after_the_sender_was_killed():
 
         line = next(line for line in child.stdout if line.startswith("READY "))
         geometry, endpoint = msgspec.json.decode(line[6:], type=tuple[CacheGeometry, bytes])
-        receiver = Side(make_transport(FlowKVConfig(transport="nixl"), "reader"), 0)
+        receiver = Side(make_transport(FlowKVConfig(transport="nixl"), "reader", serves=False), 0)
         peer = receiver.transport.connect(endpoint)
         moves = plan_moves(geometry, receiver.geometry, RUNS)
         assert ended(receiver.transport.read(peer, moves)) is State.DONE
