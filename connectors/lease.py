@@ -7,8 +7,10 @@ the epoch that it had when the lease was granted, so a read that raced with reus
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.connectors.runs import Run, blocks_of
+
+logger = logging.getLogger(__name__)
 
 Epochs = npt.NDArray[np.uint32]
 Digests = npt.NDArray[np.uint64]
@@ -72,6 +76,9 @@ class LeaseTable:
         expect_digests: whether a commit waits for the sender's own digests of the blocks.
     """
 
+    RECENT = 1024
+    """Ended leases whose end is remembered, to say what became of them."""
+
     def __init__(
         self,
         *,
@@ -91,6 +98,7 @@ class LeaseTable:
         self._by_request: dict[str, str] = {}
         self._ended: list[Ended] = []
         self._stale_refused = 0
+        self._recent: OrderedDict[str, LeaseEnd] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._held)
@@ -146,9 +154,10 @@ class LeaseTable:
         """A rank's read has ended; said once. ``ACCEPTED`` comes with the digests where they are expected."""
         with self._lock:
             held = self._held.get(lease_id)
-            # A second claim of one rank may follow a read that began after the first: it proves nothing.
-            if held is None or rank >= held.ranks or rank in held.committed or not self._is_intact(held):
+            objection = self._objection(lease_id, held, rank)
+            if held is None or objection:
                 self._stale_refused += 1
+                logger.warning("FlowKV throws a read away: %s", objection)
                 return Commit.STALE, None
             if self._expect_digests and rank not in held.digests:
                 return Commit.DIGESTS_PENDING, None
@@ -186,14 +195,28 @@ class LeaseTable:
             assert {lease.request_id: lease.id for lease in self._held.values()} == self._by_request
             assert all(len(lease.committed) < lease.ranks for lease in self._held.values())
 
-    def _is_intact(self, lease: Lease) -> bool:
-        if self._clock() >= lease.deadline:
-            return False
-        if self._epochs is None or lease.epochs is None:
-            return True
-        return bool((self._epochs[lease.blocks] == lease.epochs).all())
+    def _objection(self, lease_id: str, held: Lease | None, rank: int) -> str | None:
+        """Why the bytes that ``rank`` has read need not be the request's."""
+        if held is None:
+            end = self._recent.get(lease_id)
+            return f"its lease was {end.value} before" if end else "its lease is unknown"
+        if rank >= held.ranks:
+            return f"rank {rank} reads for {held.request_id}, which has {held.ranks} ranks"
+        if rank in held.committed:
+            # The second read may have begun after the first ended: it proves nothing.
+            return f"rank {rank} has ended its read of {held.request_id} before"
+        if self._clock() >= held.deadline:
+            return f"the lease of {held.request_id} has expired"
+        if self._epochs is not None and held.epochs is not None:
+            reused = np.flatnonzero(self._epochs[held.blocks] != held.epochs)
+            if len(reused):
+                return f"{len(reused)} blocks of {held.request_id} were handed out again"
+        return None
 
     def _end(self, lease: Lease, end: LeaseEnd) -> None:
         del self._held[lease.id]
         del self._by_request[lease.request_id]
         self._ended.append(Ended(lease.request_id, end))
+        self._recent[lease.id] = end
+        if len(self._recent) > self.RECENT:
+            self._recent.popitem(last=False)

@@ -223,7 +223,8 @@ def test_queued_past_the_lease_then_killed(servers, logs, pair):
             url = f"{doomed.url}/v1/completions"
             body = victim.body(tokens(550, 50), max_tokens=8000, ignore_eos=True, stream=True)
             with httpx.Client(timeout=120) as client, client.stream("POST", url, json=body) as busy:
-                next(busy.iter_lines())
+                lines = busy.iter_lines()  # httpx hangs up when the iterator is dropped
+                next(lines)
                 jobs = [pool.submit(victim.decode_with, p, h) for p, h in zip(prompts, handed, strict=True)]
                 waiting = "vllm:num_requests_waiting"
                 eventually("five requests wait", lambda: samples(doomed.url)[waiting] == 5)
