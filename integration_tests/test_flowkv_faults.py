@@ -13,12 +13,13 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from engine_pair import Pair, ask, eventually, failed_cleanly, token_ids, tokens
+from engine_pair import USAGE, Pair, ask, eventually, failed_cleanly, token_ids, tokens
 
 from penstock.benchmarks.processes import Server, wait_until_ready
 from penstock.benchmarks.scrape import samples
 from penstock.benchmarks.servers import Engine, engine_server
 from penstock.benchmarks.tiny_model import ensure_model
+from penstock.routers.returns import refused_body
 
 pytestmark = pytest.mark.engine
 
@@ -180,6 +181,13 @@ def test_f3_a_request_that_the_decode_server_rejects_frees_the_blocks(pair):
     prompt = tokens(33, 500)
     params = pair.prefill_params(prompt)
     assert pair.decode_with(prompt, params, max_tokens=100_000).status_code == 400
+    pair.await_idle(pair.prefill, LEASE_S / 2)
+
+
+def test_f4_the_proxy_s_return_of_a_hand_off_frees_the_blocks_before_the_lease_ends(pair):
+    params = pair.prefill_params(tokens(36, 500))
+    assert samples(pair.prefill.url)[USAGE] > 0
+    assert ask(pair.decode, refused_body(params)).status_code == 404
     pair.await_idle(pair.prefill, LEASE_S / 2)
 
 

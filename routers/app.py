@@ -17,6 +17,7 @@ from penstock.routers.headers import request_id_of, to_client, to_server
 from penstock.routers.metrics import Metrics
 from penstock.routers.pool import Pool, Server
 from penstock.routers.prober import probe_all, watch
+from penstock.routers.returns import Returns
 from penstock.routers.upstream import Upstream, open_session
 from penstock.routers.visit import CLIENT_GONE, Visit
 
@@ -39,10 +40,12 @@ class Proxy:
         """Client session and probes, from start-up to clean-up."""
         async with open_session(self.config) as session:
             upstream = Upstream(session, self.config)
-            self._fleet = Fleet(self._prefill, self._decode, upstream, self.metrics)
+            returns = Returns(self._decode, upstream, self.metrics)
+            self._fleet = Fleet(self._prefill, self._decode, upstream, self.metrics, returns)
             await probe_all(session, self._servers, self.config)
             watchers = [asyncio.create_task(watch(session, s, self.config)) for s in self._servers]
             yield
+            await returns.finish()
             for watcher in watchers:
                 watcher.cancel()
             await asyncio.gather(*watchers, return_exceptions=True)

@@ -16,6 +16,7 @@ from penstock.routers.bodies import Body, Mode, decode_body, encode_body, handed
 from penstock.routers.errors import ProxyError, UpstreamFailure
 from penstock.routers.metrics import Metrics
 from penstock.routers.pool import Pool, Role, Server
+from penstock.routers.returns import Returns
 from penstock.routers.upstream import Reply, Upstream
 
 T = TypeVar("T")
@@ -47,6 +48,7 @@ class Fleet:
     decode: Pool
     upstream: Upstream
     metrics: Metrics
+    returns: Returns
 
     def pool(self, role: Role) -> Pool:
         """The servers of ``role``."""
@@ -82,7 +84,13 @@ class Exchange:
         self._leader = leader
         self.prefilled = asyncio.Event()
         self.prefilled_at: Server | None = None
+        self._params: Body | None = None
         self.stage = Stage.PREFILL if mode is Mode.HANDOFF else Stage.DECODE
+
+    def leave(self) -> None:
+        """The client is gone: give back what no decode server has heard of."""
+        if self.stage is Stage.HANDOFF:
+            self._give_back("client_gone")
 
     async def open(self, stack: AsyncExitStack) -> Reply:
         """Bring the request to the first bytes of its answer; closing ``stack`` ends it at every server.
@@ -98,14 +106,11 @@ class Exchange:
             return await self._open_at("decode", encode_body(self._body), stack)
         if not self._fleet.decode.any_healthy:
             raise no_server("decode")
-        refusal, params = await self._prefill()
-        if refusal is not None:
-            return refusal
-        self.stage = Stage.HANDOFF if params is not None else Stage.DECODE
-        return await self._decode(params, stack)
+        refusal = await self._prefill()
+        return refusal if refusal is not None else await self._decode(stack)
 
-    async def _prefill(self) -> tuple[Reply | None, Body | None]:
-        """The prefill step: a refusal (4xx) to pass on, or the hand-off's parameters."""
+    async def _prefill(self) -> Reply | None:
+        """The prefill step: a refusal (4xx) to pass on, or None and the hand-off's parameters are here."""
         metrics = self._fleet.metrics
         body = encode_body(prefill_body(self._body, chat=self._path == CHAT_PATH))
 
@@ -129,32 +134,39 @@ class Exchange:
             refusal, params = await self._twice("prefill", ask, near)
         except UpstreamFailure as failure:
             raise failure.as_proxy_error() from failure
-        if refusal is None and params is None:
-            metrics.without_handoff.inc()
+        if refusal is None:
+            self._params = params
+            self.stage = Stage.HANDOFF if params is not None else Stage.DECODE
+            if params is None:
+                metrics.without_handoff.inc()
         self.prefilled.set()
-        return refusal, params
+        return refusal
 
-    async def _decode(self, params: Body | None, stack: AsyncExitStack) -> Reply:
+    async def _decode(self, stack: AsyncExitStack) -> Reply:
         """The decode step. A second try uses the hand-off if no server has heard of it, else a new one."""
 
         async def answer(server: Server) -> Reply:
-            nonlocal params
-            if params is not None and self.stage is not Stage.HANDOFF:
+            if self._params is not None and self.stage is not Stage.HANDOFF:
+                # The server that failed may have used it up, or may have died with the blocks still held.
+                self._give_back("decode_failed")
                 self.stage = Stage.PREFILL
-                refusal, params = await self._prefill()
-                if refusal is not None:
+                if (refusal := await self._prefill()) is not None:
                     return refusal
-                self.stage = Stage.HANDOFF if params is not None else Stage.DECODE
-            return await self._attempt(server, encode_body(decode_body(self._body, params)), stack)
+            return await self._attempt(server, encode_body(decode_body(self._body, self._params)), stack)
 
         try:
             return await self._twice("decode", answer)
         except (UpstreamFailure, ProxyError) as failure:
             if self.stage is Stage.HANDOFF:
-                self._fleet.metrics.stranded.labels("decode_unreachable").inc()
+                self._give_back("decode_unreachable")
             if isinstance(failure, ProxyError):
                 raise
             raise failure.as_proxy_error() from failure
+
+    def _give_back(self, reason: str) -> None:
+        params, self._params = self._params, None
+        if params is not None:
+            self._fleet.returns.give_back(params, self._headers, reason)
 
     async def _open_at(self, role: Role, body: bytes, stack: AsyncExitStack) -> Reply:
         """Run the whole request at one server of ``role``."""

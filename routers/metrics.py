@@ -43,7 +43,10 @@ class Metrics:
         self.retries = self._counter("retries", "Second tries on another server", "role")
         self.disconnects = self._counter("disconnects", "Clients that left, by stage of the request", "stage")
         self.stranded = self._counter(
-            "stranded_handoffs", "Hand-offs that no decode server took up; the lease frees them", "reason"
+            "stranded_handoffs", "Hand-offs that no decode server is known to have used up", "reason"
+        )
+        self.returned = self._counter(
+            "returned_handoffs", "Stranded hand-offs given back; leases free the others"
         )
         self.without_handoff = self._counter(
             "prefills_without_handoff", "Prefills answered without kv_transfer_params"

@@ -44,8 +44,10 @@ async def watch(session: aiohttp.ClientSession, server: Server, config: ProxyCon
         await probe(session, server, config)
         healthy = _report(server, healthy)
         if healthy:
+            # Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes with the event.
             with suppress(TimeoutError):
-                await asyncio.wait_for(server.probe_now.wait(), _delay_s(server, config))
+                async with asyncio.timeout(_delay_s(server, config)):
+                    await server.probe_now.wait()
             healthy = _report(server, healthy)
         if not healthy:
             await asyncio.sleep(_delay_s(server, config))

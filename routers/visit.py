@@ -151,8 +151,7 @@ class Visit:
         if status == CLIENT_GONE:
             metrics.disconnects.labels(self.stage.value).inc()
             for exchange in self._exchanges:
-                if exchange.stage is Stage.HANDOFF:
-                    metrics.stranded.labels("client_gone").inc()
+                exchange.leave()
         if self._outcome is Outcome.BROKEN:
             metrics.broken_streams.inc()
         metrics.requests.labels(self._request.path, self._mode, status).inc()

@@ -200,6 +200,15 @@ def test_a_forked_child_that_exits_leaves_the_servers_alone(tmp_path):
     assert output.split()[-1] == "alive"
 
 
+@pytest.fixture
+def hang_up_heeded():
+    """SIGHUP ends a process, also where the test run itself was started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hang_up_heeded")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_termination_unwinds_the_stack(number):
     before = signal.getsignal(number)

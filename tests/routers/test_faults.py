@@ -23,6 +23,8 @@ from scripted_engines import (
     stream_then,
 )
 
+from penstock.routers.returns import NO_MODEL
+
 
 async def error_of(response: aiohttp.ClientResponse) -> str:
     """The message of an error answer, whose shape must be OpenAI's."""
@@ -126,9 +128,23 @@ async def test_a_failed_decode_is_tried_once_elsewhere_with_a_new_prefill(fault)
         response = await site.complete()
         assert response.status == 200
         assert len(site.prefill[0].requests) == 2
-        first, second = (s.bodies[0]["kv_transfer_params"] for s in site.decode)
-        assert first["remote_block_ids"] != second["remote_block_ids"]
+        await eventually(lambda: site.metric("returned_handoffs_total") == 1)
+        bodies = [body for server in site.decode for body in server.bodies]
+        [returned] = [body for body in bodies if body["model"] == NO_MODEL]
+        tried = [hand_off_number(body) for body in bodies if body["model"] != NO_MODEL]
+        assert sorted(tried) == [1, 2]
+        assert hand_off_number(returned) == 1
         assert site.metric("retries_total", role="decode") == 1
+        assert site.metric("stranded_handoffs_total", reason="decode_failed") == 1
+
+
+async def test_a_hand_off_that_no_server_takes_back_is_left_to_its_lease() -> None:
+    async with running_site(decode=2) as site:
+        site.decode[0].default = site.decode[1].default = hang_up
+        assert (await site.complete()).status == 502
+        await eventually(lambda: sum(len(server.requests) for server in site.decode) == 4)
+    assert site.metric("stranded_handoffs_total", reason="decode_failed") == 1
+    assert site.metric("returned_handoffs_total") == 0
 
 
 async def test_a_handoff_that_no_server_has_heard_of_is_used_again(caplog: pytest.LogCaptureFixture) -> None:
@@ -140,6 +156,11 @@ async def test_a_handoff_that_no_server_has_heard_of_is_used_again(caplog: pytes
         assert site.metric("retries_total", role="decode") >= 1
         assert site.metric("stranded_handoffs_total", reason="decode_unreachable") == 0
         await eventually(lambda: f"{site.decode[0].url} is put aside" in caplog.text)
+
+
+def hand_off_number(body) -> int:
+    """Which of the prefill server's hand-offs a decode request carries."""
+    return body["kv_transfer_params"]["remote_block_ids"][0][0]
 
 
 def fault_once(fault):

@@ -8,12 +8,16 @@ import pytest
 from scripted_engines import (
     Site,
     completion,
+    decode_well,
     eventually,
     hang,
     running_site,
     server_that_accepts_nothing,
+    status,
     stream_then,
 )
+
+from penstock.routers.returns import refused_body
 
 
 async def counted(site: Site, stage: str) -> None:
@@ -57,6 +61,23 @@ async def test_between_prefill_and_decode(site: Site) -> None:
         task.cancel()
         await counted(site, "handoff")
     assert site.metric("stranded_handoffs_total", reason="client_gone") == 1
+
+
+@pytest.mark.parametrize("answer", [status(404, "no such model"), decode_well])
+async def test_what_it_leaves_between_the_two_goes_back_through_another_decode_server(answer) -> None:
+    async with running_site(decode=2) as site:
+        site.decode[1].default = answer
+        with server_that_accepts_nothing() as url:
+            site.servers("decode")[0].url = url
+            task = asyncio.create_task(site.complete())
+            await eventually(lambda: site.servers("decode")[0].in_flight == 1)
+            task.cancel()
+            await eventually(lambda: site.metric("returned_handoffs_total") == 1)
+        [body] = site.decode[1].bodies
+        params = body["kv_transfer_params"]
+        assert params["remote_request_id"] == site.prefill[0].requests[0][2]["X-Request-Id"]
+        assert body == refused_body(params)
+        assert site.metric("stranded_handoffs_total", reason="client_gone") == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
