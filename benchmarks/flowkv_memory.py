@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -23,6 +23,9 @@ import numpy.typing as npt
 
 from penstock.connectors.geometry import CacheGeometry, LayerPages, strips_of
 from penstock.connectors.transports.nixl import NixlTransport
+
+Family = Literal["stock", "FlowKV"]
+"""Whose agents two pools are registered with: those of vLLM's NixlConnector, or FlowKV's."""
 
 DISTINCT_BYTES = 512 << 20
 STOCK_THREADS = 4
@@ -106,24 +109,22 @@ class Source(msgspec.Struct, frozen=True):
     """What the process with the source pool tells."""
 
     base: int
-    endpoint: bytes
-    """Of the agent as FlowKV makes it."""
-    stock_metadata: bytes
-    """Of the agent as vLLM's NixlConnector makes it."""
+    agent: bytes
+    """The stock agent's metadata, or FlowKV's endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pools:
-    """Both ends, connected both in FlowKV's way and in the stock connector's."""
+    """Both ends, connected in the way of one family."""
 
+    family: Family
     source_base: int
     source_blocks: int
     target_base: int
     target_blocks: int
-    transport: NixlTransport
+    agent: Any
+    """The target's: a stock NIXL agent, or a ``NixlTransport``."""
     peer: str
-    stock_agent: Any
-    stock_peer: str
 
 
 def stock_agent(name: str) -> Any:
@@ -133,46 +134,52 @@ def stock_agent(name: str) -> Any:
     return nixl_agent(name, nixl_agent_config(num_threads=STOCK_THREADS, capture_telemetry=True))
 
 
-def hold_source(pipe: Connection, shape: Shape, num_blocks: int) -> None:
+@contextlib.contextmanager
+def registered(family: Family, name: str, geometry: CacheGeometry) -> Iterator[tuple[Any, bytes]]:
+    """An agent of ``family`` that knows the pool, and what a peer needs to connect to it."""
+    if family == "FlowKV":
+        transport = NixlTransport(name, serves=name == "source")
+        try:
+            yield transport, transport.register(geometry)
+        finally:
+            transport.close()
+        return
+    agent = stock_agent(name)
+    region = agent.register_memory([(geometry.base_address, geometry.size, 0, "")], mem_type="DRAM")
+    try:
+        yield agent, agent.get_agent_metadata()
+    finally:
+        agent.deregister_memory(region)
+
+
+def hold_source(pipe: Connection, family: Family, shape: Shape, num_blocks: int) -> None:
     """Body of the source process: make a pool, say where it is, keep it until told to end."""
     num_bytes = num_blocks * shape.block_bytes
     base = map_pool(num_bytes)
     distinct = min(DISTINCT_BYTES, num_bytes)
     words_at(base, distinct)[:] = pattern(0, distinct)
-    transport = NixlTransport("source")
-    endpoint = transport.register(shape.block_outermost(base, num_blocks))
-    agent = stock_agent("stock-source")
-    registered = agent.register_memory([(base, num_bytes, 0, "")], mem_type="DRAM")
-    pipe.send_bytes(msgspec.msgpack.encode(Source(base, endpoint, agent.get_agent_metadata())))
-    with contextlib.suppress(EOFError):
-        pipe.recv_bytes()
-    agent.deregister_memory(registered)
-    transport.close()
+    with registered(family, "source", shape.block_outermost(base, num_blocks)) as (_, agent):
+        pipe.send_bytes(msgspec.msgpack.encode(Source(base, agent)))
+        with contextlib.suppress(EOFError):
+            pipe.recv_bytes()
 
 
 @contextlib.contextmanager
-def connected_pools(shape: Shape, source_blocks: int, target_blocks: int) -> Iterator[Pools]:
+def connected_pools(family: Family, shape: Shape, source_blocks: int, target_blocks: int) -> Iterator[Pools]:
     """A source pool in a child process and a target pool here, ready to transfer."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    child = context.Process(target=hold_source, args=(theirs, shape, source_blocks), daemon=True)
+    child = context.Process(target=hold_source, args=(theirs, family, shape, source_blocks), daemon=True)
     child.start()
     theirs.close()
-    num_bytes = target_blocks * shape.block_bytes
-    base = map_pool(num_bytes)
-    transport = NixlTransport("target", serves=False)
-    agent = stock_agent("stock-target")
     try:
-        transport.register(shape.block_outermost(base, target_blocks))
-        registered = agent.register_memory([(base, num_bytes, 0, "")], mem_type="DRAM")
-        source = msgspec.msgpack.decode(ours.recv_bytes(), type=Source)
-        peer, stock_peer = transport.connect(source.endpoint), agent.add_remote_agent(source.stock_metadata)
-        yield Pools(
-            source.base, source_blocks, base, target_blocks, transport, peer, agent, _text(stock_peer)
-        )
-        agent.deregister_memory(registered)
+        base = map_pool(target_blocks * shape.block_bytes)
+        with registered(family, "target", shape.block_outermost(base, target_blocks)) as (agent, _):
+            source = msgspec.msgpack.decode(ours.recv_bytes(), type=Source)
+            connect = agent.connect if family == "FlowKV" else agent.add_remote_agent
+            peer = _text(connect(source.agent))
+            yield Pools(family, source.base, source_blocks, base, target_blocks, agent, peer)
     finally:
-        transport.close()
         ours.close()
         child.join(10)
         child.terminate()

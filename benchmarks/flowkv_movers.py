@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from penstock.benchmarks.flowkv_memory import Pools, Shape
+from penstock.benchmarks.flowkv_memory import Pools, Shape, pattern, words_at
 from penstock.connectors.geometry import CacheGeometry, plan_moves
 from penstock.connectors.receiver_thread import READING_PAUSE_S
-from penstock.connectors.runs import JointRun, Run, blocks_of, count_blocks, join_runs
+from penstock.connectors.runs import JointRun, Run, blocks_of, count_blocks, join_runs, runs_of
 from penstock.connectors.transports.base import State
 
 
@@ -53,10 +54,10 @@ class Prepared:
 
     def __init__(self, name: str, pools: Pools, source: CacheGeometry, target: CacheGeometry) -> None:
         self.name = name
-        self._agent = pools.stock_agent
+        self._agent = pools.agent
         self._sizes = (source.num_blocks, target.num_blocks)
         self._strips = len(source.strips)
-        self._remote = self._prepare(pools.stock_peer, source)
+        self._remote = self._prepare(pools.peer, source)
         self._local = self._prepare("NIXL_INIT_AGENT", target)
 
     def _prepare(self, whose: str, geometry: CacheGeometry) -> object:
@@ -114,7 +115,7 @@ class FlowKV:
 
     def _pull(self, joint: Sequence[JointRun]) -> int:
         moves = plan_moves(self._source, self._target, joint)
-        transfer = self._pools.transport.read(self._pools.peer, moves)
+        transfer = self._pools.agent.read(self._pools.peer, moves)
         while (state := transfer.poll()) is State.ACTIVE:
             time.sleep(READING_PAUSE_S)
         if state is not State.DONE:
@@ -138,19 +139,56 @@ PIECE_BY_PIECE = "a call a block and layer"
 
 
 def make_movers(pools: Pools, shape: Shape) -> tuple[Mover, ...]:
-    """All ways, on the same memory."""
+    """All ways of the pools' family, on the same memory."""
     ends = ((pools.source_base, pools.source_blocks), (pools.target_base, pools.target_blocks))
     apart = [shape.layer_outermost(*end) for end in ends]
     whole = [shape.block_outermost(*end) for end in ends]
+    if pools.family == "FlowKV":
+        return FlowKV(pools, *whole), OneDescriptor(pools, *whole)
     return (
         Prepared(LAYERS_APART, pools, *apart),
         Prepared(BLOCKS_WHOLE, pools, *whole),
-        FlowKV(pools, *whole),
-        OneDescriptor(pools, *whole),
         Calls(PIECE_BY_PIECE, pools, *apart),
     )
 
 
-def names(movers: Iterable[Mover]) -> list[str]:
-    """Their names, in order."""
-    return [mover.name for mover in movers]
+@dataclass(frozen=True, slots=True)
+class Lists:
+    """Block lists made by hand."""
+
+    source: list[Run]
+    target: list[Run]
+
+
+def check(mover: Mover, pools: Pools, shape: Shape, *, blocks: int = 24) -> None:
+    """Move a few scattered blocks and compare every byte that must have come.
+
+    Raises:
+        RuntimeError: a byte is wrong.
+    """
+    rng = np.random.default_rng(blocks)
+    distinct = min(128, pools.target_blocks)
+    job = Job(Lists(*(runs_of(rng.permutation(distinct)[:blocks].tolist()) for _ in range(2))))
+    words_at(pools.target_base, distinct * shape.block_bytes)[:] = 0
+    mover.move(job)
+    if isinstance(mover, OneDescriptor):
+        pieces = [(0, 0, blocks * shape.block_bytes)]
+    elif mover.name in (LAYERS_APART, PIECE_BY_PIECE):
+        pieces = [
+            (
+                (layer * pools.source_blocks + s) * shape.page_bytes,
+                (layer * pools.target_blocks + t) * shape.page_bytes,
+                shape.page_bytes,
+            )
+            for layer in range(shape.layers)
+            for s, t in zip(job.source_ids.tolist(), job.target_ids.tolist(), strict=True)
+        ]
+    else:
+        size = shape.block_bytes
+        pieces = [
+            (s * size, t * size, size)
+            for s, t in zip(job.source_ids.tolist(), job.target_ids.tolist(), strict=True)
+        ]
+    for source, target, length in pieces:
+        if not np.array_equal(words_at(pools.target_base + target, length), pattern(source, length)):
+            raise RuntimeError(f"{mover.name}: wrong bytes at {target} of the target pool")

@@ -2,43 +2,33 @@
 
 Each request is moved by every setup in turn, the same number of bytes each time, so that whatever else
 the machine does falls on all of them. Stock setups move the blocks that the stock pool handed out, FlowKV
-those of its own pool. Beside the wall clock stands the CPU time of this process, which does not count what
-others take: over shared memory the reading process copies every byte itself.
+those of its own pool. Beside the wall clock stands the CPU time of the reading process, which does not count
+what others take: over shared memory that process copies every byte itself.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-
-from penstock.benchmarks.flowkv_memory import Pools, Shape, connected_pools, pattern, words_at
-from penstock.benchmarks.flowkv_movers import (
-    BLOCKS_WHOLE,
-    LAYERS_APART,
-    PIECE_BY_PIECE,
-    FlowKV,
-    Job,
-    Mover,
-    OneDescriptor,
-    make_movers,
-)
+from penstock.benchmarks.flowkv_memory import Shape
+from penstock.benchmarks.flowkv_movers import BLOCKS_WHOLE, PIECE_BY_PIECE, FlowKV, Job, OneDescriptor
 from penstock.benchmarks.flowkv_part import Finding, Options, Tell, percentile
+from penstock.benchmarks.flowkv_sides import Side, both_sides
 from penstock.benchmarks.report import Cell, Claim
-from penstock.connectors.runs import Run, count_blocks, runs_of
+from penstock.connectors.runs import count_blocks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from penstock.benchmarks.pool_joint import Transfer
     from penstock.benchmarks.pool_peers import Policy
+
+T = TypeVar("T")
 
 LLAMA_8B = Shape("Llama 3.1 8B", layers=32, page_bytes=64 << 10)
 LLAMA_8B_RANK = Shape("Llama 3.1 8B, one of 8 ranks", layers=32, page_bytes=8 << 10)
@@ -77,6 +67,8 @@ Timings = dict[str, Timing]
 
 def measure(options: Options, tell: Tell) -> Finding:
     """Fresh and churned pools with an 8B model's blocks; churned ones also with those of one of its ranks."""
+    from penstock.benchmarks.pool_joint import DECODE_BLOCKS, PREFILL_BLOCKS
+
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
     churned, fresh = (3, 2) if options.quick else (100, FRESH_REQUESTS)
     found: dict[str, Timings] = {}
@@ -84,27 +76,17 @@ def measure(options: Options, tell: Tell) -> Finding:
         cases = {"churned": pairs(options, churned)}
         if shape is LLAMA_8B:
             cases["fresh"] = pairs(options, fresh, warm=0)
-        tell(f"{shape.name}: mapping two pools")
-        with pools_for(shape) as pools:
-            movers = make_movers(pools, shape)
-            for mover in movers:
-                check(mover, pools, shape)
+        tell(f"{shape.name}: mapping two pools a side")
+        with both_sides(shape, PREFILL_BLOCKS, DECODE_BLOCKS) as sides:
             for case, todo in cases.items():
                 name = f"{case}, {shape.name}"
-                found[name] = run(movers, todo, shape, name, tell)
+                found[name] = run(sides, todo, shape, name, tell)
     return Finding(
         rows=[row for case, timings in found.items() for row in rows_of(case, timings)],
         claims=[*claims_of(found), *counts_of(found)],
-        notes=[f"NIXL over UCX, UCX_TLS={os.environ.get('UCX_TLS', 'unset')}, two processes, DRAM"],
+        notes=[f"NIXL over UCX, UCX_TLS={os.environ.get('UCX_TLS', 'unset')}, two processes a side, DRAM"],
         draw=lambda axes: draw(axes, found[f"churned, {LLAMA_8B.name}"]),
     )
-
-
-def pools_for(shape: Shape) -> contextlib.AbstractContextManager[Pools]:
-    """Pools of the size that the block lists were made for."""
-    from penstock.benchmarks.pool_joint import DECODE_BLOCKS, PREFILL_BLOCKS
-
-    return connected_pools(shape, PREFILL_BLOCKS, DECODE_BLOCKS)
 
 
 def pairs(options: Options, count: int, *, warm: int = 150) -> list[Pair]:
@@ -130,69 +112,27 @@ def match(stock: Sequence[Transfer], flowkv: Sequence[Transfer]) -> list[Pair]:
     return [Pair(job, by_size[job.num_blocks].pop()) for job in jobs if by_size[job.num_blocks]]
 
 
-def run(movers: Sequence[Mover], todo: Sequence[Pair], shape: Shape, case: str, tell: Tell) -> Timings:
+def run(sides: Sequence[Side], todo: Sequence[Pair], shape: Shape, case: str, tell: Tell) -> Timings:
     """Every mover on every request, the order turned by one from request to request."""
-    timings: Timings = {mover.name: Timing() for mover in movers}
+    movers = [(side, name) for side in sides for name in side.movers]
+    timings: Timings = {name: Timing() for _, name in movers}
     for number, pair in enumerate(todo):
         tell(f"{case}: request {number + 1} of {len(todo)}")
-        for mover in turned(movers, number):
-            job = pair.flowkv if isinstance(mover, FlowKV) else pair.stock
-            cpu, wall = time.process_time(), time.perf_counter()
-            calls, descriptors = mover.move(job)
-            timing = timings[mover.name]
-            timing.wall_s.append(time.perf_counter() - wall)
-            timing.cpu_s.append(time.process_time() - cpu)
-            timing.calls.append(calls)
-            timing.descriptors.append(descriptors)
+        for side, name in turned(movers, number):
+            job = pair.flowkv if name == FlowKV.name else pair.stock
+            took = side.move(name, job)
+            timing = timings[name]
+            timing.wall_s.append(took.wall_s)
+            timing.cpu_s.append(took.cpu_s)
+            timing.calls.append(took.calls)
+            timing.descriptors.append(took.descriptors)
             timing.num_bytes.append(job.num_blocks * shape.block_bytes)
     return timings
 
 
-def turned(movers: Sequence[Mover], by: int) -> Iterator[Mover]:
+def turned(movers: Sequence[T], by: int) -> Iterator[T]:
     """The movers from another start."""
     return (movers[(by + i) % len(movers)] for i in range(len(movers)))
-
-
-@dataclass(frozen=True, slots=True)
-class Lists:
-    """Block lists made by hand."""
-
-    source: list[Run]
-    target: list[Run]
-
-
-def check(mover: Mover, pools: Pools, shape: Shape, *, blocks: int = 24) -> None:
-    """Move a few scattered blocks and compare every byte that must have come.
-
-    Raises:
-        RuntimeError: a byte is wrong.
-    """
-    rng = np.random.default_rng(blocks)
-    distinct = min(128, pools.target_blocks)
-    job = Job(Lists(*(runs_of(rng.permutation(distinct)[:blocks].tolist()) for _ in range(2))))
-    words_at(pools.target_base, distinct * shape.block_bytes)[:] = 0
-    mover.move(job)
-    if isinstance(mover, OneDescriptor):
-        pieces = [(0, 0, blocks * shape.block_bytes)]
-    elif mover.name in (LAYERS_APART, PIECE_BY_PIECE):
-        pieces = [
-            (
-                (layer * pools.source_blocks + s) * shape.page_bytes,
-                (layer * pools.target_blocks + t) * shape.page_bytes,
-                shape.page_bytes,
-            )
-            for layer in range(shape.layers)
-            for s, t in zip(job.source_ids.tolist(), job.target_ids.tolist(), strict=True)
-        ]
-    else:
-        size = shape.block_bytes
-        pieces = [
-            (s * size, t * size, size)
-            for s, t in zip(job.source_ids.tolist(), job.target_ids.tolist(), strict=True)
-        ]
-    for source, target, length in pieces:
-        if not np.array_equal(words_at(pools.target_base + target, length), pattern(source, length)):
-            raise RuntimeError(f"{mover.name}: wrong bytes at {target} of the target pool")
 
 
 def rows_of(case: str, timings: Timings) -> list[dict[str, Cell]]:

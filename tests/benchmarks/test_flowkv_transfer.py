@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +26,10 @@ from penstock.benchmarks.flowkv_movers import (
     FlowKV,
     Job,
     OneDescriptor,
+    check,
     make_movers,
 )
+from penstock.benchmarks.flowkv_sides import SideError, both_sides
 from penstock.connectors.runs import Run
 
 CHURNED, FRESH = f"churned, {bench.LLAMA_8B.name}", f"fresh, {bench.LLAMA_8B.name}"
@@ -67,27 +72,44 @@ def test_a_pool_repeats_its_memory():
     assert len(set(words[: 1 << 13].tolist())) == 1 << 13
 
 
-def test_every_setup_moves_the_right_bytes_and_a_wrong_one_is_found():
+@pytest.mark.parametrize("family", ["stock", "FlowKV"])
+def test_every_setup_moves_the_right_bytes_and_a_wrong_one_is_found(family):
     pytest.importorskip("nixl")
     shape = Shape("small", layers=4, page_bytes=4096)
-    with connected_pools(shape, 96, 64) as pools:
-        movers = {mover.name: mover for mover in make_movers(pools, shape)}
-        for mover in movers.values():
-            bench.check(mover, pools, shape)
-        job = Job(Lists([Run(7, 2), Run(3, 1)], [Run(0, 3)]))
-        counts = {name: mover.move(job) for name, mover in movers.items()}
-        swapped = movers[FlowKV.name]
-        swapped.name = LAYERS_APART
+    with connected_pools(family, shape, 96, 64) as pools:
+        movers = make_movers(pools, shape)
+        for mover in movers:
+            check(mover, pools, shape)
+        first = movers[0]
+        first.name = BLOCKS_WHOLE if first.name == LAYERS_APART else LAYERS_APART
         with pytest.raises(RuntimeError, match="wrong bytes"):
-            bench.check(swapped, pools, shape)
-    assert counts == {
+            check(first, pools, shape)
+    assert 96 * shape.block_bytes < DISTINCT_BYTES
+
+
+def test_sides_take_turns_and_rest_out_of_turn():
+    pytest.importorskip("nixl")
+    shape = Shape("small", layers=4, page_bytes=4096)
+    job = Job(Lists([Run(7, 2), Run(3, 1)], [Run(0, 3)]))
+    with both_sides(shape, 96, 64) as sides:
+        took = {name: side.move(name, job) for side in sides for name in side.movers}
+        states = [
+            Path(f"/proc/{side._group}/stat").read_text().rsplit(")", 1)[1].split()[0] for side in sides
+        ]
+        groups = [side._group for side in sides]
+        os.killpg(groups[0], signal.SIGKILL)
+        with pytest.raises(SideError, match="stock side"):
+            sides[0].move(LAYERS_APART, job)
+    assert {name: (t.calls, t.descriptors) for name, t in took.items()} == {
         LAYERS_APART: (1, 12),
         BLOCKS_WHOLE: (1, 3),
         FlowKV.name: (1, 2),
         OneDescriptor.name: (1, 1),
         PIECE_BY_PIECE: (12, 12),
     }
-    assert 96 * shape.block_bytes < DISTINCT_BYTES
+    assert all(t.wall_s > 0 and t.cpu_s > 0 for t in took.values())
+    assert states == ["T", "T"]
+    assert not any(Path(f"/proc/{group}").exists() for group in groups)
 
 
 def timings(**seconds: list[float]) -> bench.Timings:
