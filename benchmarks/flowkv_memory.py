@@ -21,8 +21,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from penstock.connectors.config import FlowKVConfig
 from penstock.connectors.geometry import CacheGeometry, LayerPages, strips_of
-from penstock.connectors.transports.nixl import NixlTransport
+from penstock.connectors.transports.factory import make_transport
 
 Family = Literal["stock", "FlowKV"]
 """Whose agents two pools are registered with: those of vLLM's NixlConnector, or FlowKV's."""
@@ -123,7 +124,7 @@ class Pools:
     target_base: int
     target_blocks: int
     agent: Any
-    """The target's: a stock NIXL agent, or a ``NixlTransport``."""
+    """The target's: a stock NIXL agent, or FlowKV's transport as a decode server has it."""
     peer: str
 
 
@@ -138,7 +139,7 @@ def stock_agent(name: str) -> Any:
 def registered(family: Family, name: str, geometry: CacheGeometry) -> Iterator[tuple[Any, bytes]]:
     """An agent of ``family`` that knows the pool, and what a peer needs to connect to it."""
     if family == "FlowKV":
-        transport = NixlTransport(name, serves=name == "source")
+        transport = make_transport(FlowKVConfig(), name, serves=name == "source", reads=name == "target")
         try:
             yield transport, transport.register(geometry)
         finally:

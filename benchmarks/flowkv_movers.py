@@ -13,7 +13,8 @@ from penstock.benchmarks.flowkv_memory import Pools, Shape, pattern, words_at
 from penstock.connectors.geometry import CacheGeometry, plan_moves
 from penstock.connectors.receiver_thread import READING_PAUSE_S
 from penstock.connectors.runs import JointRun, Run, blocks_of, count_blocks, join_runs, runs_of
-from penstock.connectors.transports.base import State
+from penstock.connectors.transports.base import State, Transport
+from penstock.connectors.transports.striped import StripedTransfer, StripedTransport
 
 
 class BlockLists(Protocol):
@@ -102,35 +103,41 @@ class Calls(Prepared):
 
 
 class FlowKV:
-    """The plan of moves through ``NixlTransport``, joined and planned while the clock runs."""
+    """The plan of moves through FlowKV's transport, joined and planned while the clock runs."""
 
     name = "FlowKV"
 
     def __init__(self, pools: Pools, source: CacheGeometry, target: CacheGeometry) -> None:
-        self._pools, self._source, self._target = pools, source, target
+        self._peer, self._source, self._target = pools.peer, source, target
+        self._transport: Transport = pools.agent
 
     def move(self, job: Job) -> tuple[int, int]:
-        """One call, one descriptor a joint run."""
-        return 1, self._pull(join_runs(job.source, job.target))
+        """A call a lane, a descriptor a joint run and cut."""
+        return self._pull(join_runs(job.source, job.target))
 
-    def _pull(self, joint: Sequence[JointRun]) -> int:
-        moves = plan_moves(self._source, self._target, joint)
-        transfer = self._pools.agent.read(self._pools.peer, moves)
+    def _pull(self, joint: Sequence[JointRun]) -> tuple[int, int]:
+        transfer = self._transport.read(self._peer, plan_moves(self._source, self._target, joint))
         while (state := transfer.poll()) is State.ACTIVE:
             time.sleep(READING_PAUSE_S)
         if state is not State.DONE:
             raise RuntimeError(f"{self.name}: the transfer failed")
-        return len(moves)
+        calls = len(transfer.parts) if isinstance(transfer, StripedTransfer) else 1
+        return calls, transfer.stats().num_descriptors
 
 
 class OneDescriptor(FlowKV):
-    """As many bytes in one piece: what the machine can do."""
+    """As many bytes in one piece on one lane."""
 
     name = "one descriptor"
 
+    def __init__(self, pools: Pools, source: CacheGeometry, target: CacheGeometry) -> None:
+        super().__init__(pools, source, target)
+        if isinstance(self._transport, StripedTransport):
+            self._transport = self._transport.lanes[0]
+
     def move(self, job: Job) -> tuple[int, int]:
         """One call, one descriptor."""
-        return 1, self._pull([JointRun(0, 0, job.num_blocks)])
+        return self._pull([JointRun(0, 0, job.num_blocks)])
 
 
 LAYERS_APART = "NIXL, default layout"

@@ -50,6 +50,8 @@ class FlowKVConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Byte mover: ``nixl``, or ``loopback`` inside one process."""
     nixl_backends: tuple[str, ...] = ("UCX",)
     """NIXL plugins to load, in order of preference."""
+    lanes: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
+    """Byte movers over which a decode server spreads a large transfer; each takes a core while it copies."""
 
     def __post_init__(self) -> None:
         if self.host in ANY_ADDRESS and self.advertise_host is None:

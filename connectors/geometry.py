@@ -123,6 +123,14 @@ class Moves(msgspec.Struct, frozen=True):
         """Bytes that all moves copy."""
         return int(self.length.sum())
 
+    def part(self, start: int, stop: int) -> Moves:
+        """The moves of bytes ``start`` to ``stop``, counted over all moves in order."""
+        before = np.cumsum(self.length) - self.length
+        first = np.clip(start - before, 0, self.length)
+        last = np.clip(stop - before, 0, self.length)
+        some = last > first
+        return Moves((self.source + first)[some], (self.target + first)[some], (last - first)[some])
+
 
 def plan_moves(source: CacheGeometry, target: CacheGeometry, joint: Sequence[JointRun]) -> Moves:
     """The fewest byte moves that bring ``joint`` from ``source`` to ``target``. O(runs x strips).

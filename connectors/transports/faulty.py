@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from enum import Enum
 
-import numpy as np
-
 from penstock.connectors.errors import TransferFailedError
 from penstock.connectors.geometry import CacheGeometry, Moves
 from penstock.connectors.transports.base import State, Transfer, TransferStats, Transport
@@ -94,10 +92,7 @@ def _first(moves: Moves, count: int) -> Moves:
 
 def _half(moves: Moves) -> Moves:
     """The first half of the bytes; most transfers are a single descriptor, so descriptors are cut."""
-    before = np.cumsum(moves.length) - moves.length
-    length = np.clip(moves.num_bytes // 2 - before, 0, moves.length)
-    landed = length > 0
-    return Moves(moves.source[landed], moves.target[landed], length[landed])
+    return moves.part(0, moves.num_bytes // 2)
 
 
 class _Broken:

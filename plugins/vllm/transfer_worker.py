@@ -66,6 +66,7 @@ class TransferWorker:
             config,
             f"{self._engine_id}-{self._rank}",
             serves=self._vllm_config.kv_transfer_config.is_kv_producer,
+            reads=self._vllm_config.kv_transfer_config.is_kv_consumer,
         )
         endpoint = transport.register(geometry)
         self._welcome = Welcome(UNKNOWN_INSTANCE, record, geometry, transport.name, endpoint)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from penstock.connectors.config import FlowKVConfig
 from penstock.connectors.errors import FlowKVError, TransferFailedError
@@ -18,6 +22,7 @@ from penstock.connectors.transports.base import State, Transfer, Transport
 from penstock.connectors.transports.factory import make_transport
 from penstock.connectors.transports.faulty import Fault, FaultyTransport, seeded_script
 from penstock.connectors.transports.loopback import LoopbackTransport
+from penstock.connectors.transports.striped import StripedTransport
 
 BLOCKS, BYTES = 16, 4096
 RUNS = [JointRun(0, 3, 2), JointRun(9, 7, 5), JointRun(5, 0, 1)]
@@ -174,6 +179,124 @@ def test_unknown_names_are_refused_with_what_is_there():
     pytest.importorskip("nixl")
     with pytest.raises(FlowKVError, match=r"no plugin NOPE; available: .*UCX"):
         make_transport(FlowKVConfig(transport="nixl", nixl_backends=("NOPE",)), "x")
+
+
+class Striped:
+    """A sender and a striped receiver whose lanes break by scripts of their own."""
+
+    def __init__(self, *scripts: dict[int, Fault]) -> None:
+        network: dict[str, CacheGeometry] = {}
+        self.sender = Side(LoopbackTransport("s", network), 0)
+        self.sender.memory[:] = np.random.default_rng(1).integers(1, 256, BLOCKS * BYTES, dtype=np.uint8)
+        self.lanes = [
+            FaultyTransport(LoopbackTransport(f"r{i}", network), script) for i, script in enumerate(scripts)
+        ]
+        self.transport = StripedTransport(self.lanes, least_bytes=BYTES)
+        self.receiver = Side(self.transport, 0)
+        self.peer = self.transport.connect(self.sender.endpoint)
+
+    def read(self, runs: list[JointRun] = RUNS) -> Transfer:
+        moves = plan_moves(self.sender.geometry, self.receiver.geometry, runs)
+        return self.transport.read(self.peer, moves)
+
+    def landed(self, runs: list[JointRun] = RUNS) -> bool:
+        """Whether exactly the bytes of ``runs`` are at the receiver."""
+        expected = np.zeros_like(self.receiver.memory)
+        for run in runs:
+            source = self.sender.memory[run.source * BYTES : (run.source + run.length) * BYTES]
+            expected[run.target * BYTES : (run.target + run.length) * BYTES] = source
+        return bool((self.receiver.memory == expected).all())
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8, 16])
+def test_a_striped_read_brings_every_byte_once(lanes):
+    striped = Striped(*[{}] * lanes)
+    transfer = striped.read()
+    assert ended(transfer) is State.DONE
+    assert striped.landed()
+    assert [lane.reads for lane in striped.lanes] == [1] * min(lanes, 8) + [0] * max(0, lanes - 8)
+    stats = transfer.stats()
+    assert stats.num_bytes == 8 * BYTES
+    assert len(RUNS) <= stats.num_descriptors <= len(RUNS) + min(lanes, 8) - 1
+    assert transfer.cancel()
+    assert transfer.poll() is State.DONE
+    striped.transport.close()
+
+
+def test_a_small_read_is_one_lane_s():
+    striped = Striped({}, {})
+    assert ended(striped.read([JointRun(2, 5, 1)])) is State.DONE
+    assert [lane.reads for lane in striped.lanes] == [1, 0]
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+@pytest.mark.parametrize("fault", [Fault.POST_FAILS, Fault.HALF_THEN_FAILS])
+def test_one_failed_part_fails_the_whole(fault, broken):
+    striped = Striped(*({0: fault} if lane == broken else {} for lane in range(3)))
+    transfer = striped.read()
+    assert ended(transfer) is State.FAILED
+    assert transfer.cancel()
+    assert transfer.poll() is State.FAILED
+    striped.receiver.memory[:] = 0
+    assert ended(striped.read()) is State.DONE
+    assert striped.landed()
+
+
+def test_a_failed_part_is_told_only_when_the_others_can_write_no_more():
+    striped = Striped({0: Fault.POST_FAILS}, {0: Fault.HANGS_HARD})
+    transfer = striped.read()
+    polls = [transfer.poll()]
+    while polls[-1] is State.ACTIVE:
+        striped.receiver.memory[:] = 0
+        polls.append(transfer.poll())
+    assert polls[-1] is State.FAILED
+    assert len(polls) >= 3
+    striped.receiver.memory[:] = 0
+    assert transfer.poll() is State.FAILED
+    assert not striped.receiver.memory.any()
+
+
+def test_a_part_that_is_still_being_posted_cannot_be_cancelled():
+    gate = threading.Event()
+
+    class Slow(LoopbackTransport):
+        def read(self, peer, moves):
+            gate.wait(DEADLINE_S)
+            return super().read(peer, moves)
+
+    striped = Striped({}, {})
+    striped.lanes[1].inner.__class__ = Slow
+    transfer = striped.read()
+    assert transfer.poll() is State.ACTIVE
+    deadline = time.monotonic() + DEADLINE_S
+    while not transfer.parts[1].running and time.monotonic() < deadline:
+        continue
+    assert not transfer.cancel()
+    gate.set()
+    assert ended(transfer) is State.DONE
+    assert striped.landed()
+
+
+@given(
+    lengths=st.lists(st.integers(1, 500), min_size=1, max_size=12),
+    cuts=st.lists(st.integers(0, 6000), max_size=6),
+)
+def test_parts_of_moves_hold_every_byte_once_and_in_order(lengths, cuts):
+    starts = np.cumsum([0, *lengths[:-1]])
+    moves = Moves(starts * 3, starts * 5, np.array(lengths))
+    total = sum(lengths)
+    edges = sorted({0, total, *(cut for cut in cuts if cut < total)})
+    parts = [moves.part(start, stop) for start, stop in pairwise(edges)]
+
+    def addresses(some: Moves) -> list[tuple[int, int]]:
+        return [
+            (int(s) + i, int(t) + i)
+            for s, t, n in zip(some.source, some.target, some.length, strict=True)
+            for i in range(int(n))
+        ]
+
+    assert [part.num_bytes for part in parts] == [stop - start for start, stop in pairwise(edges)]
+    assert [pair for part in parts for pair in addresses(part)] == addresses(moves)
 
 
 def faulty(script: dict[int, Fault]) -> tuple[FaultyTransport, Side, Side, str]:
