@@ -1,8 +1,10 @@
 """Hand-over between two real servers: from the prefill server's answer to the decode server's first token.
 
 A pair of servers with FlowKV and a pair with vLLM's own NixlConnector stand side by side. Each prompt goes
-through both, one after the other, the first alternating, so that only one pair is busy and whatever else the
-machine does falls on both. The requests go straight to the servers: no proxy is in what is measured.
+through both, one after the other, the first alternating, so that whatever else the machine does falls on
+both. Out of turn a pair's processes are stopped: idle NixlConnector workers keep two cores busy, which would
+count against the other pair here and against nobody where each server has a machine of its own. The requests
+go straight to the servers: no proxy is in what is measured.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from penstock.benchmarks.asks import ask_together, churn_asks
+from penstock.benchmarks.asks import AskError, ask_together, churn_asks
 from penstock.benchmarks.flowkv_part import Finding, Options, Tell, percentile
 from penstock.benchmarks.processes import ServerError
 from penstock.benchmarks.report import Cell, Claim
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 OURS, STOCK = "flowkv", "NixlConnector"
 LENGTHS = (64, 512, 2048, 6000)
 SPECIAL_IDS = 6
+WEARINGS = 3
 NOISE_SHARE = 0.05
 """What two medians may differ by on a shared machine."""
 
@@ -69,10 +72,12 @@ def measure(options: Options, tell: Tell) -> Finding:
         for connector in (OURS, STOCK):
             tell(f"{connector}: starting two servers")
             waiting = _waiting(connector, tell)
-            pair = serving_pair(Engine(model=model), connector, logs, progress=waiting)
-            pairs[connector] = stack.enter_context(pair)
-            tell(f"{connector}: wearing the block pools")
-            ask_together(pairs[connector].url, model, churn_asks(seed=options.seed))
+            started = serving_pair(Engine(model=model), connector, logs, progress=waiting)
+            pairs[connector] = stack.enter_context(started)
+            wear(pairs[connector], connector, model, options.seed, tell)
+            pairs[connector].pause()
+        for pair in pairs.values():
+            pair.resume()
         before = {name: settled(pair.decode.url, name) for name, pair in pairs.items()}
         samples = compare(pairs, model, prompts(lengths, repeats, options.seed, vocabulary(model)), tell)
         moved = {name: settled(pair.decode.url, name) - before[name] for name, pair in pairs.items()}
@@ -82,6 +87,24 @@ def measure(options: Options, tell: Tell) -> Finding:
         claims=claims_of(samples, lengths),
         draw=lambda axes: draw(axes, samples, lengths),
     )
+
+
+def wear(pair: Pair, connector: str, model: str, seed: int, tell: Tell) -> None:
+    """Mixed traffic through the block pools. NixlConnector's first handshake may time out: asked again.
+
+    Raises:
+        AskError: a request failed in every one of ``WEARINGS`` attempts.
+    """
+    for attempt in range(1, WEARINGS + 1):
+        tell(f"{connector}: wearing the block pools")
+        try:
+            ask_together(pair.url, model, churn_asks(seed=seed))
+        except AskError as error:
+            tell(f"{connector}: {error}")
+            if attempt == WEARINGS:
+                raise
+        else:
+            return
 
 
 def _waiting(connector: str, tell: Tell) -> Any:
@@ -107,12 +130,19 @@ def compare(pairs: dict[str, Pair], model: str, asked: Sequence[list[int]], tell
     """Every prompt through every pair."""
     samples: Samples = defaultdict(list)
     warm = len({len(prompt) for prompt in asked})
-    for number, prompt in enumerate(asked):
-        tell(f"prompt {number + 1} of {len(asked)}, {len(prompt)} tokens")
-        for name in sorted(pairs, reverse=bool(number % 2)):
-            took = hand_over(pairs[name].prefill.url, pairs[name].decode.url, model, prompt)
-            if number >= warm:
-                samples[name, len(prompt)].append(took)
+    with contextlib.ExitStack() as stack:
+        for pair in pairs.values():
+            pair.pause()
+            stack.callback(pair.resume)
+        for number, prompt in enumerate(asked):
+            tell(f"prompt {number + 1} of {len(asked)}, {len(prompt)} tokens")
+            for name in sorted(pairs, reverse=bool(number % 2)):
+                pair = pairs[name]
+                pair.resume()
+                took = hand_over(pair.prefill.url, pair.decode.url, model, prompt)
+                pair.pause()
+                if number >= warm:
+                    samples[name, len(prompt)].append(took)
     return samples
 
 

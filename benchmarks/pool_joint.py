@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from penstock.benchmarks.pool_engine import Sequence, Tally, make_manager, sequences
 from penstock.benchmarks.pool_peers import Policy, equip
-from penstock.benchmarks.traces import TraceRequest, read_mooncake, replay
+from penstock.benchmarks.traces import TraceRequest
 from penstock.connectors.runs import Run, runs_of
 
 PREFILL_BLOCKS = 12_000
@@ -26,11 +25,16 @@ class Transfer:
 
 
 def hand_over(
-    policy: Policy, rows: Iterator[TraceRequest], seed: int, warm: int, measured: int
+    policy: Policy,
+    rows: Iterator[TraceRequest],
+    seed: int,
+    warm: int,
+    measured: int,
+    decode_blocks: int = DECODE_BLOCKS,
 ) -> tuple[list[Transfer], Tally]:
-    """A prefill pool feeds a decode pool that is about 90 % active; returns ``measured`` transfers."""
+    """A prefill pool feeds a decode pool; returns the last ``measured`` transfers and decode's tally."""
     prefill = equip(make_manager(PREFILL_BLOCKS), policy)
-    decode = equip(make_manager(DECODE_BLOCKS), policy)
+    decode = equip(make_manager(decode_blocks), policy)
     transfers: list[Transfer] = []
     held: dict[str, Sequence] = {}
 
@@ -54,14 +58,3 @@ def hand_over(
             prefill.step()
             decode.step()
     return transfers[:measured], decode.tally
-
-
-def sampled_transfers(
-    policy: Policy, *, seed: int = 0, count: int = 100, trace: Path | None = None
-) -> list[Transfer]:
-    """``count`` transfers between churned pools whose blocks ``policy`` hands out, for real execution.
-
-    Block ids are below ``PREFILL_BLOCKS`` at the source and below ``DECODE_BLOCKS`` at the target.
-    """
-    rows = replay(None if trace is None else read_mooncake(trace), seed)
-    return hand_over(policy, rows, seed, 150, count)[0]

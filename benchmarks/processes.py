@@ -139,11 +139,20 @@ class Server:
         tail = text.splitlines()[-LOG_TAIL_LINES:]
         return "\n".join([f"{self.log} says:", *errors, "...", *tail])
 
+    def pause(self) -> None:
+        """Stop the processes where they are: they answer nothing and take no processor until ``resume``."""
+        signal_group(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let the processes go on."""
+        signal_group(self.pid, signal.SIGCONT)
+
     def stop(self) -> None:
         """End the process group: SIGTERM, ``grace_s`` seconds of patience, SIGKILL. Safe to call twice."""
         if self._process is not None:
             if self.running:
                 signal_group(self._process.pid, signal.SIGTERM)
+                self.resume()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(self.grace_s)
             # The leader may be gone while its children still hold the group.

@@ -104,6 +104,16 @@ class Pair(msgspec.Struct, frozen=True):
         """Where clients go."""
         return self.proxy.url
 
+    def pause(self) -> None:
+        """Stop both engines where they are."""
+        self.prefill.pause()
+        self.decode.pause()
+
+    def resume(self) -> None:
+        """Let both engines go on."""
+        self.prefill.resume()
+        self.decode.resume()
+
 
 @contextlib.contextmanager
 def serving(

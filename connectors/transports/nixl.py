@@ -150,8 +150,11 @@ class NixlTransport:
             self._progress.join()
         with self._lock:
             if self._registration is not None:
-                self._agent.deregister_memory(self._registration)
-                self._registration = None
+                registration, self._registration = self._registration, None
+                try:
+                    self._agent.deregister_memory(registration)
+                except self._nixl_errors as error:
+                    logger.warning("NIXL cannot deregister the KV cache: %s", error)
 
     def _make_progress(self) -> None:
         complained = False

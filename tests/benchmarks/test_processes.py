@@ -63,12 +63,31 @@ def wait_until(condition) -> None:
         time.sleep(0.02)
 
 
+def state_of(process: int) -> str:
+    """The letter that the kernel has for what a process does; T is stopped."""
+    return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
 def test_a_server_serves_inside_the_block_and_is_gone_after_it(tmp_path):
     with http_server(tmp_path) as server:
         wait_until_ready([server], timeout_s=DEADLINE_S)
         assert server.running
     assert not server.running
     assert not alive(server.pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_paused_server_stands_still_goes_on_and_can_be_stopped_meanwhile(tmp_path):
+    with http_server(tmp_path) as server:
+        wait_until_ready([server], timeout_s=DEADLINE_S)
+        server.pause()
+        wait_until(lambda: state_of(server.pid) == "T")
+        server.resume()
+        assert server.ready()
+        server.pause()
+        started = time.monotonic()
+    assert not alive(server.pid)
+    assert time.monotonic() - started < server.grace_s
 
 
 def test_a_failing_block_stops_the_server_too(tmp_path):
