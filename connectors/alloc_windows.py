@@ -16,9 +16,9 @@ from penstock.connectors.free_index import WORTHLESS, Extent, FreeIndex
 class AllocatorConfig:
     """Weights of the price. One setting serves all pools: ages count in shares of the pool's size."""
 
-    age_weight: float = 0.1
+    age_weight: float = 0.2
     """Runs that evicting one block from the far end of a pool-sized eviction order is worth."""
-    hit_weight: float = 1.0
+    hit_weight: float = 3.0
     """How much dearer a block is that a prefix hit has fetched back before."""
     hold_price: float = 1.0
     """Runs that taking over blocks reserved for the prompt of another request is worth."""
@@ -32,7 +32,7 @@ class AllocatorConfig:
     """Most blocks reserved behind a prompt for the tokens to be decoded."""
     slack_factor: float = 1.5
     """Blocks reserved for growth, in multiples of what finished requests grew by on average."""
-    slack_share: int = 32
+    slack_share: int = 128
     """Least number of unreserved free blocks for each block reserved for growth."""
     shortest_ahead: int = 96
     """Shortest window reserved for chunks to come; rather than less, wait for others to end."""

@@ -212,7 +212,7 @@ class RunAllocator:
             return
         if self._windows.loss(extent, len(extent)) > self.config.growth_limit:
             return
-        stop = min(extent.stop, request.tail + max(count, self._slack()))
+        stop = min(extent.stop, request.tail + max(count, self._slack(request)))
         self._reserve(request, request.tail, stop, request.growth)
         self.stats.grown_in_place += 1
 
@@ -228,7 +228,7 @@ class RunAllocator:
 
     def _plan_windows(self, request: _Request, count: int, expected: int) -> None:
         """Buy windows for ``count`` blocks, and good ones for what is ``expected`` later."""
-        slack = self._slack()
+        slack = self._slack(request)
         missing = expected
         while missing > 0:
             served = expected - missing >= count
@@ -256,7 +256,7 @@ class RunAllocator:
         missing = count_blocks(sender)
         pieces = pieces_of(sender, position)
         placed: list[tuple[int, int, int]] = []
-        slack = self._slack()
+        slack = self._slack(request)
         while pieces:
             window = self._windows.cheapest(missing + slack, request)
             if window is None:
@@ -277,7 +277,10 @@ class RunAllocator:
                 self._index.hold(start, window.stop, request.growth)
         request.plan.extend((start, stop) for _, start, stop in sorted(placed))
 
-    def _slack(self) -> int:
+    def _slack(self, request: _Request) -> int:
+        """Blocks to reserve for growth: none behind a prompt that was received, which nobody pulls again."""
+        if request.sender:
+            return 0
         available = self._index.num_free - self._index.num_held
         wanted = int(self._growth * self.config.slack_factor + 1)
         return max(0, min(wanted, self.config.most_slack, available // self.config.slack_share))

@@ -133,12 +133,23 @@ def test_chunks_of_an_announced_prompt_make_one_run_though_others_come_between()
 
 
 def test_decoding_extends_the_last_run():
-    allocator = full_pool(500)
+    allocator = full_pool(1000)
     held = {key: allocator.allocate(20, key, 0) for key in "abc"}
     for _ in range(4):
         for key, blocks in held.items():
             blocks.extend(allocator.allocate(1, key, len(blocks)))
     assert [len(runs_of(blocks)) for blocks in held.values()] == [1, 1, 1]
+
+
+def test_a_received_prompt_reserves_nothing_for_its_growth():
+    allocator = full_pool(1000)
+    allocator.announce("received", 20, [Run(5000, 20)])
+    allocator.announce("computed", 20)
+    received = allocator.allocate(20, "received", 0)
+    computed = allocator.allocate(20, "computed", 0)
+    assert computed[0] == received[-1] + 1, "nothing is kept free behind a prompt that nobody pulls again"
+    third = allocator.allocate(20, "third", 0)
+    assert third[0] > computed[-1] + 1
 
 
 def test_reserved_blocks_are_free_and_can_be_hit():

@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request
 
+from penstock.connectors.allocator import AllocatorConfig
 from penstock.connectors.runs import Run, join_runs, runs_of
 from penstock.plugins.vllm.run_pool import RunPool
 
@@ -158,7 +159,7 @@ def test_chunks_of_interleaved_requests_come_as_single_runs():
 
 def test_a_load_lines_up_with_the_sender_behind_the_local_hits():
     manager = make_manager(300)
-    pool = RunPool.install(manager)
+    pool = RunPool.install(manager, config=AllocatorConfig(age_weight=0.0))
     first = make_request("first", 20 * BLOCK + 1, prefix="p")
     prefill(manager, first)
     manager.free(first)
