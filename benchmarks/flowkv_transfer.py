@@ -73,7 +73,7 @@ def measure(options: Options, tell: Tell) -> Finding:
     churned, fresh = (3, 2) if options.quick else (100, FRESH_REQUESTS)
     found: dict[str, Timings] = {}
     for shape in (LLAMA_8B,) if options.quick else (LLAMA_8B, LLAMA_8B_RANK):
-        cases = {"churned": pairs(options, churned)}
+        cases = {"churned": pairs(options, churned, warm=60 if options.quick else 150)}
         if shape is LLAMA_8B:
             cases["fresh"] = pairs(options, fresh, warm=0)
         tell(f"{shape.name}: mapping two pools a side")
@@ -89,7 +89,7 @@ def measure(options: Options, tell: Tell) -> Finding:
     )
 
 
-def pairs(options: Options, count: int, *, warm: int = 150) -> list[Pair]:
+def pairs(options: Options, count: int, *, warm: int) -> list[Pair]:
     """``count`` requests whose KV cache is moved between pools that ``warm`` requests went through before."""
     from penstock.benchmarks.pool_joint import hand_over
     from penstock.benchmarks.traces import read_mooncake, replay

@@ -12,7 +12,7 @@ from penstock.connectors.runs import Run, runs_of
 
 PREFILL_BLOCKS = 12_000
 DECODE_BLOCKS = 6_800
-"""Of which about 90 % belong to requests that are being decoded."""
+"""Of which about 80 % belong to requests that are being decoded."""
 PAIRS: tuple[Policy, ...] = ("stock", "flowkv-unpaired", "flowkv")
 
 
