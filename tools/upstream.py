@@ -23,7 +23,14 @@ ROOT = make_env.ROOT
 FOLDER = ROOT / ".venv-upstream"
 RUN = ("0.30.0", "0.31.0", "0.32.0")
 """Versions with a CPU build: installed and run."""
-FAST_TESTS = ("tests/patches", "tests/plugins/test_entry.py", "tests/plugins/test_flags.py")
+FAST_TESTS = (
+    "tests/patches",
+    "tests/plugins/test_entry.py",
+    "tests/plugins/test_flags.py",
+    "tests/plugins/test_model_runners.py",
+    "tests/plugins/test_run_pool.py",
+    "tests/plugins/test_transfer_scheduler.py",
+)
 READ = ("0.33.0",)
 """Versions whose source is read."""
 
