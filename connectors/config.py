@@ -38,7 +38,7 @@ class FlowKVConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Bound on a lease's life, however often the decode side renews it."""
     heartbeat_s: Seconds = 5.0
     """Interval at which a decode server renews the leases that it waits on."""
-    handshake_timeout_s: Seconds = 10.0
+    handshake_timeout_s: Seconds = 20.0
     """How long a decode server waits for the answer to a control message."""
     transfer_timeout_s: Seconds = 60.0
     """How long one transfer may take before it is cancelled and reported as failed."""

@@ -3,9 +3,10 @@
 The server binds to exactly the address that it is given. Frames above the size limit never leave libzmq,
 its queues are bounded, and a peer that does not read its answers loses them, not the server.
 
-With a shared key the connections are encrypted with CURVE: the server's key pair follows from the shared key,
-so a peer that does not know it fails at its first frame of the handshake. libzmq limits the size of a part
-of a message but not the number of parts, so without a key whoever reaches the port can fill the memory.
+Connections are encrypted with CURVE. With a shared key the server's key pair follows from it; without one,
+each server makes its own, whose public half travels in the hand-offs. A peer that does not know it fails at
+its first frame of the handshake. In clear, which is left for a libzmq without CURVE, whoever reaches the port
+can fill the memory: libzmq limits the size of a part of a message but not the number of parts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from zmq.utils import z85
 
 from penstock.connectors.envelope import WINDOW_S, Seal
 from penstock.connectors.errors import FlowKVError, MessageError, PeerUnreachableError
+from penstock.connectors.handoff import Address
 from penstock.connectors.messages import (
     MAX_ANSWER_BYTES,
     MAX_QUESTION_BYTES,
@@ -44,12 +46,15 @@ KEPT_CONNECTIONS = 256
 """Connections that a client keeps open; beyond, the oldest from which no answer is awaited are dropped."""
 HANDSHAKE_MS = 10_000
 """Time that a new connection has for the CURVE handshake."""
-Address = tuple[str, int]
 
 
-def _url(address: Address) -> str:
-    host, port = address
+def _url(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def has_curve() -> bool:
+    """Whether the installed libzmq can encrypt."""
+    return bool(zmq.has("curve"))
 
 
 def server_keys(shared_key: str) -> tuple[bytes, bytes]:
@@ -58,7 +63,7 @@ def server_keys(shared_key: str) -> tuple[bytes, bytes]:
     Raises:
         FlowKVError: the installed libzmq has no CURVE.
     """
-    if not zmq.has("curve"):
+    if not has_curve():
         raise FlowKVError(
             f"shared_key needs a libzmq that has CURVE; the installed libzmq {zmq.zmq_version()} has not"
         )
@@ -72,6 +77,7 @@ class ControlServer:
     Args:
         bind: host and port to listen on; port 0 takes a free one.
         shared_key: secret that peers must know to connect and to sign questions with, or None.
+        own_key: without a shared key, make a key pair for this server alone; peers need ``public_key`` then.
 
     Raises:
         FlowKVError: the address cannot be bound, or there is a key and libzmq has no CURVE.
@@ -79,11 +85,18 @@ class ControlServer:
 
     def __init__(
         self,
-        bind: Address,
+        bind: tuple[str, int],
         shared_key: str | None,
         wall_clock: Callable[[], float] = time.time,
+        *,
+        own_key: bool = False,
     ) -> None:
         secret = server_keys(shared_key)[1] if shared_key else None
+        self.public_key: str | None = None
+        """What hand-offs must say; None where both sides know it by the shared key, or speak in clear."""
+        if own_key and not secret and has_curve():
+            public, secret = zmq.curve_keypair()
+            self.public_key = public.decode()
         self._seal = Seal(shared_key, wall_clock)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -97,7 +110,7 @@ class ControlServer:
             self._socket.setsockopt(zmq.CURVE_SERVER, 1)
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
         try:
-            self._socket.bind(_url(bind))
+            self._socket.bind(_url(*bind))
         except zmq.ZMQError as error:
             self._context.destroy()
             raise FlowKVError(
@@ -197,7 +210,7 @@ class ControlClient:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._server_key = server_keys(shared_key)[0] if shared_key else None
-        self._keys = zmq.curve_keypair() if shared_key else None
+        self._keys = zmq.curve_keypair() if has_curve() else None
         self._seal = Seal(shared_key, wall_clock)
         self._timeout_s = timeout_s
         self._clock = clock
@@ -218,7 +231,7 @@ class ControlClient:
         except zmq.ZMQError as error:
             # libzmq gives a connection up for good when the two ends do not agree on CURVE.
             hint = "; it does not read, or its shared_key differs" if isinstance(error, zmq.Again) else ""
-            reason = f"{address[0]}:{address[1]}: {error}{hint}"
+            reason = f"{address.host}:{address.port}: {error}{hint}"
             self._failed.append(Reply(ticket, PeerUnreachableError(reason)))
             self.forget(address)
         else:
@@ -233,7 +246,7 @@ class ControlClient:
         now = self._clock()
         for nonce, asked in [(n, a) for n, a in self._asked.items() if now >= a.deadline]:
             del self._asked[nonce]
-            where = f"{asked.address[0]}:{asked.address[1]}"
+            where = f"{asked.address.host}:{asked.address.port}"
             reason = (
                 f"no answer from {where} within {self._timeout_s:g} s: it is down, "
                 f"its shared_key differs, or its clock is more than {WINDOW_S:g} s off"
@@ -260,18 +273,26 @@ class ControlClient:
             for old in list(self._sockets)[: max(0, len(self._sockets) + 1 - KEPT_CONNECTIONS)]:
                 self.forget(old)
             socket = self._context.socket(zmq.DEALER)
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.IPV6, ":" in address[0])
-            socket.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER_BYTES + FRAME_OVERHEAD_BYTES)
-            socket.set_hwm(QUEUE)
-            if self._server_key and self._keys:
-                socket.setsockopt(zmq.CURVE_SERVERKEY, self._server_key)
-                socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys[0])
-                socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys[1])
-            socket.connect(_url(address))
+            try:
+                self._connect(socket, address)
+            except zmq.ZMQError:
+                socket.close(0)
+                raise
             self._sockets[address] = socket
             self._poller.register(socket, zmq.POLLIN)
         return self._sockets[address]
+
+    def _connect(self, socket: zmq.Socket[bytes], address: Address) -> None:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.IPV6, ":" in address.host)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER_BYTES + FRAME_OVERHEAD_BYTES)
+        socket.set_hwm(QUEUE)
+        server_key = self._server_key or (address.key.encode() if address.key else None)
+        if server_key and self._keys:
+            socket.setsockopt(zmq.CURVE_SERVERKEY, server_key)
+            socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys[0])
+            socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys[1])
+        socket.connect(_url(address.host, address.port))
 
     def _receive(self, socket: zmq.Socket[bytes]) -> list[Reply]:
         """What has come, at most a queue full, so that a peer that floods cannot hold the caller."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import xxhash
@@ -20,6 +20,16 @@ from penstock.connectors.runs import Run, count_blocks
 MAX_RUNS = 1 << 17
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Hex = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+Z85Key = Annotated[str, msgspec.Meta(pattern=r"\A[0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-]{40}\Z")]
+
+
+class Address(NamedTuple):
+    """Where a sender's control channel listens."""
+
+    host: str
+    port: int
+    key: str | None = None
+    """Its CURVE public key in Z85; None where both ends know it by their shared key, or speak in clear."""
 
 
 class HandOff(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +39,8 @@ class HandOff(msgspec.Struct, frozen=True, kw_only=True):
     remote_request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
     remote_host: Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"\A[A-Za-z0-9._:\-]+\Z")]
     remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    remote_key: Z85Key | None
+    """Public key of the sender's control channel; only who has a hand-off can connect to it."""
     remote_instance: Hex
     """Identity of the prefill process; a restarted server has a new one."""
     remote_lease: Hex
@@ -51,9 +63,9 @@ class HandOff(msgspec.Struct, frozen=True, kw_only=True):
         return [Run(start, length) for start, length in self.remote_runs]
 
     @property
-    def address(self) -> tuple[str, int]:
-        """Host and port of the sender's control channel."""
-        return self.remote_host, self.remote_port
+    def address(self) -> Address:
+        """The sender's control channel."""
+        return Address(self.remote_host, self.remote_port, self.remote_key)
 
     def to_params(self) -> dict[str, Any]:
         """The dictionary that the engine returns to the client as ``kv_transfer_params``."""

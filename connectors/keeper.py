@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from penstock.connectors.control import Address, ControlClient, Reply
-from penstock.connectors.handoff import HandOff
+from penstock.connectors.control import ControlClient, Reply
+from penstock.connectors.handoff import Address, HandOff
 from penstock.connectors.messages import MAX_LEASES, Release, Renew, Renewed
 
 logger = logging.getLogger(__name__)

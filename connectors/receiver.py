@@ -20,7 +20,7 @@ import numpy as np
 
 from penstock.connectors.compat import CompatibilityRecord, require_compatible
 from penstock.connectors.config import FlowKVConfig
-from penstock.connectors.control import Address, Reply
+from penstock.connectors.control import Reply
 from penstock.connectors.digest import Digester, sampled_positions
 from penstock.connectors.errors import (
     DigestMismatchError,
@@ -31,7 +31,7 @@ from penstock.connectors.errors import (
     TransferFailedError,
 )
 from penstock.connectors.geometry import CacheGeometry, plan_moves
-from penstock.connectors.handoff import HandOff
+from penstock.connectors.handoff import Address, HandOff
 from penstock.connectors.messages import (
     Answer,
     Confirmed,
@@ -53,8 +53,8 @@ ASK_AGAIN_S = 0.002
 ASK_AGAIN_LONGEST_S = 0.05
 """Longest such pause."""
 
-PeerKey = tuple[str, int, str]
-"""Host, port and instance of a sender."""
+PeerKey = tuple[Address, str]
+"""Address and instance of a sender."""
 
 
 class ControlLink(Protocol):
@@ -85,7 +85,7 @@ class Load:
     @property
     def peer(self) -> PeerKey:
         """The sender's identity."""
-        return *self.hand_off.address, self.hand_off.remote_instance
+        return self.hand_off.address, self.hand_off.remote_instance
 
     @property
     def target_blocks(self) -> list[int]:
@@ -237,7 +237,7 @@ class Receiver:
                 self._forget(reading.load.peer)
                 timeout = f"did not end within {self._config.transfer_timeout_s:g} s"
                 reason = timeout if reading.overdue else "failed in the transport"
-                host, port = reading.load.hand_off.address
+                host, port, _ = reading.load.hand_off.address
                 self._fail(reading.load, TransferFailedError(f"transfer from {host}:{port} {reason}"))
 
     def _state_of(self, reading: _Reading) -> State:
@@ -280,13 +280,13 @@ class Receiver:
             for load in waiting:
                 self._fail(load, error)
         else:
-            for other in [k for k in self._peers if k[:2] == key[:2] and k != key]:
-                self._forget(other)  # the address has one owner: earlier instances are dead
+            for other in [k for k in self._peers if k[0][:2] == key[0][:2] and k != key]:
+                self._forget(other)  # the port has one owner: earlier instances are dead
             for load in waiting:
                 self.submit(load)
 
     def _accept(self, key: PeerKey, answer: Answer | FlowKVError) -> tuple[CacheGeometry, str]:
-        host, port, instance = key
+        (host, port, _), instance = key
         where = f"{host}:{port}"
         match answer:
             case FlowKVError():

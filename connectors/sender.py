@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from penstock.connectors.compat import CompatibilityRecord, mismatches
 from penstock.connectors.config import FlowKVConfig
-from penstock.connectors.handoff import HandOff
+from penstock.connectors.handoff import Address, HandOff
 from penstock.connectors.lease import Commit, Digests, Ended, Epochs, LeaseTable
 from penstock.connectors.messages import (
     Answer,
@@ -32,13 +32,13 @@ class Sender:
 
     Args:
         engine_id: name of the engine; may be the same after a restart.
-        address: host and port that receivers are told.
+        address: control channel that receivers are told.
         config: FlowKV's configuration.
         clock: monotonic seconds.
     """
 
     def __init__(
-        self, engine_id: str, address: tuple[str, int], config: FlowKVConfig, clock: Callable[[], float]
+        self, engine_id: str, address: Address, config: FlowKVConfig, clock: Callable[[], float]
     ) -> None:
         self.engine_id = engine_id
         self.address = address
@@ -74,12 +74,13 @@ class Sender:
             block_size: tokens a block.
             ranks: tensor-parallel ranks that will read.
         """
-        host, port = self.address
+        host, port, key = self.address
         return HandOff(
             remote_engine_id=self.engine_id,
             remote_request_id=request_id,
             remote_host=host,
             remote_port=port,
+            remote_key=key,
             remote_instance=self.instance,
             remote_lease=self.leases.grant(request_id, runs, ranks),
             remote_runs=[(run.start, run.length) for run in runs],

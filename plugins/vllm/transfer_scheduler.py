@@ -14,6 +14,7 @@ from penstock.connectors.config import FlowKVConfig
 from penstock.connectors.control import ControlClient, ControlServer
 from penstock.connectors.errors import HandOffError
 from penstock.connectors.handoff import (
+    Address,
     HandOff,
     fingerprint,
     parse_hand_off,
@@ -206,9 +207,9 @@ class TransferScheduler:
         config = self._config
         rank = vllm_config.parallel_config.data_parallel_rank
         port = config.port + rank if config.port else 0
-        self._server = ControlServer((config.host, port), config.shared_key)
-        host = config.advertise_host or config.host
-        self._sender = Sender(engine_id, (host, self._server.port), config, time.monotonic)
+        server = self._server = ControlServer((config.host, port), config.shared_key, own_key=True)
+        address = Address(config.advertise_host or config.host, server.port, server.public_key)
+        self._sender = Sender(engine_id, address, config, time.monotonic)
         self._server.start(self._sender.answer)
         logger.info("FlowKV control channel listens on %s:%d", config.host, self._server.port)
 

@@ -26,6 +26,7 @@ GOOD = HandOff(
     remote_request_id="request",
     remote_host="10.0.0.7",
     remote_port=5600,
+    remote_key=None,
     remote_instance="a" * 32,
     remote_lease="b" * 32,
     remote_runs=[(7, 3), (100, 1)],

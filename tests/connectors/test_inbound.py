@@ -20,6 +20,7 @@ def hand_off(lease: int) -> HandOff:
         remote_request_id="request",
         remote_host="127.0.0.1",
         remote_port=1,
+        remote_key=None,
         remote_instance="0" * 32,
         remote_lease=f"{lease:032x}",
         remote_runs=[(0, 1)],

@@ -10,7 +10,7 @@ from two_engines import CONFIG, PREFILL, Clock, Site
 
 from penstock.connectors.control import ControlClient, ControlServer, Reply
 from penstock.connectors.errors import PeerUnreachableError
-from penstock.connectors.handoff import HandOff, parse_hand_off
+from penstock.connectors.handoff import Address, HandOff, parse_hand_off
 from penstock.connectors.keeper import LeaseKeeper
 from penstock.connectors.lease import LeaseEnd
 from penstock.connectors.messages import MAX_LEASES, Release, Released, Renew, Renewed
@@ -122,7 +122,7 @@ def test_f25_closing_releases_what_is_still_watched_and_gives_it_time_to_leave(c
 
 def test_f25_at_a_real_sender_the_blocks_are_free_before_the_decode_server_has_gone():
     server = ControlServer(("127.0.0.1", 0), "secret")
-    sender = Sender("prefill", ("127.0.0.1", server.port), CONFIG, Clock())
+    sender = Sender("prefill", Address("127.0.0.1", server.port), CONFIG, Clock())
     ended = queue.Queue()
 
     def answer(question):

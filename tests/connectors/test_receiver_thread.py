@@ -14,6 +14,7 @@ from penstock.connectors import receiver_thread
 from penstock.connectors.control import ControlClient, ControlServer
 from penstock.connectors.digest import DramDigester
 from penstock.connectors.errors import DigestMismatchError
+from penstock.connectors.handoff import Address
 from penstock.connectors.messages import Welcome
 from penstock.connectors.receiver import Load, Outcome, Receiver
 from penstock.connectors.receiver_thread import ReceiverDiedError, ReceiverThread
@@ -164,7 +165,7 @@ class Pair:
         self.network = {}
         self.source, self.target = (self._pool() for _ in range(2))
         self.server = ControlServer(("127.0.0.1", 0), key)
-        self.sender = Sender("prefill", ("127.0.0.1", self.server.port), CONFIG, time.monotonic)
+        self.sender = Sender("prefill", Address("127.0.0.1", self.server.port), CONFIG, time.monotonic)
         record = record_of(self.source, CONFIG)
         (geometry,) = self.source.geometries
         transport = LoopbackTransport("p", self.network)

@@ -18,11 +18,11 @@ import numpy as np
 
 from penstock.connectors.compat import CompatibilityRecord
 from penstock.connectors.config import FlowKVConfig
-from penstock.connectors.control import Address, Reply
+from penstock.connectors.control import Reply
 from penstock.connectors.digest import DramDigester, sampled_positions
 from penstock.connectors.errors import FlowKVError, MessageError, PeerUnreachableError
 from penstock.connectors.geometry import CacheGeometry, LayerPages, Moves, strips_of
-from penstock.connectors.handoff import HandOff, parse_hand_off
+from penstock.connectors.handoff import Address, HandOff, parse_hand_off
 from penstock.connectors.lease import LeaseEnd
 from penstock.connectors.messages import (
     Answer,
@@ -44,7 +44,7 @@ from penstock.connectors.transports.loopback import LoopbackTransport, Network
 LAYERS = 3
 PAGE = 32
 TOKENS_A_BLOCK = 4
-PREFILL: Address = ("prefill.test", 5600)
+PREFILL = Address("prefill.test", 5600)
 
 CONFIG = FlowKVConfig(
     lease_s=30.0,
