@@ -53,6 +53,11 @@ def parallel(logs) -> Iterator[Pair]:
         yield Pair(str(ensure_model()), prefill, decode)
 
 
+@pytest.mark.skipif(
+    (os.cpu_count() or 1) < 4,
+    reason="two engines of two ranks need four cores: on two, the prefill server was silent for 10 to 60 s "
+    "in two of four runs (known issue, cause not proven)",
+)
 def test_every_rank_pulls_from_its_peer(parallel):
     for seed, length in enumerate((5, 64, 1500)):
         prompt = tokens(700 + seed, length)
