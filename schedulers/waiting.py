@@ -1,0 +1,109 @@
+"""The shape that every waiting order has: which request is served next, and what service costs its client.
+
+An order knows no engine. The adapter tells it who arrives and who leaves, asks it for the next request, and
+reports the tokens that were really computed; time and the state of the prefix cache are passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+UNNAMED = ""
+"""The client of requests that name none. They are served among themselves in order of arrival."""
+
+Clock = Callable[[], float]
+"""Seconds on a clock that never runs backwards."""
+
+HitTokens = Callable[[str], int]
+"""Tokens of a waiting request, by its id, that the prefix cache holds now; free of side effects."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request as a waiting order sees it.
+
+    ``tokens`` is what its prefill computes with an empty prefix cache. ``arrival_s`` is on the order's clock.
+    ``prefix`` are the chained hashes of its full blocks, first block first, as the prefix cache names them:
+    equal hashes at one depth mean equal prefixes up to there. ``weight`` is the share of its client.
+    """
+
+    request_id: str
+    client: str
+    tokens: int
+    arrival_s: float
+    prefix: Sequence[Hashable] = ()
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClientService:
+    """What one client has had, in weighted tokens, and where it stands.
+
+    ``standing`` is the deficit of a deficit policy (positive: may be served) and the virtual counter of a
+    counter policy; 0 for policies that know no clients.
+    """
+
+    client: str
+    extend_tokens: int
+    output_tokens: int
+    service: float
+    standing: float
+    waiting: int
+
+
+class WaitingOrder(Protocol):
+    """The waiting requests, in the order of a policy. Ids are unique among those that wait."""
+
+    def add(self, job: Job) -> None:
+        """A request arrives.
+
+        Raises:
+            ValueError: its id waits already.
+        """
+
+    def put_back(self, job: Job, *, preempted: bool) -> None:
+        """A request that was popped waits again: passed over in this step, or, ``preempted``, thrown out of the
+        running batch. Among the unnamed it goes before all others; a preempted one also among its client's.
+        """
+
+    def remove(self, request_id: str) -> Job:
+        """Take out a request wherever it stands.
+
+        Raises:
+            KeyError: it does not wait.
+        """
+
+    def peek(self) -> Job:
+        """The request to serve next; the same one until the order changes.
+
+        Raises:
+            IndexError: none waits.
+        """
+
+    def pop(self) -> Job:
+        """Take out what ``peek`` returns. It charges nobody: the adapter charges what was computed.
+
+        Raises:
+            IndexError: none waits.
+        """
+
+    def begin_step(self) -> None:
+        """A scheduling step begins: a bounded number of prefix hits is looked up anew."""
+
+    def charge_extend(self, client: str, tokens: int) -> None:
+        """``tokens`` of a client's prompts were computed; a negative number takes a charge of this step back."""
+
+    def charge_output(self, client: str, tokens: int) -> None:
+        """``tokens`` were generated for a client."""
+
+    def clients(self) -> Iterable[ClientService]:
+        """Every client that is remembered."""
+
+    def __len__(self) -> int: ...
+
+    def __contains__(self, request_id: object) -> bool: ...
+
+    def __iter__(self) -> Iterator[Job]:
+        """All waiting requests; their order is that of service for arrival orders and unspecified otherwise."""
