@@ -64,8 +64,9 @@ class WaitingOrder(Protocol):
         """
 
     def put_back(self, job: Job, *, preempted: bool) -> None:
-        """A request that was popped waits again: passed over in this step, or, ``preempted``, thrown out of the
-        running batch. Among the unnamed it goes before all others; a preempted one also among its client's.
+        """A request that was popped waits again: it was passed over in this step, or, ``preempted``, thrown
+        out of the running batch. Among the unnamed it goes before all others; a preempted one goes before
+        its client's others in any case.
         """
 
     def remove(self, request_id: str) -> Job:
@@ -93,7 +94,7 @@ class WaitingOrder(Protocol):
         """A scheduling step begins: a bounded number of prefix hits is looked up anew."""
 
     def charge_extend(self, client: str, tokens: int) -> None:
-        """``tokens`` of a client's prompts were computed; a negative number takes a charge of this step back."""
+        """``tokens`` of a client's prompts were computed; negative: a charge of this step is taken back."""
 
     def charge_output(self, client: str, tokens: int) -> None:
         """``tokens`` were generated for a client."""
@@ -106,4 +107,4 @@ class WaitingOrder(Protocol):
     def __contains__(self, request_id: object) -> bool: ...
 
     def __iter__(self) -> Iterator[Job]:
-        """All waiting requests; their order is that of service for arrival orders and unspecified otherwise."""
+        """All waiting requests; in order of service for orders of arrival, unspecified for the others."""

@@ -40,7 +40,7 @@ class Room:
 
 
 RULES = {
-    "schedulers": Room(packages=frozenset({"numpy", "sortedcontainers"})),
+    "schedulers": Room(packages=frozenset({"numpy", "msgspec", "sortedcontainers"})),
     "connectors": Room(packages=frozenset({"numpy", "msgspec", "sortedcontainers", "xxhash", *ONE_FILE})),
     "kernels": Room(packages=frozenset({"numpy", "torch", "triton", "flashinfer"})),
     "routers": Room(rooms=CORES),
