@@ -31,7 +31,7 @@ class FlowKVConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     shared_key: str | None = None
     """Secret that both roles hold; with it, unsigned, altered or replayed control messages are refused."""
     allowed_hosts: tuple[Host, ...] = ()
-    """Prefill hosts that a decode server may be told to pull from; empty allows every host."""
+    """Prefill hosts that a decode server may be told to pull from; empty allows any IP address, no name."""
     lease_s: Seconds = 30.0
     """How long a prefill server keeps a request's blocks after the last sign of life from the decode side."""
     longest_lease_s: Seconds = 600.0

@@ -7,8 +7,9 @@ any router that forwards them for stock connectors forwards these too.
 
 from __future__ import annotations
 
+import ipaddress
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -70,6 +71,26 @@ class HandOff(msgspec.Struct, frozen=True, kw_only=True):
     def to_params(self) -> dict[str, Any]:
         """The dictionary that the engine returns to the client as ``kv_transfer_params``."""
         return {"do_remote_prefill": True, "do_remote_decode": False, **msgspec.to_builtins(self)}
+
+
+def check_host(hand_off: HandOff, allowed: Collection[str]) -> None:
+    """See that a hand-off's host may be asked. With no list every IP address may, but no name: to look a name
+    up takes a name server's time, which whoever sends requests would then have at will.
+
+    Raises:
+        HandOffError: it may not.
+    """
+    host = hand_off.remote_host
+    if host in allowed:
+        return
+    if allowed:
+        raise HandOffError(f"remote_host {host!r} is not among allowed_hosts {tuple(allowed)}")
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise HandOffError(
+            f"remote_host {host!r} is a name; names are looked up only if they are in allowed_hosts"
+        ) from None
 
 
 def parse_hand_off(params: Mapping[str, Any]) -> HandOff:

@@ -16,6 +16,7 @@ from penstock.connectors.errors import HandOffError
 from penstock.connectors.handoff import (
     Address,
     HandOff,
+    check_host,
     fingerprint,
     parse_hand_off,
     wants_remote_decode,
@@ -217,8 +218,7 @@ class TransferScheduler:
         try:
             if request.abort_immediately:
                 # vLLM's front-end has refused the real request and sends this stand-in for our clean-up.
-                hand_off = parse_hand_off(request.kv_transfer_params or {})
-                inbound.give_back(hand_off, "the decode server refused the request")
+                inbound.give_back(self._parsed(request), "the decode server refused the request")
             else:
                 inbound.add(request.request_id, self._checked_hand_off(request))
         except HandOffError as error:
@@ -228,10 +228,7 @@ class TransferScheduler:
                 self._stats.add_failure(error.kind)
 
     def _checked_hand_off(self, request: Request) -> HandOff:
-        hand_off = parse_hand_off(request.kv_transfer_params or {})
-        allowed = self._config.allowed_hosts
-        if allowed and hand_off.remote_host not in allowed:
-            raise HandOffError(f"remote_host {hand_off.remote_host!r} is not among allowed_hosts {allowed}")
+        hand_off = self._parsed(request)
         for name, theirs, ours in (
             ("prompt length", hand_off.remote_num_tokens, request.num_prompt_tokens),
             ("block_size", hand_off.block_size, self._block_size),
@@ -240,6 +237,11 @@ class TransferScheduler:
         ):
             if theirs != ours:
                 raise HandOffError(f"{name} is {ours} here and {theirs} at the prefill server")
+        return hand_off
+
+    def _parsed(self, request: Request) -> HandOff:
+        hand_off = parse_hand_off(request.kv_transfer_params or {})
+        check_host(hand_off, self._config.allowed_hosts)
         return hand_off
 
     def _num_prompt_blocks(self, request: Request) -> int:

@@ -23,6 +23,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from penstock.benchmarks.pool_engine import BLOCK_TOKENS, make_manager
 from penstock.connectors.config import FlowKVConfig
+from penstock.connectors.control import ControlClient
+from penstock.connectors.handoff import Address
 from penstock.plugins.vllm.transfer_meta import StepMetadata, WorkerMetadata
 from penstock.plugins.vllm.transfer_scheduler import TransferScheduler
 
@@ -166,6 +168,28 @@ def test_hosts_that_are_not_allowed_are_never_asked(halves):
     step = receiver.receive(request_for("d", PROMPT, sender.prefill("p", PROMPT)))
     assert step.loads == []
     assert "not among allowed_hosts" in step.rejected[0].reason
+
+
+@pytest.mark.parametrize("stand_in", [False, True])
+def test_a_name_that_is_not_allowed_is_never_looked_up(halves, stand_in, monkeypatch):
+    asked: list[Address] = []
+    monkeypatch.setattr(ControlClient, "ask", lambda _, address, question: asked.append(address))
+    sender, receiver = halves("kv_producer"), halves("kv_consumer")
+    params = {**sender.prefill("p", PROMPT), "remote_host": "slow.example.org"}
+    request = request_for("d", PROMPT, params, abort_immediately=stand_in)
+    if stand_in:
+        receiver.scheduler.on_new_request(request)
+    else:
+        assert "is a name" in receiver.receive(request).rejected[0].reason
+    receiver.end(request)
+    receiver.scheduler.shutdown()
+    assert asked == []
+
+
+def test_an_allowed_name_is_asked(halves):
+    sender, receiver = halves("kv_producer"), halves("kv_consumer", allowed_hosts=("prefill-0",))
+    params = {**sender.prefill("p", PROMPT), "remote_host": "prefill-0"}
+    assert receiver.receive(request_for("d", PROMPT, params)).rejected == []
 
 
 def test_a_request_that_ends_before_its_load_gives_the_lease_back(halves):
