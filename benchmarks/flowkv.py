@@ -60,8 +60,19 @@ def chosen(text: str | None, *, quick: bool) -> list[str]:
     help="Plots; the part's name goes before the suffix.",
 )
 @click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    help="Seeds for the pools; hit rates need about 24.  [default: 3, with --quick 1]",
+)
 def bench(
-    quick: bool, parts: str | None, trace: Path | None, json_file: Path | None, plot_file: Path, seed: int
+    quick: bool,
+    parts: str | None,
+    trace: Path | None,
+    json_file: Path | None,
+    plot_file: Path,
+    seed: int,
+    seeds: int | None,
 ) -> None:
     """Measure FlowKV beside vLLM's own NixlConnector, in the same run.
 
@@ -69,7 +80,7 @@ def bench(
     """
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
     console = wide(Console())
-    options = Options(quick=quick, trace=trace, seed=seed)
+    options = Options(quick=quick, trace=trace, seed=seed, seeds=seeds)
     environment = Environment.detect(seed)
     rows: list[dict[str, Cell]] = []
     claims: list[Claim] = []

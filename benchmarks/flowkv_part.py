@@ -22,6 +22,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     quick: bool = False
     trace: Path | None = None
     seed: int = 0
+    seeds: int | None = None
+    """Seeds from ``seed`` on that the pools take; None leaves it to the bench."""
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,11 +15,12 @@ SEEDS = 3
 
 
 def measure(options: Options, tell: Tell) -> Finding:
-    """All cases and policies; ``SEEDS`` seeds from the given one on, one if quick."""
+    """All cases and policies; ``SEEDS`` seeds from the given one on, one if quick, unless told how many."""
     from penstock.benchmarks import pool_churn
 
     tell("vLLM's block manager under every policy")
-    seeds = range(options.seed, options.seed + (1 if options.quick else SEEDS))
+    count = options.seeds or (1 if options.quick else SEEDS)
+    seeds = range(options.seed, options.seed + count)
     rows, claims = pool_churn.run(quick=options.quick, trace=options.trace, seeds=tuple(seeds))
     return Finding(rows=rows, claims=claims, draw=lambda axes: draw(axes, rows))
 
