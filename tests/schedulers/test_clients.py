@@ -68,7 +68,7 @@ def contest(order, *, inventive, rounds=3000, tokens=1000):
 
 @pytest.mark.parametrize("newcomers", [1, 8])
 def test_inventing_a_name_for_every_request_gains_the_share_of_the_newcomers_of_a_refill(newcomers):
-    """A new name has one request of less than a quantum a refill, the account that the rest share a quantum."""
+    """A new name has one request of less than a quantum a refill, the account of the rest a quantum."""
     had = contest(dlpm(newcomers_per_refill=newcomers), inventive=True)
     assert had["flood"] <= (newcomers + 1) * (had["honest"] + 2 * (QUANTUM + 1000))
     assert had["honest"] >= 3000 * 1000 / (newcomers + 2) - 2 * (QUANTUM + 1000)

@@ -1,4 +1,4 @@
-"""What DLPM promises beyond equality with the paper's algorithm: bounds, limits, shares, and stock's order."""
+"""What DLPM promises beyond equality with the paper's algorithm: bounds, limits and shares."""
 
 from __future__ import annotations
 

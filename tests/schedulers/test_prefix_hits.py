@@ -6,9 +6,10 @@ import random
 
 import pytest
 
+from penstock.schedulers.client_queue import Entry
 from penstock.schedulers.dlpm import DeficitOrder
 from penstock.schedulers.lpm import PrefixOrder
-from penstock.schedulers.prefix_hits import sample
+from penstock.schedulers.prefix_hits import Relatives, sample
 from penstock.schedulers.ranked import RECHECKS
 from penstock.schedulers.waiting import Job
 
@@ -46,7 +47,7 @@ def test_look_ups_are_bounded_a_step_and_a_pick(per_step):
     rng = random.Random(per_step)
     cache = Cache()
     order = make_order(cache, refreshes_per_step=per_step)
-    for number in range(3000):
+    for number in range(1000):
         cache.asked.clear()
         job = Job(f"r{number}", rng.choice("abc"), 999, 0.0, chain(rng.choice("xyz"), rng.choice("xyz")))
         cache.hit[job.request_id] = rng.randrange(1000)
@@ -66,16 +67,20 @@ def test_look_ups_are_bounded_a_step_and_a_pick(per_step):
 
 def test_relatives_of_what_is_served_are_looked_up_next_the_closest_first():
     cache = Cache()
-    order = make_order(cache, refreshes_per_step=8)
+    order = make_order(cache, refreshes_per_step=32)
     order.add(Job("served", "ada", 999, 0.0, chain("doc", "a")))
     order.begin_step()
-    for number in range(40):
+    for number in range(400):
         order.add(Job(f"stranger{number}", "ada", 999, 1.0, chain(f"s{number}", "a")))
     for number in range(3):
         order.add(Job(f"cousin{number}", "ada", 999, 1.0, chain("doc", f"c{number}")))
     order.add(Job("twin", "ada", 999, 1.0, chain("doc", "a")))
-    for _ in range(30):
-        order.begin_step()
+    assert order.pop().request_id == "served"
+    order.begin_step()
+    cache.asked.clear()
+    order.begin_step()
+    assert not {"twin", "cousin0", "cousin1", "cousin2"} & set(cache.asked)
+    order.add(Job("served", "ada", 999, -1.0, chain("doc", "a")))
     assert order.pop().request_id == "served"
     cache.asked.clear()
     order.begin_step()
@@ -83,26 +88,42 @@ def test_relatives_of_what_is_served_are_looked_up_next_the_closest_first():
     assert set(cache.asked[:4]) == {"twin", "cousin0", "cousin1", "cousin2"}
 
 
-def test_relatives_take_turns_when_there_are_more_than_a_step_can_look_up():
-    cache = Cache()
-    order = make_order(cache, refreshes_per_step=8)
-    for number in range(100):
-        order.add(Job(f"r{number}", "ada", 999, float(number), chain("doc")))
-    for _ in range(80):
-        order.begin_step()
-        order.pop()
-    # One is served a step and four of its relatives are due.
-    order = make_order(cache, refreshes_per_step=8)
-    for number in range(40):
-        order.add(Job(f"r{number}", "ada", 999, float(number), chain("doc")))
-    for _ in range(20):
-        order.begin_step()
-    cache.asked.clear()
-    for number in range(8):
-        order.add(Job(f"new{number}", "ada", 999, -1.0, chain("doc")))
-        assert order.pop().request_id == f"new{number}"
-        order.begin_step()
-    assert len({name for name in cache.asked if name.startswith("r")}) >= 32
+def test_relatives_take_turns_when_there_are_more_than_a_pick_can_name():
+    index = Relatives()
+    served, *others = (
+        Entry(Job(f"r{number}", "ada", 999, 0.0, chain("doc", f"p{number}")), None, number)
+        for number in range(41)
+    )
+    for entry in (served, *others):
+        index.add(entry)
+    index.remove(served)
+    seen = [entry for _ in range(10) for entry in index.of(served.samples, 4)]
+    assert sorted(entry.sequence for entry in seen) == [entry.sequence for entry in others]
+
+
+def test_the_index_of_relatives_finds_those_of_the_longest_shared_sample():
+    rng = random.Random(2)
+    index, waiting = Relatives(), {}
+    for number in range(2000):
+        if waiting and rng.random() < 0.45:
+            gone = waiting.pop(rng.choice(list(waiting)))
+            index.remove(gone)
+            shared = {
+                entry.sequence: sum(key in entry.samples for key in gone.samples)
+                for entry in waiting.values()
+            }
+            found = [entry.sequence for entry in index.of(gone.samples, 5)]
+            assert len(found) == len(set(found))
+            closest = sorted((depth for depth in shared.values() if depth), reverse=True)
+            assert [shared[sequence] for sequence in found][:1] == closest[:1]
+            assert all(shared[sequence] for sequence in found)
+        else:
+            parts = [rng.choice("ab") for _ in range(rng.randrange(1, 6))]
+            entry = Entry(Job(f"r{number}", "ada", 999, 0.0, chain(*parts)), None, number)
+            waiting[number] = entry
+            index.add(entry)
+        if number % 50 == 0:
+            index.check_integrity(list(waiting.values()))
 
 
 def test_everybody_is_looked_up_within_a_round_however_much_is_served():
