@@ -31,6 +31,8 @@ class SLOConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Admission is decided anew after this time, or after so many arrivals or ends:"""
     replan_arrivals: Count = 10
     replan_finishes: Count = 6
+    replan_at_once: Count = 32
+    """While no more than so many wait with targets, every arrival is decided in the next step."""
     replan_window: Count = 200
     """Most waiting requests, earliest deadline first, that one decision weighs."""
     replan_work: Count = 4000
@@ -43,8 +45,10 @@ class SLOConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Most seconds of one step, however much slack is banked: a request that arrives meanwhile waits."""
     least_prefill_tokens: Count = 256
     """Prefill tokens of a step that a step-time model, however wrong, cannot take away."""
-    late_share: Share = 0.02
-    """Tolerance of a decode deadline, as a share of the time since the first one."""
+    late_tpots: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    """A decode that is late by more than so many of its times per token keeps its pace but shortens no
+    step.
+    """
     most_skipped_steps: Count = 16
     most_skipped_s: Seconds = 1.0
     """A running request is passed over at most so many steps, and so long, in a row."""
