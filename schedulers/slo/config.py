@@ -43,7 +43,7 @@ class SLOConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """How much more an admitted request is worth than an equal new one when not even the admitted fit."""
     longest_step_s: Seconds = 0.2
     """Most seconds of one step, however much slack is banked: a request that arrives meanwhile waits."""
-    least_prefill_tokens: Count = 256
+    least_prefill_tokens: Count = 128
     """Prefill tokens of a step that a step-time model, however wrong, cannot take away."""
     late_tpots: Annotated[float, msgspec.Meta(ge=0)] = 1.0
     """A decode that is late by more than so many of its times per token keeps its pace but shortens no

@@ -113,7 +113,7 @@ class Planner:
         kept = []
         for slack, name, request in batch.prefills:
             alone = self.model.seconds(StepFeatures(request.missing_tokens, 1, request.tokens))
-            if alone > slack:
+            if alone > slack and (self.model.corrected or slack < 0):
                 self._demoted.add(name)
                 self.counters.demoted_running += 1
                 batch.best_prefills.append((request.arrival_s, name, request))
@@ -149,7 +149,9 @@ class Planner:
         served += step.prefill(prompts, limits.step_tokens)
         step.fill_with_decodes([entry for entry in batch.best_decodes if entry[1] not in gone])
         best = [entry for entry in batch.best_prefills if entry[1] not in gone]
-        served += step.prefill([*best, *self._best_effort(seats, patient)], step.room(step.length_s))
+        served += step.prefill(
+            [*best, *self._best_effort(seats, patient)], limits.step_tokens, floor=not step.caps
+        )
         if not step.caps:
             for request in staying:
                 step.give(request, limits.step_tokens)
@@ -194,8 +196,7 @@ class Planner:
             return []
         if isinstance(patient, Waiting) and not seats.take(patient.tokens):
             return []
-        room = max(step.room(step.length_s), step.floor())
-        share = max(1, int(self.config.patient_share * room)) if contested else room
+        share = step.share(self.config.patient_share) if contested else step.share(1.0)
         return step.prefill([(float("inf"), patient.request_id, patient)], share)
 
     def _best_effort(self, seats: Seats, patient: Running | Waiting | None) -> list[Prompt]:

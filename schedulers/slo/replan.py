@@ -125,7 +125,7 @@ class Replanner:
     def _demote_if_hopeless(self, job: Waiting, start_s: float) -> bool:
         """Whether even an engine that did nothing else would come too late."""
         alone = self._model.seconds(StepFeatures(job.missing_tokens, 1, job.tokens))
-        hopeless = start_s + alone > job.due_s
+        hopeless = start_s + (alone if self._model.corrected else 0.0) > job.due_s
         if hopeless:
             self._backlog.demote(job.request_id)
             self.admitted.pop(job.request_id, None)

@@ -81,11 +81,11 @@ class Step:
         shortest = self._model.seconds(self.features)
         self.length_s = max(self.length_s, shortest)
 
-    def prefill(self, prompts: Iterable[Prompt], most: int) -> list[str]:
+    def prefill(self, prompts: Iterable[Prompt], most: int, *, floor: bool = True) -> list[str]:
         """Give up to ``most`` tokens to prompts, by deadline; returns the ids of those served."""
         served = []
         for slack, name, request in prompts:
-            left = min(most, max(self.room(self.length_s), self.floor()))
+            left = min(most, max(self.room(self.length_s), self._floor() if floor else 0))
             given = self.give(request, left)
             if not given:
                 break
@@ -96,7 +96,11 @@ class Step:
                 self.length_s = max(slack, self._model.margin * self._model.seconds(self.features))
         return served
 
-    def floor(self) -> int:
+    def share(self, part: float) -> int:
+        """A part of the prompt tokens that fit, at least 1."""
+        return max(1, int(part * max(self.room(self.length_s), self._floor())))
+
+    def _floor(self) -> int:
         """Prompt tokens that are left of those which no model can take away."""
         return max(0, self._config.least_prefill_tokens - self.prompt_tokens)
 

@@ -18,6 +18,7 @@ from penstock.schedulers.slo.nonnegative import fit_robust
 from penstock.schedulers.slo.profiles import KNEES, Profile
 
 RECENT = 15
+LEAST_RATIOS = 3
 REFIT_STEPS = 16
 REMEMBERED_PER_SIZE = 12
 HALF_LIFE_STEPS = 1024.0
@@ -119,8 +120,13 @@ class StepTimeModel:
             self._refit()
         self._correct()
 
+    @property
+    def corrected(self) -> bool:
+        """Whether enough steps were measured that predictions are more than a guess."""
+        return len(self._ratios) >= LEAST_RATIOS
+
     def _correct(self) -> None:
-        if len(self._ratios) >= 3:
+        if self.corrected:
             median = sorted(self._ratios)[len(self._ratios) // 2]
             self._scale = min(LARGEST_CORRECTION, max(1 / LARGEST_CORRECTION, median))
 

@@ -9,7 +9,7 @@ from penstock.schedulers.slo.admission import Candidate, Instance
 
 
 class TableSupply:
-    """A supply that falls with every decode, by an amount of its tier, and steps down where a tier appears."""
+    """A supply that falls with every decode, by its tier, and steps down where a tier appears."""
 
     def __init__(self, base, costs, steps, most):
         self.base, self.costs, self.steps, self.most = base, costs, steps, most
