@@ -10,6 +10,7 @@ from itertools import chain
 
 import msgspec
 
+from penstock.schedulers.draft_policy import DraftPolicy
 from penstock.schedulers.slo.backlog import Backlog
 from penstock.schedulers.slo.batch import Sorted
 from penstock.schedulers.slo.config import SLOConfig
@@ -19,6 +20,7 @@ from penstock.schedulers.slo.profiles import find_profile
 from penstock.schedulers.slo.replan import Batch, ReplanCounters, Replanner
 from penstock.schedulers.slo.requests import Limits, Running, Waiting
 from penstock.schedulers.slo.seats import Seats
+from penstock.schedulers.slo.step_drafts import draft
 from penstock.schedulers.slo.step_plan import Prompt, Step
 from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
 from penstock.schedulers.slo.suspension import Suspensions
@@ -40,9 +42,12 @@ class PlannerCounters(msgspec.Struct):
 class Planner:
     """Owns the backlog of waiting requests and everything that is learned. One object an engine."""
 
-    def __init__(self, config: SLOConfig, model: StepTimeModel | None = None) -> None:
+    def __init__(
+        self, config: SLOConfig, model: StepTimeModel | None = None, drafts: DraftPolicy | None = None
+    ) -> None:
         self.config = config
         self.model = model or StepTimeModel(find_profile(config.profile))
+        self.drafts = drafts
         self.lengths = OutputLengths()
         self.backlog = Backlog()
         self.replanner = Replanner(config, self.model, self.lengths, self.backlog)
@@ -66,6 +71,15 @@ class Planner:
         """A step of these features took so long."""
         self.model.observe(features, seconds)
 
+    def observe_draft(self, request_id: str, class_name: str, drafted: int, accepted: int) -> None:
+        """Verification accepted the first ``accepted`` of ``drafted`` tokens.
+
+        Raises:
+            ValueError: more were accepted than drafted, or one is negative.
+        """
+        if self.drafts:
+            self.drafts.observe(request_id, class_name, drafted, accepted)
+
     def observe_finish(self, request_id: str, class_name: str, output_tokens: int) -> None:
         """A request ended by itself. Aborts are reported to ``leave`` only."""
         self.lengths.observe(class_name, output_tokens)
@@ -78,6 +92,8 @@ class Planner:
         self.replanner.admitted.pop(request_id, None)
         self._demoted.discard(request_id)
         self._thrown_out.pop(request_id, None)
+        if self.drafts:
+            self.drafts.forget(request_id)
         self.replanner.finished()
 
     @property
@@ -145,17 +161,17 @@ class Planner:
         step = Step(self.config, self.model, limits)
         step.force(staying, start_s, self.suspensions)
         step.decode(batch, prompts=bool(prompts))
+        drafts = draft(self.drafts, step, batch, bool(prompts)) if self.drafts and limits.draft_tokens else {}
         served = self._serve_patient(step, seats, patient, gone, bool(prompts))
         served += step.prefill(prompts, limits.step_tokens)
         step.fill_with_decodes([entry for entry in batch.best_decodes if entry[1] not in gone])
         best = [entry for entry in batch.best_prefills if entry[1] not in gone]
-        served += step.prefill(
-            [*best, *self._best_effort(seats, patient)], limits.step_tokens, floor=not step.caps
-        )
+        best_effort = [*best, *self._best_effort(seats, patient)]
+        served += step.prefill(best_effort, limits.step_tokens, floor=not step.caps)
         if not step.caps:
             for request in staying:
                 step.give(request, limits.step_tokens)
-        return self._finish(now_s, staying, batch, step, served, seats)
+        return self._finish(now_s, staying, batch, step, served, seats, drafts)
 
     def _need(self, job: Waiting) -> float:
         """KV tokens to have free for a request that comes in."""
@@ -218,6 +234,7 @@ class Planner:
         step: Step,
         served: list[str],
         seats: Seats,
+        drafts: dict[str, int],
     ) -> Plan:
         best = [*batch.best_decodes, *batch.best_prefills]
         ordered = chain(batch.guarded, batch.prefills, batch.late, sorted(best, key=lambda e: e[2].arrival_s))
@@ -235,6 +252,7 @@ class Planner:
             waiting=waiting,
             preempt=tuple(seats.preempted),
             best_effort=frozenset(name for _, name, _ in best if name in step.caps),
+            drafts=drafts,
             features=step.features,
             predicted_s=self.model.seconds(step.features),
         )

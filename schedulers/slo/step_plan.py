@@ -28,13 +28,13 @@ class Step:
         self._model = model
         self._limits = limits
         self.caps: dict[str, int] = {}
-        self.tokens = self.context_tokens = self.prompt_tokens = 0
+        self.tokens = self.context_tokens = self.prompt_tokens = self.draft_passes = 0
         self.length_s = config.longest_step_s
 
     @property
     def features(self) -> StepFeatures:
         """The step as it is now."""
-        return StepFeatures(self.tokens, len(self.caps), self.context_tokens)
+        return StepFeatures(self.tokens, len(self.caps), self.context_tokens, self.draft_passes)
 
     def give(self, request: Running | Waiting, tokens: int) -> int:
         """Add up to ``tokens`` of a request; returns how many the engine's limit and its need allow."""
@@ -52,9 +52,25 @@ class Step:
     def room(self, length_s: float) -> int:
         """Tokens that still fit into a step of that length."""
         within = self._model.tokens_within(
-            length_s / self._model.margin, len(self.caps) + 1, self.context_tokens, self._limits.step_tokens
+            length_s / self._model.margin,
+            len(self.caps) + 1,
+            self.context_tokens,
+            self._limits.step_tokens,
+            self.draft_passes,
         )
         return max(0, within - self.tokens)
+
+    def seconds_with_drafts(self, tokens: int, passes: int) -> float:
+        """The step's time with so many draft tokens more, the longest draft having ``passes``."""
+        return self._model.seconds(
+            StepFeatures(self.tokens + tokens, len(self.caps), self.context_tokens, passes)
+        )
+
+    def add_draft(self, request_id: str, tokens: int) -> None:
+        """Verify ``tokens`` more of a request that decodes."""
+        self.caps[request_id] += tokens
+        self.tokens += tokens
+        self.draft_passes = max(self.draft_passes, tokens)
 
     def force(self, running: Iterable[Running], now_s: float, suspensions: Suspensions) -> None:
         """First of all, serve whoever may not be passed over again: one token each, more where there is

@@ -82,7 +82,7 @@ class StepTimeModel:
     ) -> int:
         """The most tokens, up to ``most``, of a step predicted to end within ``seconds``; may be 0."""
         left = seconds / self._scale - self._unscaled(StepFeatures(0, requests, context_tokens, draft_passes))
-        if left <= 0:
+        if left < 0:
             return 0
         found = min(most, self._walk(left))
         while (
@@ -139,7 +139,8 @@ class StepTimeModel:
         ratio = self._prior_ratio(points)
         values = np.concatenate([[p[2] for p in points], ratio * (rows[len(points) :] @ self._prior)])
         weights = np.concatenate([0.5 ** (ages / HALF_LIFE_STEPS), np.full(len(prior), PRIOR_WEIGHT)])
-        shape = fit_robust(rows, values, weights)
+        start = self._scale * np.array(self._shape)
+        shape = fit_robust(rows, values, weights, start)
         if not np.isfinite(shape).all() or not shape[:2].any():
             return
         self._shape = tuple(float(value) for value in shape)

@@ -77,7 +77,7 @@ def test_the_fastest_allocation_has_the_most_worth_a_second():
 
 @pytest.mark.parametrize("acceptance", [0.5, 0.7, 0.9])
 def test_where_only_the_pace_counts_lengths_are_those_of_slos_serve(acceptance):
-    """Tier k verifies the fewest tokens s with Acc(s) >= T / tpot_k, T = Acc(j) * tpot of the binding tier."""
+    """Tier k verifies the fewest tokens s with Acc(s) >= T / tpot_k, T = Acc(j) * tpot of the tightest."""
 
     def expected(tokens):
         return (1 - acceptance**tokens) / (1 - acceptance)
