@@ -17,8 +17,8 @@ SMALLEST_SPREAD = 0.02
 def fit_robust(rows: Array, values: Array, weights: Array, start: Array, rounds: int = 8) -> Array:
     """Coefficients ``[k] >= 0`` that fit best what is no outlier, by errors relative to the prediction.
 
-    ``rows`` is ``[n, k]``, ``values`` ``[n]`` above 0, ``weights`` ``[n]``, ``start`` ``[k]`` a first guess: it
-    says which values are outliers at first. The spread of a normal error is taken from the median one.
+    ``rows`` is ``[n, k]``, ``values`` ``[n]`` above 0, ``weights`` ``[n]``, ``start`` ``[k]`` a guess, which
+    says what the outliers are at first. The spread of a normal error is taken from the median one.
     """
     coefficients = start
     for _ in range(rounds):

@@ -6,7 +6,7 @@ Without a target anywhere the plan is passive: the engine does what it does with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, islice
 
 import msgspec
 
@@ -216,10 +216,11 @@ class Planner:
         return step.prefill([(float("inf"), patient.request_id, patient)], share)
 
     def _best_effort(self, seats: Seats, patient: Running | Waiting | None) -> list[Prompt]:
-        """Waiting best-effort requests that fit into what is free, longest waiting first."""
+        """Waiting requests that fit into what is free: those not admitted by deadline, the others by age."""
         prompts: list[Prompt] = []
-        for job in self.backlog.best_effort(BEST_EFFORT_WINDOW):
-            if patient is not None and job.request_id == patient.request_id:
+        rejected = (self.backlog.get(name) for name in islice(self.replanner.rejected, BEST_EFFORT_WINDOW))
+        for job in (*rejected, *self.backlog.best_effort(BEST_EFFORT_WINDOW)):
+            if job is None or (patient is not None and job.request_id == patient.request_id):
                 continue
             if not seats.take(self._need(job)):
                 break
@@ -240,6 +241,7 @@ class Planner:
         ordered = chain(batch.guarded, batch.prefills, batch.late, sorted(best, key=lambda e: e[2].arrival_s))
         thrown_out = set(seats.preempted)
         waiting = tuple(name for name in served if name in self.backlog)
+        self._demoted.update(name for name in waiting if name in self.replanner.rejected)
         self.backlog.put_in_front(waiting)
         self.suspensions.record(((r.request_id, r.request_id in step.caps) for r in running), now_s)
         self.counters.skipped += sum(request.request_id not in step.caps for request in running)

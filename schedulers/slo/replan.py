@@ -56,6 +56,8 @@ class Replanner:
         self._mean_prompt = 512.0
         self.admitted: dict[str, None] = {}
         """Ids, in the order of their deadlines."""
+        self.rejected: dict[str, None] = {}
+        """Ids that the last decision passed over, in the order of their deadlines."""
         self.counters = ReplanCounters()
 
     def arrived(self, tokens: int) -> None:
@@ -121,6 +123,8 @@ class Replanner:
         admitted = {name: None for name in chosen if name in self._backlog}
         self.counters.admitted += len(admitted.keys() - self.admitted.keys())
         self.admitted = admitted
+        names = (candidate.request_id for candidate in instance.candidates)
+        self.rejected = {name: None for name in names if name not in admitted and name in self._backlog}
 
     def _demote_if_hopeless(self, job: Waiting, start_s: float) -> bool:
         """Whether even an engine that did nothing else would come too late."""

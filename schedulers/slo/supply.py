@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from penstock.schedulers.slo.step_time import StepTimeModel
+from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
 from penstock.schedulers.slo.targets import Tiers
 
 Counts = tuple[int, ...]
@@ -87,4 +87,9 @@ class ModelledSupply:
         requests = int(decodes) + 1
         context = int(decodes * self._context)
         tokens = self._model.tokens_within(step / self._model.margin, requests, context, self._most)
-        return max(0.0, (tokens - decodes) / step), tokens >= decodes
+        sustained = tokens >= decodes
+        if tokens >= self._most:
+            full = self._model.margin * self._model.seconds(StepFeatures(tokens, requests, context))
+            decodes *= full / step
+            step = full
+        return max(0.0, (tokens - decodes) / step), sustained

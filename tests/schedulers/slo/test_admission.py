@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import random
-import sys
-from pathlib import Path
 
 import pytest
+import slo_instances as instances
 
 from penstock.schedulers.slo import dynamic_program as program
 from penstock.schedulers.slo.admission import Candidate, Decision, Instance, feasible
 from penstock.schedulers.slo.rules import RULES, dynamic_program, edf_greedy, moore_hodgson
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-instances = load("instances")
 
 
 @pytest.mark.parametrize("block", range(6))
