@@ -35,7 +35,7 @@ class SLOConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """While no more than so many wait with targets, every arrival is decided in the next step."""
     replan_window: Count = 200
     """Most waiting requests, earliest deadline first, that one decision weighs."""
-    replan_work: Count = 4000
+    replan_work: Count = 500
     """Most states that one run of the dynamic program may make before EDF greedy decides instead."""
     long_prompt_weight: Share = 0.25
     """Exponent of a prompt's relative length in what admitting it is worth; 0 counts every request as one."""

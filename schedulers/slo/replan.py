@@ -16,7 +16,7 @@ from penstock.schedulers.slo.backlog import Backlog
 from penstock.schedulers.slo.config import SLOConfig
 from penstock.schedulers.slo.lengths import OutputLengths
 from penstock.schedulers.slo.requests import Limits, Running, Waiting
-from penstock.schedulers.slo.rules import RULES, edf_greedy
+from penstock.schedulers.slo.rules import RULES
 from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
 from penstock.schedulers.slo.supply import ModelledSupply
 from penstock.schedulers.slo.targets import Tiers
@@ -113,11 +113,7 @@ class Replanner:
         self._decide(instance)
 
     def _decide(self, instance: Instance) -> None:
-        greedy = edf_greedy(instance)
-        if len(greedy.accepted) == len(instance.candidates):
-            decision = greedy
-        else:
-            decision = RULES[self._config.rule](instance, self._config.replan_work)
+        decision = RULES[self._config.rule](instance, self._config.replan_work)
         self.counters.past_work_bound += not decision.complete
         chosen = (instance.candidates[place].request_id for place in decision.accepted)
         admitted = {name: None for name in chosen if name in self._backlog}

@@ -44,7 +44,10 @@ def moore_hodgson(instance: Instance) -> Decision:
 
 def dynamic_program(instance: Instance, most_work: int | None) -> Decision:
     """The optimum; EDF greedy or Moore-Hodgson, whichever is worth more, past the bound on work."""
-    return optimal(instance, moore_hodgson(instance), edf_greedy, most_work)
+    simple = moore_hodgson(instance)
+    if len(simple.accepted) == len(instance.candidates):
+        return simple
+    return optimal(instance, simple, edf_greedy, most_work)
 
 
 RULES: dict[str, AdmissionRule] = {

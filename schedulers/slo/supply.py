@@ -77,13 +77,14 @@ class ModelledSupply:
         return found[1]
 
     def _compute(self, counts: Counts) -> tuple[float, bool]:
-        loads = [running + count for running, count in zip(self._running, counts, strict=True)]
-        step = self._longest
-        for tpot, load in zip(self._tpots, loads, strict=True):
+        step, decodes = self._longest, 0.0
+        tightest = True
+        for tpot, running, count in zip(self._tpots, self._running, counts, strict=True):
+            load = running + count
             if load > 0:
-                step = min(step, tpot)
-                break
-        decodes = sum(load * min(1.0, step / tpot) for tpot, load in zip(self._tpots, loads, strict=True))
+                if tightest:
+                    step, tightest = min(step, tpot), False
+                decodes += load * min(1.0, step / tpot)
         requests = int(decodes) + 1
         context = int(decodes * self._context)
         tokens = self._model.tokens_within(step / self._model.margin, requests, context, self._most)
