@@ -190,7 +190,8 @@ def _replan_ms(rule: str, seed: int) -> float:
     planner = _planner(rule, 200, seed)
     batch = list(_running(128, seed))
     limits = Limits(step_tokens=8192, running_requests=512)
-    return _processor_ms(lambda: planner.plan(0.0, batch, 200_000, limits))
+    planner.plan(0.0, batch, 0, limits)
+    return _processor_ms(lambda: planner.plan(0.15, batch, 200_000, limits))
 
 
 def _processor_ms(call: Callable[[], object]) -> float:

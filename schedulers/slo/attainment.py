@@ -1,8 +1,8 @@
 """What was attained, as a user, a benchmark and a provider count it.
 
 A request attains its targets under one of three rules for the time per token: every token by its cumulative
-deadline (PolyServe), the mean (``vllm bench serve``), or no gap longer than the target. Misses that are counted
-by request make it free to refuse long prompts, so tokens are counted as well, and each tier by itself.
+deadline (PolyServe), the mean (``vllm bench serve``), or no gap longer than the target. Misses that are
+counted by request make it free to refuse long prompts, so tokens are counted as well, and each tier.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def attains(
     rule: PaceRule = "cumulative",
     tolerance: float = TOLERANCE,
 ) -> bool:
-    """Whether a request whose tokens came at ``times_s`` met its targets; the pace may be off by a tolerance."""
+    """Whether tokens that came at ``times_s`` met the targets; the pace may be off by a tolerance."""
     if not times_s or times_s[0] > targets.due_s(arrival_s, 0):
         return False
     paced = targets.tpot_s * (1 + tolerance)

@@ -21,6 +21,9 @@ from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
 from penstock.schedulers.slo.supply import ModelledSupply
 from penstock.schedulers.slo.targets import Tiers
 
+LATEST_S = 3600.0
+"""Deadlines further away than this, or none, count as this far away."""
+
 
 class ReplanCounters(msgspec.Struct):
     """Totals since the start."""
@@ -89,16 +92,13 @@ class Replanner:
         self._arrivals = self._finishes = 0
         self.counters.replans += 1
         start_s = now_s + limits.in_flight_s
-        waiting = [
-            job
-            for job in self._backlog.urgent(self._config.replan_window)
-            if not self._demote_if_hopeless(job, start_s)
-        ]
-        horizon_s = max((job.due_s - start_s for job in waiting if job.due_s < float("inf")), default=1.0)
+        urgent = [(job.due_s - start_s, job) for job in self._backlog.urgent(self._config.replan_window)]
+        waiting = [entry for entry in urgent if not self._demote_if_hopeless(*entry)]
+        horizon_s = max((slack_s for slack_s, _ in waiting if slack_s < LATEST_S), default=1.0)
         supply, growth = self._supply(batch.decodes, horizon_s, limits)
         memory = free_kv_tokens - growth
         candidates = sorted(
-            (*self._running(batch.prefills, start_s), *self._waiting(waiting, start_s, mandatory=True)),
+            (*self._running(batch.prefills, start_s), *self._waiting(waiting, mandatory=True)),
             key=lambda candidate: candidate.deadline_s,
         )
         instance = Instance(candidates, memory, supply)
@@ -106,7 +106,7 @@ class Replanner:
         if kept and min(instance.demands.floors) < -self._config.least_prefill_tokens:
             self.counters.reweighed += 1
             candidates = sorted(
-                (*self._running(batch.prefills, start_s), *self._waiting(waiting, start_s, mandatory=False)),
+                (*self._running(batch.prefills, start_s), *self._waiting(waiting, mandatory=False)),
                 key=lambda candidate: candidate.deadline_s,
             )
             instance = Instance(candidates, memory, supply)
@@ -122,10 +122,11 @@ class Replanner:
         names = (candidate.request_id for candidate in instance.candidates)
         self.rejected = {name: None for name in names if name not in admitted and name in self._backlog}
 
-    def _demote_if_hopeless(self, job: Waiting, start_s: float) -> bool:
+    def _demote_if_hopeless(self, slack_s: float, job: Waiting) -> bool:
         """Whether even an engine that did nothing else would come too late."""
-        alone = self._model.seconds(StepFeatures(job.missing_tokens, 1, job.tokens))
-        hopeless = start_s + (alone if self._model.corrected else 0.0) > job.due_s
+        model = self._model
+        alone = model.seconds(StepFeatures(job.missing_tokens, 1, job.tokens)) if model.corrected else 0.0
+        hopeless = alone > slack_s
         if hopeless:
             self._backlog.demote(job.request_id)
             self.admitted.pop(job.request_id, None)
@@ -170,20 +171,19 @@ class Replanner:
             deadline_s = self._within(due_s - start_s)
             yield Candidate(request.request_id, deadline_s, missing, missing, tier, 1.0, True)
 
-    def _waiting(self, waiting: Sequence[Waiting], start_s: float, *, mandatory: bool) -> Iterable[Candidate]:
-        """Candidates of those that wait; the admitted are mandatory, or worth more."""
-        config = self._config
-        for job in waiting:
+    def _waiting(self, waiting: Iterable[tuple[float, Waiting]], *, mandatory: bool) -> Iterable[Candidate]:
+        """Candidates of those that wait, by slack; the admitted are mandatory, or worth more."""
+        config, remaining = self._config, self._lengths.remaining
+        exponent, quantile = config.long_prompt_weight, config.output_quantile
+        for slack_s, job in waiting:
             assert job.targets is not None
-            kept = job.request_id in self.admitted
-            output = self._lengths.remaining(
-                job.class_name, config.output_quantile, job.output_tokens, job.max_output_tokens
-            )
-            profit = (max(1, job.missing_tokens) / self._mean_prompt) ** config.long_prompt_weight
+            kept, missing = job.request_id in self.admitted, job.missing_tokens
+            output = remaining(job.class_name, quantile, job.output_tokens, job.max_output_tokens)
+            profit = (missing / self._mean_prompt) ** exponent
             yield Candidate(
                 job.request_id,
-                self._within(job.due_s - start_s),
-                job.missing_tokens,
+                self._within(slack_s),
+                missing,
                 int(job.tokens + output),
                 self._tiers.index(job.targets.tpot_s),
                 profit * (1.0 + config.kept_bonus if kept else 1.0),
@@ -191,5 +191,5 @@ class Replanner:
             )
 
     def _within(self, deadline_s: float) -> float:
-        """A deadline from now: not in the past, and an hour where there is none."""
-        return min(3600.0, max(0.0, deadline_s))
+        """A deadline from now: not in the past, and bounded where there is none."""
+        return min(LATEST_S, max(0.0, deadline_s))

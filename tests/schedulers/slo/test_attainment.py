@@ -16,7 +16,7 @@ TARGETS = Targets(1.0, 0.1)
         ([0.9, 1.0, 1.1, 1.2], True, True, True),
         ([1.1, 1.2, 1.3], False, False, False),
         ([0.2, 0.25, 0.3, 1.2], True, False, False),
-        ([0.9, 0.91, 1.11], True, True, False),
+        ([0.9, 0.91, 1.1], True, True, False),
         ([0.1, 0.2, 0.5, 0.6], True, False, False),
         ([1.0, 1.2, 1.2, 1.3], False, True, False),
         ([1.0], True, True, True),
