@@ -86,7 +86,7 @@ def compare_rules(
             }
             for name in RULE_NAMES:
                 shares = [
-                    RULES[name](instance, 4000).profit / max(1e-9, value)
+                    RULES[name](instance, SLOConfig().replan_work).profit / max(1e-9, value)
                     for instance, value in zip(instances, best, strict=True)
                 ]
                 row[f"{name}_mean"] = round(statistics.mean(shares), 4)
