@@ -1,0 +1,266 @@
+"""The SLO policy: one plan a step, from what runs, what waits and what is free.
+
+Without a target anywhere the plan is passive: the engine does what it does without this policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain, islice
+
+import msgspec
+
+from penstock.schedulers.draft_policy import DraftPolicy
+from penstock.schedulers.slo.backlog import Backlog
+from penstock.schedulers.slo.batch import Sorted
+from penstock.schedulers.slo.config import SLOConfig
+from penstock.schedulers.slo.lengths import OutputLengths
+from penstock.schedulers.slo.plan import PASSIVE, Plan
+from penstock.schedulers.slo.profiles import find_profile
+from penstock.schedulers.slo.replan import Batch, ReplanCounters, Replanner
+from penstock.schedulers.slo.requests import Limits, Running, Waiting
+from penstock.schedulers.slo.seats import Seats
+from penstock.schedulers.slo.step_drafts import draft
+from penstock.schedulers.slo.step_plan import Prompt, Step
+from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
+from penstock.schedulers.slo.suspension import Suspensions
+
+BEST_EFFORT_WINDOW = 16
+
+
+class PlannerCounters(msgspec.Struct):
+    """Totals since the start, for metrics."""
+
+    plans: int = 0
+    passive: int = 0
+    skipped: int = 0
+    demoted_running: int = 0
+    preempted: int = 0
+    clock_steps_back: int = 0
+
+
+class Planner:
+    """Owns the backlog of waiting requests and everything that is learned. One object an engine."""
+
+    def __init__(
+        self, config: SLOConfig, model: StepTimeModel | None = None, drafts: DraftPolicy | None = None
+    ) -> None:
+        self.config = config
+        self.model = model or StepTimeModel(find_profile(config.profile))
+        self.drafts = drafts
+        self.lengths = OutputLengths()
+        self.backlog = Backlog()
+        self.replanner = Replanner(config, self.model, self.lengths, self.backlog)
+        self.suspensions = Suspensions(config.most_skipped_steps, config.most_skipped_s)
+        self.counters = PlannerCounters()
+        self._demoted: set[str] = set()
+        self._thrown_out: dict[str, int] = {}
+        self._now_s = float("-inf")
+
+    def arrive(self, request: Waiting) -> None:
+        """A request arrives.
+
+        Raises:
+            ValueError: its id waits already.
+        """
+        self.backlog.add(request)
+        if request.targets is not None:
+            self.replanner.arrived(request.missing_tokens)
+
+    def observe_step(self, features: StepFeatures, seconds: float) -> None:
+        """A step of these features took so long."""
+        self.model.observe(features, seconds)
+
+    def observe_draft(self, request_id: str, class_name: str, drafted: int, accepted: int) -> None:
+        """Verification accepted the first ``accepted`` of ``drafted`` tokens.
+
+        Raises:
+            ValueError: more were accepted than drafted, or one is negative.
+        """
+        if self.drafts:
+            self.drafts.observe(request_id, class_name, drafted, accepted)
+
+    def observe_finish(self, request_id: str, class_name: str, output_tokens: int) -> None:
+        """A request ended by itself. Aborts are reported to ``leave`` only."""
+        self.lengths.observe(class_name, output_tokens)
+        self.leave(request_id)
+
+    def leave(self, request_id: str) -> None:
+        """A request is gone, in whatever state it was."""
+        if request_id in self.backlog:
+            self.backlog.remove(request_id)
+        self.replanner.admitted.pop(request_id, None)
+        self._demoted.discard(request_id)
+        self._thrown_out.pop(request_id, None)
+        if self.drafts:
+            self.drafts.forget(request_id)
+        self.replanner.finished()
+
+    @property
+    def replan_counters(self) -> ReplanCounters:
+        """What admission did."""
+        return self.replanner.counters
+
+    def plan(self, now_s: float, running: Sequence[Running], free_kv_tokens: int, limits: Limits) -> Plan:
+        """The next step. ``free_kv_tokens`` are free or held by the prefix cache alone."""
+        self.counters.plans += 1
+        if now_s < self._now_s:
+            self.counters.clock_steps_back += 1
+            self.replanner.clock_stepped_back()
+            self.suspensions.clock_stepped_back(now_s)
+        self._now_s = now_s
+        if not self.backlog.with_targets and all(request.targets is None for request in running):
+            self.counters.passive += 1
+            self.suspensions.record((), now_s)
+            return PASSIVE
+        start_s = now_s + limits.in_flight_s
+        batch = Sorted.of(running, start_s, self.config.late_tpots, self._demoted)
+        self._demote_hopeless(batch)
+        if self.replanner.due(now_s):
+            with_targets = Batch(
+                [entry[2] for entry in chain(batch.guarded, batch.late)], [e[2] for e in batch.prefills]
+            )
+            reclaimable = sum(request.computed_tokens for request in self._victims(batch))
+            self.replanner.replan(now_s, with_targets, free_kv_tokens + reclaimable, limits)
+        return self._step(now_s, running, batch, free_kv_tokens, limits)
+
+    def _demote_hopeless(self, batch: Sorted) -> None:
+        """A prompt whose deadline is out of reach goes on as best effort, with what it has computed."""
+        kept = []
+        for slack, name, request in batch.prefills:
+            alone = self.model.seconds(StepFeatures(request.missing_tokens, 1, request.tokens))
+            if alone > slack and (self.model.corrected or slack < 0):
+                self._demoted.add(name)
+                self.counters.demoted_running += 1
+                batch.best_prefills.append((request.arrival_s, name, request))
+            else:
+                kept.append((slack, name, request))
+        batch.prefills = kept
+        batch.best_prefills.sort()
+
+    def _victims(self, batch: Sorted) -> list[Running]:
+        """Best-effort requests that may be thrown out, the last to come at the end."""
+        requests = (entry[2] for entry in chain(batch.best_decodes, batch.best_prefills))
+        most = self.config.most_preemptions
+        victims = [r for r in requests if self._thrown_out.get(r.request_id, 0) < most]
+        return sorted(victims, key=lambda request: (request.arrival_s, request.request_id))
+
+    def _step(
+        self, now_s: float, running: Sequence[Running], batch: Sorted, free_kv_tokens: int, limits: Limits
+    ) -> Plan:
+        start_s = now_s + limits.in_flight_s
+        patient = self._patient(batch, now_s)
+        victims = self._victims(batch)
+        free_seats = limits.running_requests - len(running)
+        seats = Seats(free_kv_tokens, free_seats, victims, self._thrown_out)
+        reserved = self._need(patient) if isinstance(patient, Waiting) else 0.0
+        admitted = self._let_in(seats, reserved, start_s)
+        prompts: list[Prompt] = sorted([*batch.prefills, *admitted], key=lambda prompt: prompt[:2])
+        gone = set(seats.preempted)
+        staying = [r for r in running if r.request_id not in gone] if gone else running
+        step = Step(self.config, self.model, limits)
+        step.force(staying, start_s, self.suspensions)
+        step.decode(batch, prompts=bool(prompts))
+        drafts = draft(self.drafts, step, batch, bool(prompts)) if self.drafts and limits.draft_tokens else {}
+        served = self._serve_patient(step, seats, patient, gone, bool(prompts))
+        served += step.prefill(prompts, limits.step_tokens)
+        step.fill_with_decodes([entry for entry in batch.best_decodes if entry[1] not in gone])
+        best = [entry for entry in batch.best_prefills if entry[1] not in gone]
+        best_effort = [*best, *self._best_effort(seats, patient)]
+        served += step.prefill(best_effort, limits.step_tokens, floor=not step.caps)
+        if not step.caps:
+            for request in staying:
+                step.give(request, limits.step_tokens)
+        return self._finish(now_s, staying, batch, step, served, seats, drafts)
+
+    def _need(self, job: Waiting) -> float:
+        """KV tokens to have free for a request that comes in."""
+        quantile, most = self.config.output_quantile, job.max_output_tokens
+        return job.tokens + self.lengths.remaining(job.class_name, quantile, job.output_tokens, most)
+
+    def _let_in(self, seats: Seats, reserved: float, start_s: float) -> list[Prompt]:
+        """Admitted requests in the order of their deadlines, until one does not fit."""
+        prompts: list[Prompt] = []
+        for name in self.replanner.admitted:
+            job = self.backlog.get(name)
+            if job is None:
+                continue
+            if not seats.make_room(reserved + job.tokens):
+                break
+            seats.free_kv_tokens += reserved
+            prompts.append((job.due_s - start_s, name, job))
+        return prompts
+
+    def _patient(self, batch: Sorted, now_s: float) -> Running | Waiting | None:
+        """The best-effort prompt that waits longest, if that is long."""
+        waiting: list[Running | Waiting] = [*self.backlog.best_effort(1)]
+        first = [*(entry[2] for entry in batch.best_prefills[:1]), *waiting]
+        oldest = min(first, key=lambda request: request.arrival_s, default=None)
+        patience = self.config.patience_s
+        return oldest if oldest is not None and now_s - oldest.arrival_s >= patience else None
+
+    def _serve_patient(
+        self,
+        step: Step,
+        seats: Seats,
+        patient: Running | Waiting | None,
+        thrown_out: set[str],
+        contested: bool,
+    ) -> list[str]:
+        """A share of the step for the one that waited too long; all it needs where nobody else wants it."""
+        if patient is None or patient.request_id in thrown_out:
+            return []
+        if isinstance(patient, Waiting) and not seats.take(patient.tokens):
+            return []
+        share = step.share(self.config.patient_share) if contested else step.share(1.0)
+        return step.prefill([(float("inf"), patient.request_id, patient)], share)
+
+    def _best_effort(self, seats: Seats, patient: Running | Waiting | None) -> list[Prompt]:
+        """Waiting requests that fit into what is free: those not admitted by deadline, the others by age."""
+        prompts: list[Prompt] = []
+        rejected = (self.backlog.get(name) for name in islice(self.replanner.rejected, BEST_EFFORT_WINDOW))
+        for job in (*rejected, *self.backlog.best_effort(BEST_EFFORT_WINDOW)):
+            if job is None or (patient is not None and job.request_id == patient.request_id):
+                continue
+            if not seats.take(self._need(job)):
+                break
+            prompts.append((float("inf"), job.request_id, job))
+        return prompts
+
+    def _finish(
+        self,
+        now_s: float,
+        running: Sequence[Running],
+        batch: Sorted,
+        step: Step,
+        served: list[str],
+        seats: Seats,
+        drafts: dict[str, int],
+    ) -> Plan:
+        best = [*batch.best_decodes, *batch.best_prefills]
+        ordered = chain(batch.guarded, batch.prefills, batch.late, sorted(best, key=lambda e: e[2].arrival_s))
+        thrown_out = set(seats.preempted)
+        waiting = tuple(name for name in served if name in self.backlog)
+        self._demoted.update(name for name in waiting if name in self.replanner.rejected)
+        self.backlog.put_in_front(waiting)
+        self.suspensions.record(((r.request_id, r.request_id in step.caps) for r in running), now_s)
+        self.counters.skipped += sum(request.request_id not in step.caps for request in running)
+        self.counters.preempted += len(seats.preempted)
+        return Plan(
+            active=True,
+            step_tokens=max(1, step.tokens),
+            caps=step.caps,
+            order=tuple(name for _, name, _ in ordered if name not in thrown_out),
+            waiting=waiting,
+            preempt=tuple(seats.preempted),
+            best_effort=frozenset(name for _, name, _ in best if name in step.caps),
+            drafts=drafts,
+            features=step.features,
+            predicted_s=self.model.seconds(step.features),
+        )
+
+    def check_integrity(self) -> None:
+        """Assert the invariants of everything that is kept."""
+        self.backlog.check_integrity()
+        self.lengths.check_integrity()
+        self.suspensions.check_integrity()

@@ -1,0 +1,126 @@
+"""Simple admission rules, and the choice among them and the dynamic program by name.
+
+Both walk once through the candidates by deadline. EDF greedy accepts what fits. Moore and Hodgson (1968)
+accept everything and, where a deadline breaks, evict what costs most for its profit: optimal for equal
+profits, one resource and a constant rate; here a rule of thumb that is checked against the optimum.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+from penstock.schedulers.slo.admission import EPSILON, Candidate, Decision, Instance, add, feasible, profit_of
+from penstock.schedulers.slo.dynamic_program import optimal
+from penstock.schedulers.slo.supply import Counts
+
+AdmissionRule = Callable[[Instance, int], Decision]
+"""Decides an instance within a bound on the states it may make."""
+
+
+def edf_greedy(instance: Instance) -> Decision:
+    """By deadline, accept each candidate that fits beside those accepted and the mandatory behind it."""
+    walk = _Walk(instance)
+    for place, candidate in enumerate(instance.candidates):
+        walk.arrive(place)
+        if candidate.mandatory or walk.fits(place, candidate):
+            walk.accept(place, candidate)
+    return walk.decide()
+
+
+def moore_hodgson(instance: Instance) -> Decision:
+    """By deadline, accept each candidate; while something breaks, evict the one that costs most."""
+    walk = _Walk(instance)
+    dearest: list[tuple[float, int]] = []
+    for place, candidate in enumerate(instance.candidates):
+        walk.arrive(place)
+        walk.accept(place, candidate)
+        if not candidate.mandatory:
+            heapq.heappush(dearest, (-walk.price(candidate), place))
+        while dearest and not walk.holds(place, candidate):
+            walk.evict(heapq.heappop(dearest)[1])
+    return walk.decide()
+
+
+def dynamic_program(instance: Instance, most_work: int | None) -> Decision:
+    """The optimum; EDF greedy or Moore-Hodgson, whichever is worth more, past the bound on work."""
+    simple = moore_hodgson(instance)
+    if len(simple.accepted) == len(instance.candidates):
+        return simple
+    return optimal(instance, simple, edf_greedy, most_work)
+
+
+RULES: dict[str, AdmissionRule] = {
+    "edf_greedy": lambda instance, _: edf_greedy(instance),
+    "moore_hodgson": lambda instance, _: moore_hodgson(instance),
+    "dynamic_program": dynamic_program,
+}
+
+
+class _Walk:
+    """Budget, memory and counts while candidates are met by deadline."""
+
+    def __init__(self, instance: Instance) -> None:
+        self.instance = instance
+        self.budget = 0.0
+        self.memory = 0
+        self.later_memory = sum(c.memory_tokens for c in instance.candidates if c.mandatory)
+        self.now = 0.0
+        self.counts: Counts = instance.no_counts
+        self.accepted: set[int] = set()
+
+    def arrive(self, place: int) -> None:
+        deadline = self.instance.candidates[place].deadline_s
+        self.budget += self.instance.supply.rate(self.counts) * (deadline - self.now)
+        self.now = deadline
+
+    def accept(self, place: int, candidate: Candidate) -> None:
+        self.accepted.add(place)
+        self.budget -= candidate.tokens
+        self.memory += candidate.memory_tokens
+        if candidate.mandatory:
+            self.later_memory -= candidate.memory_tokens
+        self.counts = add(self.counts, candidate.tier)
+
+    def evict(self, place: int) -> None:
+        """Take an acceptance back. What its decode would have cost since its deadline is not given back."""
+        candidate = self.instance.candidates[place]
+        self.accepted.remove(place)
+        self.budget += candidate.tokens
+        self.memory -= candidate.memory_tokens
+        self.counts = add(self.counts, candidate.tier, -1)
+
+    def price(self, candidate: Candidate) -> float:
+        """What a candidate takes of the engine, and of the memory where that is scarce, for its profit."""
+        scarcity = self.instance.demands.memory_tokens or 1.0
+        horizon = self.instance.candidates[-1].deadline_s
+        supply = max(1.0, self.instance.supply.rate(self.instance.no_counts) * horizon)
+        return (candidate.tokens / supply + candidate.memory_tokens / scarcity) / candidate.profit
+
+    def fits(self, place: int, candidate: Candidate) -> bool:
+        """Whether a candidate that is not accepted yet can be."""
+        left = self.budget - candidate.tokens
+        enough = max(0.0, self.instance.demands.reserves[place])
+        memory = self.memory + self.later_memory + candidate.memory_tokens
+        sustained = self.instance.supply.sustains(add(self.counts, candidate.tier))
+        return left >= enough and memory <= self.instance.demands.memory_tokens and sustained
+
+    def holds(self, place: int, candidate: Candidate) -> bool:
+        """Whether what is accepted so far leaves what it must."""
+        demands = self.instance.demands
+        floor = demands.floors[place] if candidate.mandatory else 0.0
+        enough = max(floor, demands.reserves[place])
+        if self.budget < enough - EPSILON * (1 + abs(enough)):
+            return False
+        if self.memory + self.later_memory > demands.memory_tokens:
+            return False
+        return candidate.mandatory or self.instance.supply.sustains(self.counts)
+
+    def decide(self) -> Decision:
+        """The accepted set; the last that came is dropped while the decodes it adds break a mandatory one."""
+        candidates = self.instance.candidates
+        accepted = sorted(self.accepted)
+        optional = [place for place in accepted if not candidates[place].mandatory]
+        while optional and not feasible(self.instance, accepted):
+            accepted.remove(optional.pop())
+        return Decision(tuple(accepted), profit_of(self.instance, accepted), len(candidates))

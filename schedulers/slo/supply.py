@@ -1,0 +1,96 @@
+"""How many prompt tokens a second the engine has left beside a number of decodes in each tier.
+
+Steps are as long as the tightest tier present allows; each holds one token for the share of each tier that is
+due in it, and prompt tokens in what is left (SLOs-Serve's auto-regressive planner, restated as a rate). The
+rate depends on how many requests decode in which tier and not on which, so it is computed once for each
+combination.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
+from penstock.schedulers.slo.targets import Tiers
+
+Counts = tuple[int, ...]
+"""Accepted requests in each tier."""
+
+
+class Supply(Protocol):
+    """Prefill tokens a second by accepted requests in each tier."""
+
+    @property
+    def tiers(self) -> int:
+        """Number of tiers."""
+
+    def rate(self, counts: Counts) -> float:
+        """Prompt tokens a second, at least 0, while ``counts`` accepted requests decode in each tier."""
+
+    def sustains(self, counts: Counts) -> bool:
+        """Whether the engine keeps the pace of that many decodes at all."""
+
+
+class ModelledSupply:
+    """The supply of an engine as a step-time model sees it.
+
+    ``running`` are decodes that are served already, by tier; fractions stand for those that end soon.
+    ``context_tokens`` is what a decode attends to on average, ``most_tokens`` what a step may hold.
+    """
+
+    def __init__(
+        self,
+        model: StepTimeModel,
+        tiers: Tiers,
+        running: Sequence[float],
+        *,
+        context_tokens: float,
+        longest_step_s: float,
+        most_tokens: int,
+    ) -> None:
+        self._model = model
+        self._tpots = tiers.tpots_s
+        self._running = tuple(running)
+        self._context = context_tokens
+        self._longest = longest_step_s
+        self._most = most_tokens
+        self._rates: dict[Counts, tuple[float, bool]] = {}
+
+    @property
+    def tiers(self) -> int:
+        """Number of tiers."""
+        return len(self._tpots)
+
+    def rate(self, counts: Counts) -> float:
+        """Prompt tokens a second, at least 0, beside ``counts``."""
+        found = self._rates.get(counts)
+        if found is None:
+            found = self._rates[counts] = self._compute(counts)
+        return found[0]
+
+    def sustains(self, counts: Counts) -> bool:
+        """Whether a step of the tightest tier holds its decodes."""
+        found = self._rates.get(counts)
+        if found is None:
+            found = self._rates[counts] = self._compute(counts)
+        return found[1]
+
+    def _compute(self, counts: Counts) -> tuple[float, bool]:
+        step, decodes = self._longest, 0.0
+        tightest = True
+        for tpot, running, count in zip(self._tpots, self._running, counts, strict=True):
+            load = running + count
+            if load > 0:
+                if tightest:
+                    step, tightest = min(step, tpot), False
+                decodes += load * min(1.0, step / tpot)
+        requests = int(decodes) + 1
+        context = int(decodes * self._context)
+        tokens = self._model.tokens_within(step / self._model.margin, requests, context, self._most)
+        sustained = tokens >= decodes
+        if tokens >= self._most:
+            full = self._model.margin * self._model.seconds(StepFeatures(tokens, requests, context))
+            decodes *= full / step
+            step = full
+        return max(0.0, (tokens - decodes) / step), sustained

@@ -1,0 +1,68 @@
+"""Output lengths against the quantiles of what was shown."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from penstock.schedulers.slo.lengths import MOST_CLASSES, OutputLengths, bucket_of, end_of
+
+
+def test_a_length_lies_in_its_bucket():
+    for tokens in (1, 2, 3, 17, 100, 1000, 99_999):
+        bucket = bucket_of(tokens)
+        assert tokens <= end_of(bucket) + 1e-6
+        assert bucket == 0 or tokens > end_of(bucket - 1)
+
+
+@pytest.mark.parametrize("generated", [0, 50, 200, 600])
+@pytest.mark.parametrize("quantile", [0.3, 0.5, 0.9])
+def test_quantiles_are_those_of_the_lengths_that_were_not_over_yet(generated, quantile):
+    rng = random.Random(1)
+    lengths = OutputLengths()
+    shown = [int(rng.lognormvariate(5.0, 0.9)) + 1 for _ in range(3000)]
+    for tokens in shown:
+        lengths.observe("chat", tokens)
+    recent = [tokens for tokens in shown if tokens > generated]
+    exact = sorted(recent)[int(quantile * len(recent))]
+    assert exact / 1.5 <= lengths.total("chat", quantile, generated) <= exact * 1.5
+
+
+def test_a_class_moves_away_from_all_classes_as_it_is_seen():
+    lengths = OutputLengths()
+    for _ in range(200):
+        lengths.observe("short", 20)
+    assert lengths.total("new", 0.5) <= 40
+    for _ in range(60):
+        lengths.observe("long", 2000)
+    assert lengths.total("short", 0.5) <= 30
+    assert lengths.total("long", 0.5) >= 1500
+
+
+def test_old_lengths_are_forgotten():
+    lengths = OutputLengths()
+    for _ in range(3000):
+        lengths.observe("c", 10)
+    for _ in range(3000):
+        lengths.observe("c", 1000)
+    assert lengths.total("c", 0.5) >= 900
+
+
+def test_a_request_that_outlives_everything_is_expected_to_go_on_up_to_its_bound():
+    lengths = OutputLengths()
+    for _ in range(5000):
+        lengths.observe("c", 10)
+    assert lengths.remaining("c", 0.5, 50_000) > 10_000
+    assert lengths.remaining("c", 0.5, 50_000, most=50_010) == 10
+    assert lengths.remaining("c", 0.5, 50_010, most=50_010) == 0
+
+
+def test_a_cold_start_expects_something_and_classes_without_end_are_bounded():
+    lengths = OutputLengths()
+    assert 100 < lengths.total("x", 0.5) < 500
+    for i in range(MOST_CLASSES * 3):
+        lengths.observe(f"class {i}", 100)
+        lengths.total(f"class {i}", 0.5)
+    lengths.check_integrity()
+    assert len(lengths._classes) == MOST_CLASSES
