@@ -72,9 +72,7 @@ def snapshot(order: WaitingOrder, shown: int) -> Snapshot:
 def _named(row: ClientService) -> ClientService:
     if row.client:
         return row
-    return ClientService(
-        NOBODY, row.extend_tokens, row.output_tokens, row.service, row.standing, row.waiting
-    )
+    return ClientService(NOBODY, row.extend_tokens, row.output_tokens, row.service, row.standing, row.waiting)
 
 
 class ClientStats:

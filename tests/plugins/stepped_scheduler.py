@@ -146,7 +146,10 @@ def shape_of(output: SchedulerOutput) -> tuple[Any, ...]:
     """All that a step orders of a worker, as comparable values."""
     cached = output.scheduled_cached_reqs
     return (
-        [(new.req_id, new.prompt_token_ids, new.block_ids, new.num_computed_tokens) for new in output.scheduled_new_reqs],
+        [
+            (new.req_id, new.prompt_token_ids, new.block_ids, new.num_computed_tokens)
+            for new in output.scheduled_new_reqs
+        ],
         (cached.req_ids, sorted(cached.resumed_req_ids), cached.new_token_ids, cached.new_block_ids),
         (cached.num_computed_tokens, cached.num_output_tokens),
         list(output.num_scheduled_tokens.items()),
