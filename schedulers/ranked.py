@@ -1,0 +1,322 @@
+"""The waiting order behind DLPM, VTC and LPM: clients ranked by lane, and in a lane by their first request.
+
+What tells the policies apart is the *lane* of a client, a number that its service moves: the refill at which
+it may be served (DLPM), its virtual counter (VTC), or nothing (LPM). Each client that waits has one rank
+
+    (lane, -score of its head, arrival of its head)
+
+in one sorted list, so a pick is the list's first, and whatever happens to a client moves one rank: O(log n).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from sortedcontainers import SortedList
+
+from penstock.schedulers.accounts import OTHERS, Account, AccountBook, Prices
+from penstock.schedulers.client_queue import Entry
+from penstock.schedulers.prefix_hits import LookUps
+from penstock.schedulers.waiting import ClientService, HitTokens, Job
+
+RECHECKS = 8
+"""Hits that one pick looks up at most."""
+
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
+
+
+class Standings:
+    """What a policy knows of its clients. This one treats all alike: the order is that of the requests."""
+
+    def admits(self) -> bool:
+        """Whether a new name may have an account of its own now."""
+        return True
+
+    def opened(self, account: Account, least: float | None) -> None:
+        """A new account; ``least`` is the first lane, None if nobody waits."""
+
+    def joins(self, account: Account, least: float | None) -> None:
+        """A new request comes for a client that has none waiting."""
+
+    def leaves(self, account: Account) -> None:
+        """A client's last request left the queue."""
+
+    def reweigh(self, account: Account, weight: float) -> None:
+        """A client's share changes."""
+        account.weight = weight
+
+    def charge(self, account: Account, service: float) -> None:
+        """A client had ``service`` weighted tokens."""
+
+    def lane(self, account: Account) -> float:
+        """Which clients go first: those of the lowest lane."""
+        return 0
+
+    def reach(self, lane: float) -> None:
+        """A client of this lane is served."""
+
+    def standing(self, account: Account) -> float:
+        """What ``ClientService.standing`` shows."""
+        return 0.0
+
+    def may_forget(self, account: Account, least: float | None) -> bool:
+        """Whether an idle client would gain nothing by coming back as a new one."""
+        return True
+
+
+class RankedOrder:
+    """A ``WaitingOrder`` over the ``standings`` of a policy.
+
+    Args:
+        standings: the policy.
+        book: the clients' accounts.
+        prices: weights of extend and output tokens.
+        hit_tokens: the prefix hit of a waiting request; None orders by arrival alone.
+        ageing_tokens_per_s: cached tokens that a second of waiting is worth. All age at one rate, so waiting
+            never changes the order of two requests, and a score needs no refreshing.
+        refreshes_per_step: hits that ``begin_step`` looks up at most.
+    """
+
+    def __init__(
+        self,
+        *,
+        standings: Standings,
+        book: AccountBook,
+        prices: Prices,
+        hit_tokens: HitTokens | None = None,
+        ageing_tokens_per_s: float = 0.0,
+        refreshes_per_step: int = 0,
+    ) -> None:
+        self._standings = standings
+        self._book = book
+        self._prices = prices
+        self._hit_tokens = hit_tokens
+        self._ageing = ageing_tokens_per_s
+        self._look_ups = LookUps(refreshes_per_step)
+        self._entries: dict[str, Entry] = {}
+        self._ranks = SortedList()
+        self._chosen: Entry | None = None
+        self._step = 0
+        self._arrivals = 0
+        self._returns = 0
+        # Estimates of what was popped in this step, for requests that are put back.
+        self._popped: dict[str, tuple[int, int]] = {}
+        # Waiting requests on the shared account, by the name they bear.
+        self._guests: dict[str, dict[str, Entry]] = {}
+
+    def add(self, job: Job) -> None:
+        self._check(job)
+        account = self._account(job.client)
+        if not account.queue:
+            self._standings.joins(account, self._least())
+        self._arrivals += 1
+        self._enter(Entry(job, account, self._arrivals))
+
+    def put_back(self, job: Job, *, preempted: bool) -> None:
+        self._check(job)
+        account = self._account(job.client)
+        self._returns -= 1
+        entry = Entry(job, account, self._returns, preempted=preempted)
+        entry.hit, entry.looked = self._popped.get(job.request_id, (0, entry.looked))
+        self._enter(entry)
+
+    def remove(self, request_id: str) -> Job:
+        entry = self._entries[request_id]
+        self._take(entry)
+        return entry.job
+
+    def peek(self) -> Job:
+        return self._choose().job
+
+    def pop(self) -> Job:
+        entry = self._choose()
+        self._take(entry)
+        self._popped[entry.job.request_id] = (entry.hit, entry.looked)
+        self._look_ups.served(entry)
+        return entry.job
+
+    def begin_step(self) -> None:
+        self._step += 1
+        self._chosen = None
+        self._popped.clear()
+        least = self._least()
+        self._book.forget_idle(lambda account: self._standings.may_forget(account, least))
+        if self._hits_matter():
+            for entry in self._look_ups.next():
+                self._look_up(entry)
+            if self._book.unnamed.queue:
+                self._look_up_head(self._book.unnamed)
+
+    def charge_extend(self, client: str, tokens: int) -> None:
+        account = self._book.find(client)
+        account.extend_tokens += tokens
+        self._charge(account, self._prices.extend * tokens)
+
+    def charge_output(self, client: str, tokens: int) -> None:
+        account = self._book.find(client)
+        account.output_tokens += tokens
+        self._charge(account, self._prices.output * tokens)
+
+    def clients(self) -> Iterator[ClientService]:
+        for account in self._book:
+            yield ClientService(
+                client=account.client,
+                extend_tokens=account.extend_tokens,
+                output_tokens=account.output_tokens,
+                service=account.service,
+                standing=self._standings.standing(account),
+                waiting=len(account.queue),
+            )
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._entries
+
+    def __iter__(self) -> Iterator[Job]:
+        return (entry.job for rank in self._ranks for entry in rank[-1].queue)
+
+    def _check(self, job: Job) -> None:
+        if job.request_id in self._entries:
+            raise ValueError(f"request {job.request_id!r} waits already")
+        if not LEAST_WEIGHT <= job.weight <= MOST_WEIGHT:
+            raise ValueError(f"weight is {job.weight}, allowed: {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}")
+        if not math.isfinite(job.arrival_s):
+            raise ValueError(f"arrival_s is {job.arrival_s}, allowed: finite seconds")
+
+    def _account(self, client: str) -> Account:
+        """The account of an arriving request; a new one takes along what its name has waiting."""
+        if not self._book.can_open(client) or not self._standings.admits():
+            return self._book.find(client)
+        account = self._book.open(client)
+        self._standings.opened(account, self._least())
+        for guest in sorted(self._guests.get(client, {}).values(), key=lambda entry: abs(entry.sequence)):
+            self._take(guest)
+            guest.account = account
+            self._enter(guest)
+        return account
+
+    def _enter(self, entry: Entry) -> None:
+        account, job = entry.account, entry.job
+        if account is not self._book.shared:
+            self._standings.reweigh(account, job.weight)
+        elif job.client != OTHERS:
+            self._guests.setdefault(job.client, {})[job.request_id] = entry
+        entry.score = self._score(entry)
+        account.queue.add(entry)
+        self._entries[job.request_id] = entry
+        if account.queue.by_prefix:
+            self._look_ups.add(entry)
+        self._moved(account)
+
+    def _take(self, entry: Entry) -> None:
+        account, request_id = entry.account, entry.job.request_id
+        account.queue.remove(entry)
+        del self._entries[request_id]
+        if account.queue.by_prefix:
+            self._look_ups.remove(entry)
+        if account is self._book.shared and (guests := self._guests.get(entry.job.client)) is not None:
+            del guests[request_id]
+            if not guests:
+                del self._guests[entry.job.client]
+        if not account.queue:
+            self._standings.leaves(account)
+        self._moved(account)
+
+    def _moved(self, account: Account) -> None:
+        """A request of this account came or went."""
+        self._chosen = None
+        self._book.touch(account)
+        self._seat(account)
+
+    def _charge(self, account: Account, service: float) -> None:
+        """What ``peek`` returned stays chosen, so that charging between ``peek`` and ``pop`` is safe."""
+        account.service += service
+        self._standings.charge(account, service)
+        self._book.touch(account)
+        if account.rank is not None:
+            self._seat(account)
+
+    def _seat(self, account: Account) -> None:
+        """Give an account the rank that is due to it."""
+        rank = None
+        if account.queue:
+            head = account.queue.head()
+            lane = self._standings.lane(account)
+            rank = (lane, -head.score, head.job.arrival_s, head.sequence, account)
+        if rank == account.rank:
+            return
+        if account.rank is not None:
+            self._ranks.remove(account.rank)
+        if rank is not None:
+            self._ranks.add(rank)
+        account.rank = rank
+
+    def _least(self) -> float | None:
+        return self._ranks[0][0] if self._ranks else None
+
+    def _choose(self) -> Entry:
+        if self._chosen is None:
+            if not self._ranks:
+                raise IndexError("no request waits")
+            if self._hits_matter():
+                self._recheck()
+            lane, *_, account = self._ranks[0]
+            self._standings.reach(lane)
+            self._chosen = account.queue.head()
+        return self._chosen
+
+    def _recheck(self) -> None:
+        """Look up the first one's hit, and as long as that makes another one the first, the other's."""
+        for _ in range(RECHECKS):
+            if not self._look_up_head(self._ranks[0][-1]):
+                return
+
+    def _look_up_head(self, account: Account) -> bool:
+        """Look up the hit of an account's head; False if that was done in this step."""
+        head = account.queue.head()
+        if head.looked == self._step:
+            return False
+        self._look_up(head)
+        return True
+
+    def _look_up(self, entry: Entry) -> None:
+        assert self._hit_tokens is not None
+        hit = self._hit_tokens(entry.job.request_id)
+        entry.looked = self._step
+        if entry.account.queue.by_prefix:
+            self._look_ups.looked_up(entry)
+        if hit != entry.hit:
+            entry.hit = hit
+            entry.account.queue.rescore(entry, self._score(entry))
+            self._seat(entry.account)
+
+    def _score(self, entry: Entry) -> float:
+        return entry.hit - self._ageing * entry.job.arrival_s
+
+    def _hits_matter(self) -> bool:
+        """Whether there is anything to choose between by hits: stock's order needs none."""
+        if self._hit_tokens is None or len(self._entries) < 2:
+            return False
+        return len(self._ranks) > 1 or self._ranks[0][-1].queue.by_prefix
+
+    def check_integrity(self) -> None:
+        """Assert that requests, queues, ranks, accounts and look-ups describe the same. O(requests)."""
+        accounts = list(self._book)
+        queued = [entry for account in accounts for entry in account.queue]
+        assert {e.job.request_id: e for e in queued} == self._entries
+        assert len(queued) == len(self._entries)
+        assert all(entry.account is account for account in accounts for entry in account.queue)
+        assert [a.rank for a in accounts if a.rank] == [a.rank for a in accounts if a.queue]
+        assert list(self._ranks) == sorted(a.rank for a in accounts if a.rank is not None)
+        for rank in self._ranks:
+            account = rank[-1]
+            head = account.queue.head()
+            assert rank[:-1] == (rank[0], -head.score, head.job.arrival_s, head.sequence)
+            assert rank[0] == self._standings.lane(account)
+        guests = {e.job.request_id for e in self._book.shared.queue if e.job.client != OTHERS}
+        assert guests == {name for group in self._guests.values() for name in group}
+        assert self._chosen is None or self._chosen.job.request_id in self._entries
+        self._look_ups.check_integrity()
