@@ -1,7 +1,7 @@
 """Who asks, at the HTTP edge: headers, API keys and the body made into one set of extra arguments.
 
-In order of authority: the table of API keys, the headers of a gateway where they are trusted, and the request's
-own word, which does not count for client and weight where there is a table.
+In order of authority: the table of API keys, the headers of a gateway where they are trusted, and the
+request's own word, which does not count for client and weight where there is a table.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ PER_CLIENT = {
     "penstock_client_extend_tokens": "Prompt tokens computed for a client.",
     "penstock_client_output_tokens": "Tokens generated for a client.",
     "penstock_client_service_tokens": "Weighted tokens that a client has had.",
-    "penstock_client_standing_tokens": "A client's deficit (dlpm) or virtual counter (vtc), in weighted tokens.",
+    "penstock_client_standing_tokens": "Deficit (dlpm) or virtual counter (vtc) of a client.",
     "penstock_client_waiting_requests": "Requests of a client that wait.",
 }
 """In the order in which a payload lists a client's values."""

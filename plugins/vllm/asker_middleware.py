@@ -1,8 +1,8 @@
-"""ASGI middleware of vLLM's server: writes who asks into a request's extra arguments, and refuses what cannot be.
+"""ASGI middleware of vLLM's server: writes who asks into extra arguments, refuses what cannot be.
 
-``--request-scheduler`` adds it; by hand it is ``--middleware penstock.plugins.vllm.asker_middleware.AskerMiddleware``.
-It reads its configuration where the server keeps it, in ``app.state.vllm_config``. Only requests that
-can carry extra arguments are looked into; their answers, streams among them, pass untouched.
+``--request-scheduler`` adds it to ``--middleware``. It reads its configuration where the server keeps it,
+``app.state.vllm_config``. Only requests that can carry extra arguments are looked into; their answers, streams
+among them, pass untouched.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _object(name: str, value: Any) -> dict[str, Any]:
 def _fields(body: bytes) -> dict[str, Any] | None:
     """The fields of a JSON object, unread where possible; None for anything else."""
     try:
-        return msgspec.json.decode(body, type=dict[str, msgspec.Raw])  # type: ignore[return-value]
+        return msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError):
         pass
     try:

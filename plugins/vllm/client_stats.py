@@ -53,8 +53,8 @@ def jain_index(service: list[float]) -> float:
 
 
 def snapshot(order: WaitingOrder, shown: int) -> Snapshot:
-    """What the remembered clients have had. O(clients)."""
-    rows = [_named(row) for row in order.clients()]
+    """What the remembered clients have had, those aside that have neither had nor want any. O(clients)."""
+    rows = [_named(row) for row in order.clients() if row.service or row.waiting]
     top = heapq.nlargest(shown, (row for row in rows if row.client != REST), key=lambda row: row.service)
     names = {row.client for row in top}
     others = [row for row in rows if row.client not in names]
@@ -86,8 +86,8 @@ class ClientStats:
         self._exported_s = self._logged_s = clock()
 
     def add_to(self, stats: Any, *, idle: bool) -> None:
-        """Put a snapshot into a ``SchedulerStats`` if one is due. An ``idle`` engine makes no statistics until
-        its next request, so its last ones are never left out."""
+        """Put a snapshot into a ``SchedulerStats`` if one is due. An ``idle`` engine makes no statistics
+        until its next request, so its last ones are never left out."""
         now = self._clock()
         export = self._export and (idle or now - self._exported_s >= EXPORT_INTERVAL_S)
         log = now - self._logged_s >= LOG_INTERVAL_S

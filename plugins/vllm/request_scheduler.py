@@ -18,7 +18,7 @@ from vllm.v1.request import RequestStatus
 
 from penstock.plugins.configuration import ConfigurationError, scheduler_config
 from penstock.plugins.features import asked_for, require
-from penstock.plugins.vllm.accounts import Accounts
+from penstock.plugins.vllm.charging import Charges
 from penstock.plugins.vllm.client_stats import ClientStats
 from penstock.plugins.vllm.features import REQUEST_SCHEDULER
 from penstock.plugins.vllm.installation import upstream
@@ -71,7 +71,7 @@ def require_supported(vllm_config: Any) -> None:
 class RequestScheduling:
     """The part of a scheduler that is ours; mixed in before a scheduler of vLLM's.
 
-    ``clock`` gives seconds and may be virtual: the order, the accounts and the intervals of the statistics
+    ``clock`` gives seconds and may be virtual: the order, the charges and the intervals of the statistics
     read no other. ``front_end_exports`` says that the process at the other end takes our statistics.
     """
 
@@ -88,26 +88,26 @@ class RequestScheduling:
         self.clock = clock
         self._warned: set[str] = set()
         order = order_of(self.config, clock, self._cached_prefix)
-        self.accounts = Accounts(order, clock, self._asking_of)
-        self.waiting = OrderedQueue(order, self.accounts.job_of, self.accounts.popped)
+        self.charges = Charges(order, clock, self._asking_of)
+        self.waiting = OrderedQueue(order, self.charges.job_of, self.charges.popped)
         self._client_stats = ClientStats(self.config, order, clock, export=front_end_exports)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step in the policy's order, charged for."""
-        self.accounts.begin_step()
+        self.charges.begin_step()
         self.waiting.order.begin_step()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        self.accounts.settle(output.num_scheduled_tokens, self.requests)  # type: ignore[attr-defined]
+        self.charges.settle(output.num_scheduled_tokens, self.requests)  # type: ignore[attr-defined]
         return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
         outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
-        self.accounts.end_of_output()
+        self.charges.end_of_output()
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         # vLLM makes statistics inside update_from_output.
-        self.accounts.end_of_output()
+        self.charges.end_of_output()
         stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
         if stats is not None:
             idle = not self.has_unfinished_requests()  # type: ignore[attr-defined]
@@ -122,7 +122,7 @@ class RequestScheduling:
             request, num_computed_tokens, num_new_tokens, *args, **kwargs
         )
         if request.status != RequestStatus.RUNNING:
-            self.accounts.offer(request, num_computed_tokens, tokens)
+            self.charges.offer(request, num_computed_tokens, tokens)
         return tokens
 
     def _update_request_with_output(
@@ -131,13 +131,13 @@ class RequestScheduling:
         kept, stopped = super()._update_request_with_output(  # type: ignore[misc]
             request, new_token_ids, *args, **kwargs
         )
-        self.accounts.generated(request, len(kept))
+        self.charges.generated(request, len(kept))
         return kept, stopped
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         # Every request ends here, whatever it was doing.
         result = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
-        self.accounts.close(request)
+        self.charges.close(request)
         return result
 
     def _cached_prefix(self, request_id: str) -> int:
@@ -160,9 +160,9 @@ class RequestScheduling:
         return found if weight is None else replace(found, weight=weight)
 
     def check_integrity(self) -> None:
-        """Assert that queue, order, accounts and vLLM's own tables agree."""
+        """Assert that queue, order, bills and vLLM's own tables agree."""
         self.waiting.check_integrity()
-        self.accounts.check_integrity(self.requests)  # type: ignore[attr-defined]
+        self.charges.check_integrity(self.requests)  # type: ignore[attr-defined]
 
 
 def extra_args_of(request: Request) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Who asks: every bad value is refused by name, nobody names itself another, and other requests pass untouched."""
+"""Who asks: bad values are refused by name, nobody names itself another, other requests pass untouched."""
 
 from __future__ import annotations
 

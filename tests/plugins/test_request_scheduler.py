@@ -1,4 +1,4 @@
-"""The request scheduler inside vLLM's real scheduler: stock order where nobody is named, and honest charges."""
+"""The request scheduler in vLLM's real scheduler: stock order where nobody is named, and honest charges."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_with_clients_no_request_is_lost_or_run_twice(policy, is_async):
         assert not scheduler.requests
         assert not scheduler.running
         assert not scheduler.waiting
-        assert len(scheduler.accounts) == 0
+        assert len(scheduler.charges) == 0
         scheduler.check_integrity()
 
 
@@ -277,7 +277,7 @@ def test_a_request_that_loads_can_be_aborted():
     stepper = Stepper(scheduler)
     stepper.step()
     stepper.abort("r")
-    assert len(scheduler.accounts) == 0
+    assert len(scheduler.charges) == 0
     scheduler.check_integrity()
 
 
@@ -321,7 +321,7 @@ def test_a_request_aborted_in_any_state_leaves_nothing(policy, steps, status):
         stepper.step()
     assert sample.status == status
     stepper.abort("r")
-    assert len(scheduler.accounts) == len(scheduler.waiting) == len(scheduler.waiting.order) == 0
+    assert len(scheduler.charges) == len(scheduler.waiting) == len(scheduler.waiting.order) == 0
     scheduler.check_integrity()
 
 
@@ -336,7 +336,7 @@ def test_a_preempted_request_can_be_aborted():
     stepper.abort("r1")
     scheduler.check_integrity()
     stepper.drain()
-    assert len(scheduler.accounts) == 0
+    assert len(scheduler.charges) == 0
 
 
 def test_a_finished_request_is_forgotten_once_in_flight_steps_return():
@@ -349,7 +349,7 @@ def test_a_finished_request_is_forgotten_once_in_flight_steps_return():
     stepper.abort("r")
     while stepper.in_flight:
         stepper.receive()
-    assert len(scheduler.accounts) == 0
+    assert len(scheduler.charges) == 0
     scheduler.check_integrity()
 
 

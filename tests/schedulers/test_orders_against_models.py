@@ -113,8 +113,10 @@ class Model:
 
     def hits_matter(self):
         accounts = self.accounts()
-        return self.by_prefix and len(self.waiting) > 1 and any(
-            len(accounts) > 1 or self.orders_by_prefix(a) for a in accounts
+        return (
+            self.by_prefix
+            and len(self.waiting) > 1
+            and any(len(accounts) > 1 or self.orders_by_prefix(a) for a in accounts)
         )
 
     def look_up(self, w):

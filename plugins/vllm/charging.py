@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Account:
+class Bill:
     """One live request. ``paid_up_to`` is the furthest prompt position that was ever computed for it, or
     skipped because the prefix cache or a connector had it: a position is charged when it is first passed."""
 
@@ -34,7 +34,7 @@ class Span:
     paid_before: int
 
 
-class Accounts:
+class Charges:
     """Charges an order for what steps compute, each prompt token once however often it is computed again.
 
     A request is charged at the moment of its admission, so that the next pick of the same step knows, and
@@ -45,39 +45,39 @@ class Accounts:
         self._order = order
         self._clock = clock
         self._asking_of = asking_of
-        self._accounts: dict[str, Account] = {}
+        self._bills: dict[str, Bill] = {}
         self._offered: tuple[str, int, int] | None = None
         self._admitted: dict[str, Span] = {}
         self._generated: dict[str, int] = {}
 
     def __len__(self) -> int:
-        return len(self._accounts)
+        return len(self._bills)
 
-    def of(self, request: Request) -> Account:
-        """The request's account, opened when it is first seen."""
-        account = self._accounts.get(request.request_id)
-        if account is None:
-            account = Account(self._asking_of(request), self._clock())
-            self._accounts[request.request_id] = account
-        return account
+    def of(self, request: Request) -> Bill:
+        """The request's bill, opened when it is first seen."""
+        bill = self._bills.get(request.request_id)
+        if bill is None:
+            bill = Bill(self._asking_of(request), self._clock())
+            self._bills[request.request_id] = bill
+        return bill
 
     def job_of(self, request: Request) -> Job:
         """The request as orders see it. Its prompt may have grown since it waited last."""
-        account = self.of(request)
-        if account.job is None or account.job.tokens != request.num_tokens:
-            account.job = Job(
+        bill = self.of(request)
+        if bill.job is None or bill.job.tokens != request.num_tokens:
+            bill.job = Job(
                 request_id=request.request_id,
-                client=account.asking.client,
+                client=bill.asking.client,
                 tokens=request.num_tokens,
-                arrival_s=account.arrival_s,
+                arrival_s=bill.arrival_s,
                 prefix=tuple(request.block_hashes),
-                weight=account.asking.weight,
+                weight=bill.asking.weight,
             )
-        return account.job
+        return bill.job
 
     def close(self, request: Request) -> None:
         """The request is over."""
-        self._accounts.pop(request.request_id, None)
+        self._bills.pop(request.request_id, None)
 
     def begin_step(self) -> None:
         """What was offered in the last step and not taken is off the table."""
@@ -94,9 +94,9 @@ class Accounts:
             return
         _, start, tokens = self._offered
         self._offered = None
-        account = self.of(request)
-        before = account.paid_up_to
-        charged = self._extend(account, start, start + tokens, request.num_prompt_tokens)
+        bill = self.of(request)
+        before = bill.paid_up_to
+        charged = self._extend(bill, start, start + tokens, request.num_prompt_tokens)
         self._admitted[request.request_id] = Span(start, start + tokens, charged, before)
 
     def settle(self, scheduled: Mapping[str, int], requests: Mapping[str, Request]) -> None:
@@ -106,14 +106,14 @@ class Accounts:
             tokens = scheduled.get(request_id, 0)
             end = requests[request_id].num_computed_tokens if tokens else 0
             if (end - tokens, end) != (span.start, span.end):
-                self._take_back(self._accounts[request_id], span)
+                self._take_back(self._bills[request_id], span)
         self._admitted.clear()
         for request_id, tokens in scheduled.items():
             request = requests[request_id]
-            account = self.of(request)
-            if account.paid_up_to < request.num_prompt_tokens:
+            bill = self.of(request)
+            if bill.paid_up_to < request.num_prompt_tokens:
                 end = request.num_computed_tokens
-                self._extend(account, end - tokens, end, request.num_prompt_tokens)
+                self._extend(bill, end - tokens, end, request.num_prompt_tokens)
 
     def generated(self, request: Request, tokens: int) -> None:
         """Tokens were generated; charged together with those of the same step."""
@@ -129,20 +129,20 @@ class Accounts:
             self._order.charge_output(client, tokens)
         self._generated.clear()
 
-    def _extend(self, account: Account, start: int, end: int, prompt: int) -> int:
+    def _extend(self, bill: Bill, start: int, end: int, prompt: int) -> int:
         end = min(end, prompt)
-        tokens = max(0, end - max(start, account.paid_up_to))
-        account.paid_up_to = max(account.paid_up_to, end)
+        tokens = max(0, end - max(start, bill.paid_up_to))
+        bill.paid_up_to = max(bill.paid_up_to, end)
         if tokens:
-            self._order.charge_extend(account.asking.client, tokens)
+            self._order.charge_extend(bill.asking.client, tokens)
         return tokens
 
-    def _take_back(self, account: Account, span: Span) -> None:
-        account.paid_up_to = span.paid_before
+    def _take_back(self, bill: Bill, span: Span) -> None:
+        bill.paid_up_to = span.paid_before
         if span.charged:
-            self._order.charge_extend(account.asking.client, -span.charged)
+            self._order.charge_extend(bill.asking.client, -span.charged)
 
     def check_integrity(self, live: Mapping[str, Request]) -> None:
-        """Assert that no account outlives its request."""
-        assert self._accounts.keys() <= live.keys()
+        """Assert that no bill outlives its request."""
+        assert self._bills.keys() <= live.keys()
         assert not self._admitted
