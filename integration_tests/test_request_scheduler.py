@@ -1,4 +1,4 @@
-"""``--request-scheduler`` on a real server: who asks arrives, tokens stay the same, clients can be counted."""
+"""``--request-scheduler`` on a real server: who asks arrives, tokens stay the same, clients are counted."""
 
 from __future__ import annotations
 

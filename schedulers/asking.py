@@ -138,5 +138,5 @@ def _is_small(value: object) -> bool:
     if isinstance(value, str):
         return len(value) <= SHOWN_CHARACTERS
     if isinstance(value, int):
-        return abs(value) < 10**SHOWN_CHARACTERS
+        return bool(abs(value) < 10**SHOWN_CHARACTERS)
     return value is None or isinstance(value, float)

@@ -1,8 +1,8 @@
 """ASGI middleware of vLLM's server: writes who asks into extra arguments, refuses what cannot be.
 
-``--request-scheduler`` adds it to ``--middleware``. It reads its configuration where the server keeps it,
-``app.state.vllm_config``. Only requests that can carry extra arguments are looked into; their answers, streams
-among them, pass untouched.
+``--request-scheduler`` adds it to ``--middleware``. Its configuration is where the server keeps it, in
+``app.state.vllm_config``. Only requests that can carry extra arguments are looked into; their answers,
+streams among them, pass untouched.
 """
 
 from __future__ import annotations
