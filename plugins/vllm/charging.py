@@ -48,6 +48,8 @@ class Charges:
         self._bills: dict[str, Bill] = {}
         self._offered: tuple[str, int, int] | None = None
         self._admitted: dict[str, Span] = {}
+        # Left the queue, and have prompt tokens to pay for: few, where all that run are many.
+        self._unpaid: set[str] = set()
         self._generated: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -64,6 +66,7 @@ class Charges:
     def job_of(self, request: Request) -> Job:
         """The request as orders see it. Its prompt may have grown since it waited last."""
         bill = self.of(request)
+        self._unpaid.discard(request.request_id)
         if bill.job is None or bill.job.tokens != request.num_tokens:
             bill.job = Job(
                 request_id=request.request_id,
@@ -78,6 +81,7 @@ class Charges:
     def close(self, request: Request) -> None:
         """The request is over."""
         self._bills.pop(request.request_id, None)
+        self._unpaid.discard(request.request_id)
 
     def begin_step(self) -> None:
         """What was offered in the last step and not taken is off the table."""
@@ -89,7 +93,8 @@ class Charges:
         self._offered = (request.request_id, num_computed_tokens, num_new_tokens)
 
     def popped(self, request: Request) -> None:
-        """A request left the queue: admitted if tokens were offered to it, else passed over."""
+        """A request left the queue: admitted if tokens were offered to it, else passed over or parked."""
+        self._unpaid.add(request.request_id)
         if self._offered is None or self._offered[0] != request.request_id:
             return
         _, start, tokens = self._offered
@@ -108,12 +113,17 @@ class Charges:
             if (end - tokens, end) != (span.start, span.end):
                 self._take_back(self._bills[request_id], span)
         self._admitted.clear()
-        for request_id, tokens in scheduled.items():
+        for request_id in self._unpaid & scheduled.keys():
             request = requests[request_id]
-            bill = self.of(request)
-            if bill.paid_up_to < request.num_prompt_tokens:
-                end = request.num_computed_tokens
-                self._extend(bill, end - tokens, end, request.num_prompt_tokens)
+            bill, end, prompt = (
+                self._bills[request_id],
+                request.num_computed_tokens,
+                request.num_prompt_tokens,
+            )
+            self._extend(bill, end - scheduled[request_id], end, prompt)
+            if bill.paid_up_to >= prompt and not request.resumable:
+                # The prompt of a session that takes input while it runs may still grow.
+                self._unpaid.discard(request_id)
 
     def generated(self, request: Request, tokens: int) -> None:
         """Tokens were generated; charged together with those of the same step."""
@@ -145,4 +155,5 @@ class Charges:
     def check_integrity(self, live: Mapping[str, Request]) -> None:
         """Assert that no bill outlives its request."""
         assert self._bills.keys() <= live.keys()
+        assert self._unpaid <= self._bills.keys()
         assert not self._admitted

@@ -115,13 +115,13 @@ class RequestScheduling:
         return stats
 
     def _reserve_prefill_lookahead(
-        self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args: Any, **kwargs: Any
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         # The last call before a waiting request is admitted, and the only one with its number of tokens.
         tokens: int = super()._reserve_prefill_lookahead(  # type: ignore[misc]
-            request, num_computed_tokens, num_new_tokens, *args, **kwargs
+            request, num_computed_tokens, num_new_tokens
         )
-        if request.status != RequestStatus.RUNNING:
+        if request.status is not RequestStatus.RUNNING:
             self.charges.offer(request, num_computed_tokens, tokens)
         return tokens
 

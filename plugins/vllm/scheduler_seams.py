@@ -56,6 +56,7 @@ REQUESTS = (
         "num_computed_tokens",
         "block_hashes",
         "skip_reading_prefix_cache",
+        "resumable",
     ),
     *read("vllm.v1.request:RequestStatus", "RUNNING", "PREEMPTED"),
     *read("vllm.sampling_params:SamplingParams", "extra_args"),
