@@ -7,6 +7,7 @@ bear.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ class Prices:
 
     extend: float = 1.0
     output: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name, weight in (("extend_weight", self.extend), ("output_weight", self.output)):
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name} is {weight}, allowed: 0 or more")
 
     def of(self, extend_tokens: int, output_tokens: int) -> float:
         """Weighted tokens."""
@@ -75,6 +81,9 @@ class AccountBook:
         max_clients: accounts besides those two.
         by_prefix: whether a named client's requests are ordered by prefix rather than by arrival.
         unnamed_by_prefix: the same for the unnamed.
+
+    Raises:
+        ValueError: ``idle_s`` or ``max_clients`` is negative.
     """
 
     SWEPT = 4
@@ -82,6 +91,10 @@ class AccountBook:
     def __init__(
         self, *, clock: Clock, idle_s: float, max_clients: int, by_prefix: bool, unnamed_by_prefix: bool
     ) -> None:
+        if not idle_s >= 0:
+            raise ValueError(f"idle_s is {idle_s}, allowed: 0 or more")
+        if max_clients < 0:
+            raise ValueError(f"max_clients is {max_clients}, allowed: 0 or more")
         self._clock = clock
         self._idle_s = idle_s
         self._max_clients = max_clients

@@ -27,20 +27,21 @@ class Deficits(Standings):
 
     Args:
         quantum_tokens: what a refill gives at weight 1, in weighted tokens.
-        newcomers_per_refill: names that may get an account between two refills.
+        newcomers_per_refill: accounts that may be opened between two refills for new names, and as many again
+            for names with requests waiting, so that inventing names does not keep a regular client out.
     """
 
     def __init__(self, quantum_tokens: float, newcomers_per_refill: int) -> None:
         self.epoch = 0
         self._quantum_tokens = quantum_tokens
         self._newcomers_per_refill = newcomers_per_refill
-        self._newcomers = 0
+        self._newcomers = {True: 0, False: 0}
 
-    def admits(self) -> bool:
-        return self._newcomers < self._newcomers_per_refill
+    def admits(self, *, known: bool) -> bool:
+        return self._newcomers[known] < self._newcomers_per_refill
 
-    def opened(self, account: Account, least: float | None) -> None:
-        self._newcomers += 1
+    def opened(self, account: Account, least: float | None, *, known: bool) -> None:
+        self._newcomers[known] += 1
         account.level, account.epoch = 0.0, self.epoch
 
     def reweigh(self, account: Account, weight: float) -> None:
@@ -67,7 +68,7 @@ class Deficits(Standings):
     def reach(self, lane: float) -> None:
         if lane > self.epoch:
             self.epoch = int(lane)
-            self._newcomers = 0
+            self._newcomers = {True: 0, False: 0}
 
     def standing(self, account: Account) -> float:
         refills = min(self.epoch - account.epoch, self._refills_needed(account))
@@ -114,8 +115,9 @@ class DeficitOrder(RankedOrder):
         refreshes_per_step: prefix hits that ``begin_step`` looks up at most.
         idle_s: a client with nothing waiting, no service for so long and no debt is forgotten.
         max_clients: clients with a deficit of their own; more names share one.
-        newcomers_per_refill: names that get a deficit of their own between two refills; more share one until
-            their next request. Whoever invents names gets the share of so many clients, and one more.
+        newcomers_per_refill: new names that get a deficit of their own between two refills; more share one
+            until a later request. So whoever invents a name for every request gets the share of so many
+            clients and one more.
         unnamed_by_arrival: requests without a client are served among themselves as the engine would.
 
     Raises:
@@ -139,6 +141,8 @@ class DeficitOrder(RankedOrder):
     ) -> None:
         if not 0 < quantum_tokens < math.inf:
             raise ValueError(f"quantum_tokens is {quantum_tokens}, allowed: more than 0")
+        if newcomers_per_refill < 0:
+            raise ValueError(f"newcomers_per_refill is {newcomers_per_refill}, allowed: 0 or more")
         super().__init__(
             standings=Deficits(quantum_tokens, newcomers_per_refill),
             book=AccountBook(

@@ -26,6 +26,7 @@ class ArrivalOrder:
         self._max_clients = max_clients
         # Extend and output tokens by client, the longest not served first.
         self._served: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self._others = (0, 0)
         self._waiting: dict[str, int] = {}
 
     def add(self, job: Job) -> None:
@@ -63,8 +64,8 @@ class ArrivalOrder:
         self._record(client, 0, tokens)
 
     def clients(self) -> Iterator[ClientService]:
-        for client in {**self._served, **self._waiting}:
-            extend, output = self._served.get(client, (0, 0))
+        for client in {OTHERS: None, **self._served, **self._waiting}:
+            extend, output = self._others if client == OTHERS else self._served.get(client, (0, 0))
             yield ClientService(
                 client=client,
                 extend_tokens=extend,
@@ -84,13 +85,14 @@ class ArrivalOrder:
         return iter(self._jobs.values())
 
     def _record(self, client: str, extend: int, output: int) -> None:
+        if client == OTHERS:
+            self._others = (self._others[0] + extend, self._others[1] + output)
+            return
         before = self._served.pop(client, (0, 0))
         self._served[client] = (before[0] + extend, before[1] + output)
-        if len(self._served) > self._max_clients + 1:
-            # The shared record is never the one to go.
-            others = self._served.pop(OTHERS, (0, 0))
-            _, (extend, output) = self._served.popitem(last=False)
-            self._served[OTHERS] = (others[0] + extend, others[1] + output)
+        if len(self._served) > self._max_clients:
+            _, forgotten = self._served.popitem(last=False)
+            self._others = (self._others[0] + forgotten[0], self._others[1] + forgotten[1])
 
     def check_integrity(self) -> None:
         """Assert that waiting requests are counted by client. O(requests)."""
@@ -98,4 +100,4 @@ class ArrivalOrder:
         for job in self._jobs.values():
             counts[job.client] = counts.get(job.client, 0) + 1
         assert counts == self._waiting
-        assert len(self._served) <= self._max_clients + 1
+        assert len(self._served) <= self._max_clients

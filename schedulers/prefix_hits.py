@@ -8,7 +8,7 @@ newcomers, and a share of every step goes round all that wait, which finds what 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 
 from penstock.schedulers.client_queue import Entry
 
@@ -52,21 +52,25 @@ class Relatives:
             if len(group) == 1:
                 (self._groups[key],) = group.values()
 
-    def of(self, samples: Sequence[Hashable], most: int) -> Iterator[Entry]:
-        """Up to ``most`` requests that share a prefix, the closest first; each call goes on where one
-        stopped."""
+    def of(self, samples: Sequence[Hashable], most: int) -> list[Entry]:
+        """Up to ``most`` requests that share a prefix, the closest first; calls take turns in a group."""
+        found: dict[str, Entry] = {}
         for key in reversed(samples):
             group = self._groups.get(key)
-            if most <= 0:
-                return
             if group is None:
                 continue
             if isinstance(group, Entry):
-                found = [group]
-            else:
-                found = [self._turn(group) for _ in range(min(most, len(group)))]
-            yield from found
-            most -= len(found)
+                found.setdefault(group.job.request_id, group)
+                continue
+            # A group lies in those of shallower samples, so one of the same size is the same.
+            if len(group) == len(found):
+                continue
+            for _ in range(min(most - len(found), len(group))):
+                entry = self._turn(group)
+                found.setdefault(entry.job.request_id, entry)
+            if len(found) >= most:
+                break
+        return list(found.values())
 
     @staticmethod
     def _turn(group: OrderedDict[str, Entry]) -> Entry:
@@ -96,6 +100,7 @@ class LookUps:
     def __init__(self, per_step: int) -> None:
         self._per_step = per_step
         self._relatives = Relatives()
+        # Relatives of what was served last first, and of these the closest.
         self._due: OrderedDict[str, Entry] = OrderedDict()
         self._new: OrderedDict[str, Entry] = OrderedDict()
         # Longest not looked up first.
@@ -117,9 +122,11 @@ class LookUps:
 
     def served(self, entry: Entry) -> None:
         """A request that was removed is going to be computed: its relatives' hits are about to grow."""
-        room = 4 * self._per_step - len(self._due)
-        for relative in self._relatives.of(entry.samples, min(room, self._per_step)):
+        for relative in reversed(self._relatives.of(entry.samples, (self._per_step + 7) // 8)):
             self._due[relative.job.request_id] = relative
+            self._due.move_to_end(relative.job.request_id, last=False)
+        while len(self._due) > self._per_step:
+            self._due.popitem()
 
     def looked_up(self, entry: Entry) -> None:
         """Its hit is known as of now."""

@@ -29,12 +29,12 @@ LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
 class Standings:
     """What a policy knows of its clients. This one treats all alike: the order is that of the requests."""
 
-    def admits(self) -> bool:
-        """Whether a new name may have an account of its own now."""
+    def admits(self, *, known: bool) -> bool:
+        """Whether a new name, or one ``known`` by requests that wait, may have an account of its own now."""
         return True
 
-    def opened(self, account: Account, least: float | None) -> None:
-        """A new account; ``least`` is the first lane, None if nobody waits."""
+    def opened(self, account: Account, least: float | None, *, known: bool) -> None:
+        """A name that was admitted has an account; ``least`` is the first lane, None if nobody waits."""
 
     def joins(self, account: Account, least: float | None) -> None:
         """A new request comes for a client that has none waiting."""
@@ -88,6 +88,10 @@ class RankedOrder:
         ageing_tokens_per_s: float = 0.0,
         refreshes_per_step: int = 0,
     ) -> None:
+        if not 0 <= ageing_tokens_per_s < math.inf:
+            raise ValueError(f"ageing_tokens_per_s is {ageing_tokens_per_s}, allowed: 0 or more")
+        if refreshes_per_step < 0:
+            raise ValueError(f"refreshes_per_step is {refreshes_per_step}, allowed: 0 or more")
         self._standings = standings
         self._book = book
         self._prices = prices
@@ -188,10 +192,11 @@ class RankedOrder:
 
     def _account(self, client: str) -> Account:
         """The account of an arriving request; a new one takes along what its name has waiting."""
-        if not self._book.can_open(client) or not self._standings.admits():
+        known = client in self._guests
+        if not self._book.can_open(client) or not self._standings.admits(known=known):
             return self._book.find(client)
         account = self._book.open(client)
-        self._standings.opened(account, self._least())
+        self._standings.opened(account, self._least(), known=known)
         for guest in sorted(self._guests.get(client, {}).values(), key=lambda entry: abs(entry.sequence)):
             self._take(guest)
             guest.account = account

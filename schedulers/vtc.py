@@ -21,7 +21,7 @@ class Counters(Standings):
     def __init__(self) -> None:
         self._left_last: Account | None = None
 
-    def opened(self, account: Account, least: float | None) -> None:
+    def opened(self, account: Account, least: float | None, *, known: bool) -> None:
         self.joins(account, least)
 
     def joins(self, account: Account, least: float | None) -> None:

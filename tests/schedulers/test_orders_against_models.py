@@ -41,7 +41,8 @@ class Model:
         self.waiting: list[Scanned] = []
         self.level = {UNNAMED: 0.0, OTHERS: 0.0}
         self.weight = {UNNAMED: 1.0, OTHERS: 1.0}
-        self.newcomers = self.step = self.arrivals = self.returns = 0
+        self.step = self.arrivals = self.returns = 0
+        self.newcomers: list[bool] = []
         self.popped, self.chosen = {}, None
 
     def account(self, client):
@@ -80,9 +81,11 @@ class Model:
 
     def enter(self, job, w, is_new):
         name = job.client
-        if name not in self.level and len(self.level) - 2 < self.max_clients:
-            if self.newcomers < self.most_newcomers:
-                self.newcomers += 1
+        has_room = len(self.level) - 2 < self.max_clients
+        if name not in self.level and has_room:
+            known = any(w.job.client == name for w in self.waiting)
+            if self.newcomers.count(known) < self.most_newcomers:
+                self.newcomers.append(known)
                 self.level[name], self.weight[name] = 0.0, 1.0
                 self.joins(name)
         account = self.account(name)
@@ -170,7 +173,7 @@ class DeficitModel(Model):
             for client, deficit in self.level.items():
                 if deficit <= 0:
                     self.level[client] += self.quantum * self.weight[client]
-            self.newcomers = 0
+            self.newcomers = []
 
     def lane(self, account):
         return 0 if self.level[account] > 0 else 1
@@ -231,14 +234,17 @@ class Traffic:
         self.service: dict[str, list[int]] = {}
         self.share = {client: self.random.choice((0.5, 1.0, 1.0, 4.0)) for client in self.CLIENTS}
 
+    def clock(self):
+        return self.now
+
     def hits(self, request_id):
         return self.hit[request_id]
 
-    def run(self, order, model, operations=250):
+    def run(self, order, model, operations=400):
         for number in range(operations):
             step = self.random.choices(
                 (self.arrive, self.serve, self.charge, self.begin, self.put_back, self.leave, self.turn),
-                (30, 28, 24, 14, 6, 4, 6),
+                (36, 24, 24, 10, 8, 4, 6),
             )[0]
             step(order, model, number)
             assert len(order) == len(model.waiting)
@@ -344,7 +350,7 @@ def order_options(condition, traffic, **more):
     options = {name: value for name, value in condition.items() if name != "ageing"}
     ageing = condition["ageing"]
     return {
-        "clock": lambda: traffic.now,
+        "clock": traffic.clock,
         "hit_tokens": traffic.hits,
         "ageing_tokens_per_s": ageing,
         "refreshes_per_step": 4 * ALL,
@@ -378,5 +384,5 @@ def test_lpm_serves_the_longest_aged_prefix(condition):
 def test_vtc_serves_the_client_of_the_least_counter(max_clients):
     for seed in range(20):
         traffic = Traffic(seed)
-        order = CounterOrder(clock=lambda: traffic.now, idle_s=math.inf, max_clients=max_clients)
+        order = CounterOrder(clock=traffic.clock, idle_s=math.inf, max_clients=max_clients)
         traffic.run(order, CounterModel(traffic.hits, max_clients=max_clients))
