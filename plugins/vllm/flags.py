@@ -1,7 +1,8 @@
 """The options that ``vllm serve`` gains, and how they join vLLM's own configuration.
 
 The options are ordinary ones. When a parser has read everything, command line and YAML file alike, they are
-merged into ``kv_transfer_config``: their order never matters and only vLLM's own types leave the parser.
+merged into vLLM's own arguments: their order never matters and only vLLM's own types leave the parser. This
+file holds FlowKV's, ``scheduler_flags`` those of request scheduling.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, get_args
 from penstock.connectors.config import DigestMode, FlowKVConfig, Policy
 from penstock.plugins.configuration import ConfigurationError, flowkv_config, merge
 from penstock.plugins.features import FeatureError
+from penstock.plugins.vllm import scheduler_flags
 
 GROUP = "Penstock"
 FLOWKV_NAMES = ("flowkv", "FlowKVConnector")
@@ -72,7 +74,8 @@ def extend(parser: ArgumentParser) -> None:
     """Add the options to a parser that has vLLM's engine arguments; a parser that has them is left alone."""
     if "--kv-connector" in parser._option_string_actions:
         return
-    group = parser.add_argument_group(GROUP, "Plugins for KV transfer, see `penstock doctor`.")
+    group = parser.add_argument_group(GROUP, "Plugins, see `penstock doctor`.")
+    scheduler_flags.add_flag(group)
     group.add_argument(
         "--kv-connector",
         metavar="NAME",
@@ -102,6 +105,7 @@ def _merge_after_parsing(parser: ArgumentParser) -> None:
         found, rest = read(args, namespace)
         try:
             found.kv_transfer_config = transfer_config(found)
+            scheduler_flags.join(found)
         except (ConfigurationError, FeatureError) as error:
             # One line: the usage of an engine's parser fills screens.
             parser.exit(2, f"{parser.prog}: error: {error}\n")

@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from penstock.patches.vllm import builds, command_line, cpu_layouts, distribution_version
+from penstock.patches.vllm import builds, command_line, cpu_layouts, distribution_version, stat_logging
 from penstock.plugins.trees import SourceTree, installed_tree
 from penstock.plugins.vllm.examination import BLOCK_OUTERMOST, CPU_BACKENDS, declared_layouts
 
@@ -41,3 +41,15 @@ def test_command_line_has_no_option_for_the_connector_and_no_hook_for_plugins(so
 def test_command_line_asks_for_a_distribution_that_the_cpu_wheel_is_not(source):
     assert distribution_version.PATCH.needed is builds.only_repackaged
     assert "importlib.metadata.version('vllm')" in text_of(source, "vllm.entrypoints.cli.main")
+
+
+def test_statistics_of_a_scheduler_have_no_field_for_foreign_ones(source):
+    assert stat_logging.PATCH.target == "vllm.v1.metrics.loggers:StatLoggerManager.record"
+    tree = source.parse("vllm.v1.metrics.stats")
+    (stats,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "SchedulerStats"]
+    open_fields = {
+        node.target.id
+        for node in stats.body
+        if isinstance(node, ast.AnnAssign) and "Any" in ast.unparse(node.annotation)
+    }
+    assert open_fields <= {"kv_connector_stats", "ec_connector_stats"}

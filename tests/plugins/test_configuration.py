@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.connectors.config import FlowKVConfig
-from penstock.plugins.configuration import ConfigurationError, flowkv_config
+from penstock.plugins.configuration import ConfigurationError, flowkv_config, scheduler_config
+from penstock.schedulers.config import SchedulerConfig
 
 
 def ours(**keys: object) -> dict[str, object]:
@@ -91,3 +92,51 @@ def test_where_a_key_is_given_does_not_matter(one, other):
     else:
         assert flowkv_config(ours(**one), other) == flowkv_config(None, one | other)
         assert flowkv_config(ours(**one), other) == flowkv_config(ours(**other), one)
+
+
+def scheduling(**keys: object) -> dict[str, object]:
+    return {"penstock": {"scheduler": keys}}
+
+
+BAD_SCHEDULING = [
+    ({"policy": "slow"}, ("scheduler.policy", "'slow'", "dlpm, lpm, vtc")),
+    ({"quantum_tokens": 0}, ("scheduler.quantum_tokens", "0", "> 0")),
+    ({"quantum_tokens": float("nan")}, ("scheduler.quantum_tokens", "nan")),
+    ({"quantum": 5}, ("scheduler.quantum", "did you mean quantum_tokens?")),
+    ({"trust_headers": 1}, ("scheduler.trust_headers", "1", "bool")),
+    ({"weights": {"a": 0}}, ("scheduler.weights", "0.01")),
+    ({"weights": {"a" * 300: 1}}, ("scheduler.longest_client_id", "128", "300")),
+    ({"max_clients": 0}, ("scheduler.max_clients", "0", ">= 1")),
+    ({"extend_weight": 0, "output_weight": 0}, ("scheduler.extend_weight", "above 0")),
+]
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"), BAD_SCHEDULING, ids=[str(keys)[:40] for keys, _ in BAD_SCHEDULING]
+)
+def test_bad_scheduling_names_key_given_and_allowed(keys, parts):
+    with pytest.raises(ConfigurationError) as caught:
+        scheduler_config(scheduling(**keys))
+    (line,) = str(caught.value).splitlines()
+    assert all(part in line for part in parts), line
+
+
+def test_scheduling_flags_and_json_merge():
+    assert scheduler_config(None) == SchedulerConfig()
+    config = scheduler_config(scheduling(quantum_tokens=7), {"policy": "vtc"})
+    assert (config.policy, config.quantum_tokens) == ("vtc", 7.0)
+
+
+def test_api_keys_are_never_shown():
+    with pytest.raises(ConfigurationError) as caught:
+        scheduler_config(scheduling(clients={"sk-very-secret": {"client": ""}}))
+    assert "scheduler.clients" in str(caught.value)
+    assert "sk-very-secret" not in str(caught.value)
+
+
+def test_unnamed_requests_are_ordered_by_prefix_for_lpm_alone():
+    by_arrival = {
+        policy: SchedulerConfig(policy=policy).orders_unnamed_by_arrival for policy in ("dlpm", "vtc", "lpm")
+    }
+    assert by_arrival == {"dlpm": True, "vtc": True, "lpm": False}
+    assert SchedulerConfig(policy="lpm", unnamed_by_arrival=True).orders_unnamed_by_arrival

@@ -249,3 +249,97 @@ def test_moved_registry_leaves_flowkv_off_and_vllm_running(monkeypatch):
     assert [(entry.feature, entry.state) for entry in ledger.entries()] == [("flowkv", "off")]
     assert "register_connector: expected" in ledger.entries()[0].reason
     assert "flowkv" not in registry
+
+
+FACTORY = "penstock.plugins.vllm.request_scheduler.make_scheduler"
+DLPM = {"penstock": {"scheduler": {"policy": "dlpm"}}}
+
+
+@pytest.fixture
+def parse_all(parser):
+    def parse_all(*arguments: str):
+        namespace = parser.parse_args(["serve", "model", *arguments])
+        assert pickle.loads(pickle.dumps(namespace)) == namespace
+        return namespace
+
+    return parse_all
+
+
+SCHEDULER_FORMS = {
+    "flag": ["--request-scheduler", "dlpm"],
+    "json": ["--additional-config", json.dumps(DLPM)],
+    "both": ["--request-scheduler=dlpm", "--additional-config", json.dumps(DLPM)],
+    "dotted": ["--additional-config.penstock.scheduler.policy", "dlpm"],
+    "class": ["--scheduler-cls", FACTORY],
+    "class and flag": ["--scheduler-cls", FACTORY, "--request_scheduler", "dlpm"],
+}
+
+
+@pytest.mark.parametrize("arguments", SCHEDULER_FORMS.values(), ids=SCHEDULER_FORMS)
+def test_every_form_asks_for_the_scheduler(parse_all, arguments):
+    found = parse_all(*arguments)
+    assert found.scheduler_cls == FACTORY
+    assert found.additional_config == DLPM
+    assert os.environ[features.ASKED_FOR] == "request-scheduler"
+
+
+def test_other_keys_of_the_json_are_kept(parse_all):
+    given = {"mine": 1, "penstock": {"scheduler": {"quantum_tokens": 500.0}, "flowkv": {"lanes": 1}}}
+    found = parse_all("--request-scheduler", "vtc", "--additional-config", json.dumps(given))
+    given["penstock"]["scheduler"]["policy"] = "vtc"
+    assert found.additional_config == given
+
+
+def test_no_scheduler_is_asked_for_unless_it_is(parse_all):
+    found = parse_all()
+    assert (found.scheduler_cls, found.additional_config) == (None, {})
+    found = parse_all("--additional-config", json.dumps({"penstock": {"flowkv": {}}}))
+    assert found.scheduler_cls is None
+    assert features.ASKED_FOR not in os.environ
+
+
+CONTRADICTIONS = {
+    "policy": (
+        ["--request-scheduler", "vtc", "--additional-config", json.dumps(DLPM)],
+        ("scheduler.policy", "'dlpm'", "'vtc'", "give it once"),
+    ),
+    "class": (
+        ["--request-scheduler", "vtc", "--scheduler-cls", "mine.Scheduler"],
+        ("--request-scheduler vtc contradicts --scheduler-cls mine.Scheduler",),
+    ),
+    "class and json": (
+        ["--additional-config", json.dumps(DLPM), "--scheduler-cls", "mine.Scheduler"],
+        ("penstock.scheduler", "contradicts --scheduler-cls mine.Scheduler"),
+    ),
+    "priority": (
+        ["--request-scheduler", "dlpm", "--scheduling-policy", "priority"],
+        ("--request-scheduler dlpm contradicts --scheduling-policy priority",),
+    ),
+    "unknown policy": (["--request-scheduler", "dlpn"], ("scheduler.policy", "'dlpn'", "dlpm, lpm, vtc")),
+    "unknown key": (
+        ["--request-scheduler=dlpm", "--additional-config", '{"penstock": {"scheduler": {"quantum": 1}}}'],
+        ("scheduler.quantum", "did you mean quantum_tokens?"),
+    ),
+    "impossible value": (
+        ["--additional-config", '{"penstock": {"scheduler": {"quantum_tokens": -1}}}'],
+        ("scheduler.quantum_tokens", "-1", "> 0"),
+    ),
+    "no object": (["--additional-config", '{"penstock": {"scheduler": 3}}'], ("penstock.scheduler", "3")),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_a_contradiction_about_the_scheduler_is_one_line(refuse, arguments, said):
+    line = refuse(*arguments)
+    assert all(part in line for part in said), line
+
+
+def test_a_parser_of_a_server_gains_the_middleware_first(parser, parse_all):
+    from argparse import Namespace
+
+    from penstock.plugins.vllm import scheduler_flags
+
+    namespace = Namespace(request_scheduler="lpm", middleware=["mine.Middleware"])
+    for _ in range(2):
+        scheduler_flags.join(namespace)
+    assert namespace.middleware == [scheduler_flags.MIDDLEWARE, "mine.Middleware"]

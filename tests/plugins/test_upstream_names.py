@@ -10,9 +10,10 @@ import pytest
 
 from penstock import patches, plugins
 from penstock.plugins.doctor_report import examine
+from penstock.plugins.seams import Use
 from penstock.plugins.signatures import Definition
 from penstock.plugins.trees import SourceTree, installed_tree
-from penstock.plugins.vllm.features import FEATURES
+from penstock.plugins.vllm.features import FEATURES, REQUEST_SCHEDULER
 from penstock.plugins.vllm.flowkv_seams import CONNECTOR
 
 BASE = ("vllm.distributed.kv_transfer.kv_connector.v1.base", ("KVConnectorBase_V1",))
@@ -43,17 +44,20 @@ SEAMS = sorted(
 
 
 @pytest.mark.parametrize(("name", "optional"), [seam for seam in SEAMS if seam[0].startswith("vllm")])
-def test_renaming_one_symbol_turns_exactly_one_feature_off(source, name, optional):
+def test_renaming_one_symbol_turns_off_the_features_that_declare_it(source, name, optional):
+    declaring = {
+        feature.name
+        for feature in FEATURES.values()
+        if any(seam.name == name and not seam.optional for seam in feature.all_seams())
+    }
     states = {
         feature.name: examine(feature, Renamed(source, name))
         for feature in FEATURES.values()
         if feature.name != "repackaged-version"
     }
     off = {name: report.moved for name, report in states.items() if report.state == "off"}
-    if optional:
-        assert off == {}
-    else:
-        ((moved,),) = off.values()
+    assert off.keys() == (set() if optional else declaring)
+    for (moved,) in off.values():
         assert moved.startswith(name)
 
 
@@ -66,6 +70,33 @@ def test_every_hook_that_the_connector_overrides_is_a_seam(source):
     upstream = {name for name in methods if source.lookup(BASE[0], (*BASE[1], name)) is not None}
     declared = {seam.name.rpartition(".")[2] for seam in CONNECTOR if "KVConnectorBase_V1" in seam.name}
     assert upstream - declared == set()
+
+
+def methods_of(module: str, name: str) -> set[str]:
+    """The methods that a class of ours defines."""
+    tree = SourceTree(Path(plugins.__path__[0]).parent).parse(module)
+    assert tree is not None
+    (found,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
+    return {node.name for node in found.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize(
+    ("module", "ours", "owner"),
+    [
+        ("plugins.vllm.request_scheduler", "RequestScheduling", "vllm.v1.core.sched.scheduler:Scheduler"),
+        ("plugins.vllm.request_queue", "OrderedQueue", "vllm.v1.core.sched.request_queue:RequestQueue"),
+    ],
+)
+def test_every_method_that_the_request_scheduler_overrides_is_a_seam(source, module, ours, owner):
+    upstream_module, _, name = owner.partition(":")
+    methods = methods_of(module, ours)
+    upstream = {method for method in methods if source.lookup(upstream_module, (name, method)) is not None}
+    declared = {
+        seam.name.rpartition(".")[2]
+        for seam in REQUEST_SCHEDULER.all_seams()
+        if seam.name.startswith(f"{owner}.") and seam.use is Use.OVERRIDE
+    }
+    assert upstream == declared
 
 
 def test_every_abstract_hook_is_overridden(source):

@@ -1,0 +1,95 @@
+"""vLLM's queue of waiting requests, in the order of a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.sched.request_queue import RequestQueue
+from vllm.v1.request import RequestStatus
+
+from penstock.schedulers.waiting import Job, WaitingOrder
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+class OrderedQueue(RequestQueue):
+    """A ``RequestQueue`` over a ``WaitingOrder``, with the guarantees that ``Scheduler.schedule`` relies on.
+
+    ``pop_request`` takes out what ``peek_request`` showed. ``prepend_request`` is how the scheduler returns a
+    preempted request, ``prepend_requests`` how it returns those that it passed over in the same step, last
+    one first; among requests that name no client both give vLLM's own order.
+
+    ``job_of`` describes a request to the order; ``popped`` hears of every request that leaves by a pop, which
+    is an admission or a request being passed over.
+    """
+
+    def __init__(
+        self, order: WaitingOrder, job_of: Callable[[Request], Job], popped: Callable[[Request], None]
+    ) -> None:
+        self.order = order
+        self._job_of = job_of
+        self._popped = popped
+        self._requests: dict[str, Request] = {}
+
+    def get(self, request_id: str) -> Request:
+        """A waiting request. Raises KeyError if it does not wait."""
+        return self._requests[request_id]
+
+    def add_request(self, request: Request) -> None:
+        """A request arrives."""
+        self.order.add(self._job_of(request))
+        self._requests[request.request_id] = request
+
+    def peek_request(self) -> Request:
+        """The request to serve next. Raises IndexError if none waits."""
+        return self._requests[self.order.peek().request_id]
+
+    def pop_request(self) -> Request:
+        """Take out what ``peek_request`` shows. Raises IndexError if none waits."""
+        request = self._requests.pop(self.order.pop().request_id)
+        self._popped(request)
+        return request
+
+    def prepend_request(self, request: Request) -> None:
+        """A preempted request waits again."""
+        self._put_back(request, preempted=True)
+
+    def prepend_requests(self, requests: Iterable[Request]) -> None:
+        """Requests that this step passed over wait again; each goes before those put back before it."""
+        for request in requests:
+            # One that was preempted earlier and cannot go on yet keeps its place before its client's others.
+            self._put_back(request, preempted=request.status == RequestStatus.PREEMPTED)
+
+    def remove_request(self, request: Request) -> None:
+        """Take out a request. Raises ValueError if it does not wait, as vLLM's queues do."""
+        if self._requests.pop(request.request_id, None) is None:
+            raise ValueError(f"{request.request_id} does not wait")
+        self.order.remove(request.request_id)
+
+    def remove_requests(self, requests: Iterable[Request]) -> None:
+        """Take out those of ``requests`` that wait here."""
+        for request in requests:
+            if self._requests.pop(request.request_id, None) is not None:
+                self.order.remove(request.request_id)
+
+    def _put_back(self, request: Request, *, preempted: bool) -> None:
+        self.order.put_back(self._job_of(request), preempted=preempted)
+        self._requests[request.request_id] = request
+
+    def __bool__(self) -> bool:
+        return bool(self._requests)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return (self._requests[job.request_id] for job in self.order)
+
+    def check_integrity(self) -> None:
+        """Assert that queue and order hold the same requests."""
+        assert len(self.order) == len(self._requests)
+        assert {job.request_id for job in self.order} == self._requests.keys()
+        if self._requests:
+            assert self.order.peek() is self.order.peek()

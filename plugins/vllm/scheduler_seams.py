@@ -1,0 +1,80 @@
+"""The upstream names that request scheduling stands on, by what it does with them."""
+
+from __future__ import annotations
+
+from penstock.plugins.seams import Seam, Use
+from penstock.plugins.vllm.flowkv_seams import override, read
+
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_ASYNC = "vllm.v1.core.sched.async_scheduler:AsyncScheduler"
+_QUEUE = "vllm.v1.core.sched.request_queue:RequestQueue"
+
+STEPS = (
+    *override(
+        _SCHEDULER,
+        __init__="(self, vllm_config, *args, **kwargs)",
+        schedule="(self, *args, **kwargs)",
+        update_from_output="(self, *args, **kwargs)",
+        make_stats="(self, *args, **kwargs)",
+        _reserve_prefill_lookahead="(self, request, num_computed_tokens, num_new_tokens)",
+        _update_request_with_output="(self, request, new_token_ids, *args, **kwargs)",
+        _free_request="(self, request, *args, **kwargs)",
+    ),
+    *override(_ASYNC, _update_request_with_output="(self, request, new_token_ids, *args, **kwargs)"),
+    Seam(f"{_SCHEDULER}.has_unfinished_requests", Use.READ, optional=True),
+    *read(_SCHEDULER, "waiting", "requests", "vllm_config", "kv_cache_manager"),
+    *read("vllm.v1.core.sched.output:SchedulerOutput", "num_scheduled_tokens"),
+    *read("vllm.v1.metrics.stats:SchedulerStats", "kv_connector_stats"),
+)
+"""What a step does, and when a request ends."""
+
+QUEUE = (
+    *override(
+        _QUEUE,
+        add_request="(self, request)",
+        pop_request="(self)",
+        peek_request="(self)",
+        prepend_request="(self, request)",
+        prepend_requests="(self, requests)",
+        remove_request="(self, request)",
+        remove_requests="(self, requests)",
+        __bool__="(self)",
+        __len__="(self)",
+        __iter__="(self)",
+    ),
+)
+"""The queue that is replaced."""
+
+REQUESTS = (
+    *read(
+        "vllm.v1.request:Request",
+        "request_id",
+        "status",
+        "sampling_params",
+        "num_prompt_tokens",
+        "num_tokens",
+        "num_computed_tokens",
+        "block_hashes",
+        "skip_reading_prefix_cache",
+        "resumable",
+    ),
+    *read("vllm.v1.request:RequestStatus", "RUNNING", "PREEMPTED"),
+    *read("vllm.sampling_params:SamplingParams", "extra_args"),
+)
+"""What is read of a request."""
+
+CACHE = (
+    *read("vllm.v1.core.kv_cache_manager:KVCacheManager", "coordinator", "enable_caching"),
+    Seam(
+        "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.find_longest_cache_hit",
+        Use.CALL,
+        "(self, block_hashes, max_cache_hit_length)",
+    ),
+)
+"""How much of a waiting request's prompt is cached."""
+
+SETTINGS = (
+    *read("vllm.config.scheduler:SchedulerConfig", "policy", "async_scheduling", "scheduler_cls"),
+    *read("vllm.config.vllm:VllmConfig", "additional_config", "scheduler_config", "model_config"),
+)
+"""What is read of the engine's configuration."""
