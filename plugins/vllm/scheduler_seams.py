@@ -20,7 +20,13 @@ STEPS = (
         _update_request_with_output="(self, request, new_token_ids, *args, **kwargs)",
         _free_request="(self, request, *args, **kwargs)",
     ),
-    *override(_ASYNC, _update_request_with_output="(self, request, new_token_ids, *args, **kwargs)"),
+    # From 0.33 on it is inherited.
+    Seam(
+        f"{_ASYNC}._update_request_with_output",
+        Use.OVERRIDE,
+        "(self, request, new_token_ids, *args, **kwargs)",
+        optional=True,
+    ),
     Seam(f"{_SCHEDULER}.has_unfinished_requests", Use.READ, optional=True),
     *read(_SCHEDULER, "waiting", "requests", "vllm_config", "kv_cache_manager"),
     *read("vllm.v1.core.sched.output:SchedulerOutput", "num_scheduled_tokens"),
