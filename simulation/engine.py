@@ -197,8 +197,8 @@ class Simulation:
             self.clock.advance_to(max(self.clock(), self._coming[0][0]))
         else:
             raise SimulationStall(
-                f"{self._unfinished} requests are unfinished at {self.clock():.3f} s and {in_a_row} steps in a "
-                f"row scheduled nothing: {self.engine.describe()}"
+                f"{self._unfinished} requests are unfinished at {self.clock():.3f} s, and {in_a_row} steps "
+                f"in a row scheduled nothing: {self.engine.describe()}"
             )
 
     def _note_preempted(self, batch: Batch) -> None:

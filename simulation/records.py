@@ -59,10 +59,10 @@ class Ask:
 class Served:
     """How one request fared; times are virtual seconds, None until they come.
 
-    ``extend_tokens`` are prompt tokens that were computed for the first time, ``cached_tokens`` those that the
-    prefix cache held: together they are the prompt once it is prefilled. What is computed again after a
-    preemption counts in ``recomputed_tokens`` alone; ``reached`` is the position up to which anything was ever
-    computed. ``token_times[i]`` is when output token ``i`` came.
+    ``extend_tokens`` are prompt tokens that were computed for the first time, ``cached_tokens`` those that
+    the prefix cache held: together they are the prompt once it is prefilled. What is computed again after a
+    preemption counts in ``recomputed_tokens`` alone; ``reached`` is the position up to which anything was
+    ever computed. ``token_times[i]`` is when output token ``i`` came.
     """
 
     ask: Ask

@@ -1,8 +1,8 @@
 """How long a step takes: the largest of several affine functions of what the step computes.
 
-The form is that of SLOs-Serve (arXiv 2504.08784, section on batch time): compute-bound and memory-bound steps
-are two planes, and the slower one counts. A term for reading the KV cache, which that paper leaves out, can be
-added to any profile: without it, sharing of long prefixes looks cheaper to decode than it is.
+The form is that of SLOs-Serve (arXiv 2504.08784): compute-bound and memory-bound steps are two planes, and
+the slower one counts. A term for reading the KV cache, which that paper leaves out, can be added to any
+profile: without it, decoding over long shared prefixes looks cheaper than it is.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ KV_READ_S = 8e-8
 
 
 class Load(NamedTuple):
-    """What one step computes. ``context_tokens`` are KV tokens read: what stood before each row's first token.
+    """What one step computes.
 
+    ``context_tokens`` are KV tokens read: what stood before each row's first token, shared or not.
     ``draft_steps`` is how often a draft model runs one after the other in the step.
     """
 

@@ -157,8 +157,8 @@ class BlockHashes:
 class VllmEngine:
     """``SteppedEngine`` over a real vLLM scheduler.
 
-    ``make`` is called as vLLM's engine core calls a scheduler class. ``prepare(scheduler, clock)`` runs before
-    the first request: the place to give a scheduler that reads time the virtual clock.
+    ``make`` is called as vLLM's engine core calls a scheduler class. ``prepare(scheduler, clock)`` runs
+    before the first request: the place to give a scheduler that reads time the virtual clock.
     """
 
     def __init__(
@@ -205,7 +205,8 @@ class VllmEngine:
         room = min(self._shape.max_model_len, (self._shape.num_blocks - 1) * self._shape.block_size)
         if ask.prompt_tokens + ask.output_tokens > room:
             raise ValueError(
-                f"request {ask.request_id!r} has {ask.prompt_tokens} + {ask.output_tokens} tokens; allowed: {room}"
+                f"request {ask.request_id!r} has {ask.prompt_tokens} + {ask.output_tokens} tokens, "
+                f"allowed: {room}"
             )
         tokens: list[int] = []
         for piece in ask.prompt:
