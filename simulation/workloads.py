@@ -84,9 +84,18 @@ class SharedPrefixClient:
 
 
 def together(clients: Sequence[SharedPrefixClient], seed: int) -> Fixed:
-    """All requests of several clients. Each client's depend on the seed and its name alone."""
+    """All requests of several clients, in order of arrival; those that come at once are mixed.
+
+    Each client's requests depend on the seed and its name alone, but for the keys of their contents.
+    """
     keys = Keys()
-    return Fixed([ask for one in clients for ask in one.asks(keys, random.Random(f"{seed} {one.name}"))])
+    placed: list[tuple[float, float, Ask]] = []
+    for one in clients:
+        asks = one.asks(keys, random.Random(f"{seed} {one.name}"))
+        rng = random.Random(f"{seed} {one.name} places")
+        places = sorted(rng.random() for _ in asks)
+        placed += [(ask.arrival_s, place, ask) for ask, place in zip(asks, places, strict=True)]
+    return Fixed([ask for *_, ask in sorted(placed, key=lambda entry: entry[:2])])
 
 
 def long_document_qa(

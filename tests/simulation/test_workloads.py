@@ -6,6 +6,7 @@ import gzip
 import random
 import statistics
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from scripted_engine import OneAtATime
@@ -53,13 +54,24 @@ def test_a_judge_asks_every_dimension_of_every_article():
     assert len({one.prompt[0] for one in asks}) == 2
 
 
-def test_clients_share_nothing_and_one_clients_stream_does_not_depend_on_the_others():
+def test_one_clients_stream_does_not_depend_on_the_others():
     alone = together([judge("a", articles=2, dimensions=4, rate=3.0)], seed=1).asks
     beside = together(
         [judge("a", articles=2, dimensions=4, rate=3.0), judge("b", articles=2, dimensions=4)], seed=1
     ).asks
     assert [one for one in beside if one.client == "a"] == list(alone)
-    a, b = ({piece for one in beside if one.client == name for piece in one.prompt} for name in "ab")
+
+
+def test_requests_that_come_at_once_are_mixed_and_each_clients_keep_their_order():
+    asks = together([judge(name, articles=5, dimensions=4) for name in "ab"], seed=0).asks
+    assert sum(one.client != other.client for one, other in pairwise(asks)) > 5
+    for name in "ab":
+        assert [one.priority for one in asks if one.client == name] == list(range(20))
+
+
+def test_clients_share_no_content():
+    asks = together([judge("a", articles=2, dimensions=4), judge("b", articles=2, dimensions=4)], seed=1).asks
+    a, b = ({piece for one in asks if one.client == name for piece in one.prompt} for name in "ab")
     assert not a & b
 
 
@@ -145,7 +157,7 @@ def test_chunks_of_a_trace_add_up_to_its_length():
 @pytest.mark.parametrize("cv", [0.0, 1.0, 3.0])
 def test_arrivals_have_the_rate_and_the_variation(cv):
     times = gamma_arrivals(20.0, 20_000, random.Random(0), cv=cv)
-    gaps = [b - a for a, b in zip([0.0, *times], times, strict=False)]
+    gaps = [b - a for a, b in pairwise([0.0, *times])]
     assert times[-1] == pytest.approx(1000, rel=0.1)
     assert statistics.pstdev(gaps) / statistics.fmean(gaps) == pytest.approx(cv, rel=0.1, abs=1e-6)
 
