@@ -132,20 +132,21 @@ def judge(name: str, *, articles: int, dimensions: int, rate: float | None = Non
     )
 
 
-def flood(seconds: float, *, victims: int = 3) -> list[SharedPrefixClient]:
-    """One client sends 60 requests a second on 2 hot prefixes, the others 10 a second over 60 prefixes."""
-    few = max(round(10 * seconds / 60), 1)
+def flood(
+    seconds: float, *, victims: int = 3, rate: float = 10.0, prefixes: int = 60, flood_rate: float = 60.0
+) -> list[SharedPrefixClient]:
+    """One client sends ``flood_rate`` requests a second on 2 hot prefixes, all others ``rate`` on their own.
+
+    Each other client has ``prefixes``. All go on for about ``seconds``, with prompts of 2,000 shared and 100 own tokens and 64 out.
+    """
     shape = {"document_tokens": 2000, "question_tokens": 100, "output_tokens": 64}
-    flooding = SharedPrefixClient(
-        name="flood", documents=2, questions=round(30 * seconds), rate=60.0, **shape
-    )
-    return [
-        flooding,
-        *(
-            SharedPrefixClient(name=f"victim-{n}", documents=60, questions=few, rate=10.0, **shape)
-            for n in range(victims)
-        ),
+    few, many = max(round(rate * seconds / prefixes), 1), max(round(flood_rate * seconds / 2), 1)
+    flooding = SharedPrefixClient(name="flood", documents=2, questions=many, rate=flood_rate, **shape)
+    behaving = [
+        SharedPrefixClient(name=f"victim-{n}", documents=prefixes, questions=few, rate=rate, **shape)
+        for n in range(victims)
     ]
+    return [flooding, *behaving]
 
 
 def mooncake_prefixes(

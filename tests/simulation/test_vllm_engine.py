@@ -63,9 +63,10 @@ def test_every_request_finishes_once_and_its_tokens_add_up():
     result, engine = run(mixed(0), observers=(meter,))
     check_complete(result)
     assert len(result.served) == 72
-    assert sum(one.cached_tokens for one in result.served) / sum(
-        one.prompt_tokens for one in result.served
-    ) > 0.3
+    assert (
+        sum(one.cached_tokens for one in result.served) / sum(one.prompt_tokens for one in result.served)
+        > 0.3
+    )
     assert meter.service.sum() == sum(one.extend_tokens + 2 * one.output_tokens for one in result.served)
     assert engine.scheduler.get_num_unfinished_requests() == 0
     pool = engine.scheduler.kv_cache_manager.block_pool
