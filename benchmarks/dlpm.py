@@ -22,7 +22,16 @@ import msgspec
 from rich.console import Console
 
 from penstock.benchmarks.dlpm_cases import POLICIES, cases
-from penstock.benchmarks.dlpm_claims import AGAIN, ENDLESS, Results, claims, faults, mean_throughputs, summary
+from penstock.benchmarks.dlpm_claims import (
+    AGAIN,
+    ENDLESS,
+    KV_READ,
+    Results,
+    claims,
+    faults,
+    mean_throughputs,
+    summary,
+)
 from penstock.benchmarks.dlpm_run import Task, available, endless_quantum, measure
 from penstock.benchmarks.narrator import Narrator
 from penstock.benchmarks.report import Environment, Report, write_plot
@@ -159,7 +168,7 @@ def draw_throughput(axes: Axes, results: Results) -> None:
         axes.bar(places, heights, width, label=policy)
     axes.set_xticks(
         [place + 0.4 - width / 2 for place in range(len(means))],
-        [f"{case}\n{step_time.rpartition('+')[2] if '+' in step_time else ''}" for case, step_time in means],
+        [f"{case}\n{'KV read' if KV_READ in step_time else ''}" for case, step_time in means],
         rotation=45,
         ha="right",
         fontsize=7,
@@ -182,7 +191,8 @@ def draw_fairness(axes: Axes, results: Results) -> None:
             if task.label == policy
         ]
         if points:
-            axes.scatter(*zip(*points, strict=True), label=policy, s=18)
+            rates, indices = zip(*points, strict=True)
+            axes.scatter(rates, indices, label=policy, s=18)
     axes.set_xlabel("throughput, best policy of the case = 1")
     axes.set_ylabel("Jain's index of service while all wait")
     axes.legend(fontsize=8)

@@ -1,9 +1,9 @@
 """The workloads of the DLPM bench, and the waiting policies that they are put to.
 
-Lengths and misbehaviour follow the DLPM evaluation (arXiv 2501.14312): long-document QA, LLM-as-judge, tree of
-thought, multi-turn chat; S1 (one client has wider trees, more dimensions), S2 (twice the documents, ten times
-the questions, 600 tokens more). The KV cache is sized so that one client's documents fit and all clients' do
-not: only then does the order of service decide what the prefix cache holds.
+Lengths and misbehaviour follow the DLPM evaluation (arXiv 2501.14312): long-document QA, LLM-as-judge, tree
+of thought, multi-turn chat; S1 (one client has wider trees, more dimensions), S2 (twice the documents, ten
+times the questions, 600 tokens more). The KV cache is sized so that one client's documents fit and all
+clients' do not: only then does the order of service decide what the prefix cache holds.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _judges(name: str, *, quick: bool, unruly: bool = False) -> Case:
 
 
 def _trees(name: str, *, quick: bool) -> Case:
-    wide, narrow = (1, 4) if quick else (6, 60)
+    wide, narrow = (1, 2) if quick else (6, 60)
 
     def make(seed: int) -> Workload:
         keys = Keys()
@@ -179,7 +179,7 @@ def _mooncake(name: str, trace: Path | None, *, quick: bool) -> Case:
 
 
 def _flood(name: str, *, quick: bool) -> Case:
-    clients = flood(15.0 if quick else 60.0, rate=1.5, prefixes=10, flood_rate=40.0)
+    clients = flood(25.0 if quick else 60.0, rate=1.5, prefixes=10, flood_rate=40.0)
     names = tuple(client.name for client in clients)
     return Case(
         name,

@@ -12,6 +12,11 @@ from penstock.benchmarks.report import Cell, Claim
 
 Results = Sequence[tuple[Task, Outcome]]
 AGAIN, ENDLESS = "dlpm, again", "dlpm, endless quantum"
+KV_READ = "+kv"
+"""In the name of a step time with the KV-read term."""
+ENOUGH_QUANTA = 20
+"""Jain's index is claimed where every client got so many quanta in the mean while all waited. Below that, the
+gap that any deficit policy allows is a large part of the service."""
 NOISE = 1.1
 """Ratio of two P99 up to which they count as equal."""
 
@@ -42,7 +47,11 @@ def mean_throughputs(results: Results) -> dict[tuple[str, str], dict[str, float]
 
 
 def summary(results: Results) -> list[dict[str, Cell]]:
-    """Means over the seeds; ``spread`` is the range of the throughput to its mean, ``gap`` the largest."""
+    """Means over the seeds; ``spread`` is the range of the throughput to its mean, ``gap`` the largest.
+
+    ``jain`` is of extend tokens, of service (with output tokens twice) and of whole prompts; ``all wait`` the
+    share of the time in which it is taken. TTFT is in seconds, of the clients that behave.
+    """
     rows: list[dict[str, Cell]] = []
     for (case, step_time), policies in grouped(results).items():
         for policy, outcomes in policies.items():
@@ -50,22 +59,22 @@ def summary(results: Results) -> list[dict[str, Cell]]:
             rows.append(
                 {
                     "case": case,
-                    "step_time": step_time,
+                    "kv_read": KV_READ in step_time,
                     "policy": policy,
                     "seeds": len(outcomes),
                     "requests": round(mean(outcomes, "requests")),
-                    "tokens_per_s": round(mean(outcomes, "tokens_per_s")),
+                    "tokens/s": round(mean(outcomes, "tokens_per_s")),
                     "spread": round((max(rates) - min(rates)) / statistics.fmean(rates), 3),
-                    "hit_rate": round(mean(outcomes, "hit_rate"), 3),
-                    "jain_extend": round(mean(outcomes, "jain_extend"), 3),
-                    "jain_service": round(mean(outcomes, "jain_service"), 3),
-                    "jain_input": round(mean(outcomes, "jain_input"), 3),
-                    "all_wait": round(mean(outcomes, "backlogged_share"), 2),
+                    "hits": round(mean(outcomes, "hit_rate"), 3),
+                    "jain ext": round(mean(outcomes, "jain_extend"), 3),
+                    "jain serv": round(mean(outcomes, "jain_service"), 3),
+                    "jain input": round(mean(outcomes, "jain_input"), 3),
+                    "all wait": round(mean(outcomes, "backlogged_share"), 2),
                     "gap": round(max(outcome.gap for outcome in outcomes)),
                     "batch": round(max(outcome.batch for outcome in outcomes)),
-                    "ttft_p50_s": round(mean(outcomes, "p50_ttft_s"), 2),
-                    "ttft_p99_s": round(mean(outcomes, "p99_ttft_s"), 2),
-                    "preemptions": round(mean(outcomes, "preemptions")),
+                    "ttft p50": round(mean(outcomes, "p50_ttft_s"), 2),
+                    "ttft p99": round(mean(outcomes, "p99_ttft_s"), 2),
+                    "preempted": round(mean(outcomes, "preemptions")),
                 }
             )
     return rows
@@ -86,7 +95,7 @@ def claims(results: Results, by_name: Mapping[str, Case]) -> list[Claim]:
     found += digest_claims(results)
     groups = grouped(results)
     for plain in (True, False):
-        part = {key: row for key, row in groups.items() if ("+kv" in key[1]) != plain and "dlpm" in row}
+        part = {key: row for key, row in groups.items() if (KV_READ in key[1]) != plain and "dlpm" in row}
         title = "" if plain else "with KV read: "
         if part and all("vtc" in row for row in part.values()):
             found += throughput_claims(title, part, by_name)
@@ -148,19 +157,15 @@ def throughput_claims(
 def fairness_claims(title: str, part: Mapping[tuple[str, str], dict[str, list[Outcome]]]) -> list[Claim]:
     """Equal service while all wait, and a bounded gap."""
     outcomes = [outcome for row in part.values() for outcome in row["dlpm"]]
-    gaps = max(outcome.gap / (2 * QUANTUM + outcome.batch) for outcome in outcomes)
-    return [
-        Claim.of(
-            f"{title}Jain's index of extend tokens, least", min(o.jain_extend for o in outcomes), ">=", 0.99
-        ),
-        Claim.of(
-            f"{title}Jain's index of extend + 2 output tokens, least",
-            min(o.jain_service for o in outcomes),
-            ">=",
-            0.99,
-        ),
-        Claim.of(f"{title}service gap to 2 quanta + running batch, largest", gaps, "<=", 1),
-    ]
+    gap = max(outcome.gap / (2 * QUANTUM + outcome.batch) for outcome in outcomes)
+    found = [Claim.of(f"{title}service gap to 2 quanta + running batch, largest", gap, "<=", 1)]
+    enough = [o.jain_service for o in outcomes if o.shared_service >= ENOUGH_QUANTA * QUANTUM]
+    if enough:
+        name = (
+            f"{title}Jain's index of extend + 2 output tokens, least of {len(enough)} of {len(outcomes)} runs"
+        )
+        found.append(Claim.of(name, min(enough), ">=", 0.99))
+    return found
 
 
 def flood_claims(

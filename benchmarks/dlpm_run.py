@@ -37,6 +37,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     jain_service: float
     jain_input: float
     backlogged_share: float
+    shared_service: float
+    """Service of the mean client while all clients were backlogged, in weighted tokens."""
     gap: float
     batch: float
     p50_ttft_s: float
@@ -120,6 +122,7 @@ def run_case(case: Case, policy: Policy, seed: int, step_time: StepTime) -> Outc
         jain_service=meter.jain_service(),
         jain_input=meter.jain_input(),
         backlogged_share=meter.backlogged_s / result.makespan_s,
+        shared_service=meter.service_while_all_wait(),
         gap=meter.largest_gap,
         batch=meter.largest_batch,
         p50_ttft_s=percentile(waits, 0.5),
@@ -144,17 +147,17 @@ def complete(result: Result) -> list[str]:
 
 def balanced(served: list[Served], watch: DeficitWatch) -> list[str]:
     """What the policy charged each client is what was computed and generated for it."""
-    known = {client.client: client for client in watch.clients()}
-    extend: dict[str, int] = {}
-    output: dict[str, int] = {}
+    charged = {one.client: (one.extend_tokens, one.output_tokens) for one in watch.clients()}
+    if not charged:
+        return []
+    due: dict[str, tuple[int, int]] = {}
     for one in served:
-        extend[one.ask.client] = extend.get(one.ask.client, 0) + one.extend_tokens
-        output[one.ask.client] = output.get(one.ask.client, 0) + one.output_tokens
+        extend, output = due.get(one.ask.client, (0, 0))
+        due[one.ask.client] = (extend + one.extend_tokens, output + one.output_tokens)
     return [
-        f"{name} was charged {known[name].extend_tokens} + {known[name].output_tokens} tokens, "
-        f"served {extend[name]} + {output[name]}"
-        for name in extend
-        if known and (known[name].extend_tokens, known[name].output_tokens) != (extend[name], output[name])
+        f"{client} was charged {charged.get(client)} extend and output tokens, served {tokens}"
+        for client, tokens in due.items()
+        if charged.get(client) != tokens
     ]
 
 

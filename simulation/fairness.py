@@ -79,6 +79,10 @@ class FairnessMeter:
         np.copyto(self._high, difference, where=~pairs)
         self.largest_gap = max(self.largest_gap, float((self._high - self._low).max(initial=0.0)))
 
+    def service_while_all_wait(self) -> float:
+        """Weighted service of the mean client while all were backlogged: what Jain's indices are taken of."""
+        return float(self._shared["service"].mean())
+
     def jain_extend(self) -> float:
         """Jain's index of extend tokens while all clients were backlogged; 1 if they never were."""
         return jain(self._shared["extend"].tolist())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 from penstock.simulation.arrivals import gamma_arrivals, zipf_choices
@@ -137,14 +138,14 @@ def flood(
 ) -> list[SharedPrefixClient]:
     """One client sends ``flood_rate`` requests a second on 2 hot prefixes, all others ``rate`` on their own.
 
-    Each other client has ``prefixes``. All go on for about ``seconds``, with prompts of 2,000 shared and 100 own tokens and 64 out.
+    Each of the others has ``prefixes``. All go on for about ``seconds``, with prompts of 2,000 shared tokens
+    and 100 of their own, and 64 tokens out.
     """
-    shape = {"document_tokens": 2000, "question_tokens": 100, "output_tokens": 64}
+    client = partial(SharedPrefixClient, document_tokens=2000, question_tokens=100, output_tokens=64)
     few, many = max(round(rate * seconds / prefixes), 1), max(round(flood_rate * seconds / 2), 1)
-    flooding = SharedPrefixClient(name="flood", documents=2, questions=many, rate=flood_rate, **shape)
+    flooding = client(name="flood", documents=2, questions=many, rate=flood_rate)
     behaving = [
-        SharedPrefixClient(name=f"victim-{n}", documents=prefixes, questions=few, rate=rate, **shape)
-        for n in range(victims)
+        client(name=f"victim-{n}", documents=prefixes, questions=few, rate=rate) for n in range(victims)
     ]
     return [flooding, *behaving]
 
