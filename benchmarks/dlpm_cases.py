@@ -125,7 +125,7 @@ def _judges(name: str, *, quick: bool, unruly: bool = False) -> Case:
 
 
 def _trees(name: str, *, quick: bool) -> Case:
-    wide, narrow = (1, 2) if quick else (6, 60)
+    wide, narrow = (1, 2) if quick else (3, 30)
 
     def make(seed: int) -> Workload:
         keys = Keys()
