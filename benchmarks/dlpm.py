@@ -40,7 +40,7 @@ from penstock.simulation.step_time import StepTime, load_step_time
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-QUICK_KV_CASES = ("long documents", "judge")
+QUICK_KV_CASES = ("long documents",)
 """Cases that a quick run repeats with the KV-read term; the whole bench repeats all."""
 FILE_WIDTH = 200
 

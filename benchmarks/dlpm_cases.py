@@ -125,7 +125,7 @@ def _judges(name: str, *, quick: bool, unruly: bool = False) -> Case:
 
 
 def _trees(name: str, *, quick: bool) -> Case:
-    wide, narrow = (1, 2) if quick else (3, 30)
+    wide, narrow = (1, 1) if quick else (3, 30)
 
     def make(seed: int) -> Workload:
         keys = Keys()
@@ -146,7 +146,7 @@ def _trees(name: str, *, quick: bool) -> Case:
 
 
 def _chats(name: str, *, quick: bool) -> Case:
-    conversations, turns = (12, 6) if quick else (60, 10)
+    conversations, turns = (8, 6) if quick else (60, 10)
 
     def make(seed: int) -> Workload:
         keys = Keys()
@@ -164,11 +164,11 @@ def _chats(name: str, *, quick: bool) -> Case:
             )
         )
 
-    return Case(name, NAMES, make, 16_000 if quick else 60_000)
+    return Case(name, NAMES, make, 11_000 if quick else 60_000)
 
 
 def _mooncake(name: str, trace: Path | None, *, quick: bool) -> Case:
-    requests, clients = (300, 8) if quick else (3000, 20)
+    requests, clients = (200, 8) if quick else (3000, 20)
 
     def make(seed: int) -> Workload:
         rows = replay(None if trace is None else read_mooncake(trace), seed)
