@@ -68,9 +68,14 @@ def test_nothing_is_claimed_against_lpm_where_a_client_misbehaves():
 def test_jain_is_claimed_only_where_all_waited_for_long_enough():
     short, long = outcome(jain_service=0.3, shared_service=QUANTUM), outcome(jain_service=0.995)
     results = [(task("dlpm"), short), (task("dlpm", seed=1), long), (task("vtc"), long)]
-    claim = find(by_claim(results), "Jain")
+    claim = find(by_claim(results), "Jain's index of extend + 2 output")
     assert claim.value == 0.995
     assert "1 of 2 runs" in claim.name
+
+
+def test_jain_of_extend_tokens_alone_is_claimed_too():
+    results = [(task("dlpm"), outcome(jain_extend=0.94)), (task("vtc"), outcome())]
+    assert not find(by_claim(results), "Jain's index of extend tokens").holds
 
 
 def test_the_gap_is_held_against_two_quanta_and_the_running_batch():
