@@ -43,6 +43,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     batch: float
     p50_ttft_s: float
     p99_ttft_s: float
+    longest_ttft_s: float
     """Of the clients that behave."""
     preemptions: int
     digest: str
@@ -127,6 +128,7 @@ def run_case(case: Case, policy: Policy, seed: int, step_time: StepTime) -> Outc
         batch=meter.largest_batch,
         p50_ttft_s=percentile(waits, 0.5),
         p99_ttft_s=percentile(waits, 0.99),
+        longest_ttft_s=max(waits),
         preemptions=sum(one.preemptions for one in result.served),
         digest=result.digest(),
         faults=(*complete(result), *balanced(result.served, watch), *bounded(case, policy, watch)),
