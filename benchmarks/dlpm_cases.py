@@ -134,7 +134,7 @@ def _documents(name: str, *, quick: bool, unruly: bool = False) -> Case:
 
 
 def _judges(name: str, *, quick: bool, unruly: bool = False) -> Case:
-    articles, dimensions = (8, 6) if quick else (20, 8)
+    articles, dimensions = (5, 6) if quick else (20, 8)
 
     def make(seed: int) -> Workload:
         few, many = (2, 16) if unruly else (dimensions, dimensions)
@@ -143,7 +143,7 @@ def _judges(name: str, *, quick: bool, unruly: bool = False) -> Case:
         clients[0] = judge(NAMES[0], articles=articles, dimensions=many)
         return together(clients, seed)
 
-    return Case(name, NAMES, make, 34_000 if quick else 66_000, frozenset({NAMES[0]} if unruly else ()))
+    return Case(name, NAMES, make, 22_000 if quick else 66_000, frozenset({NAMES[0]} if unruly else ()))
 
 
 def _trees(name: str, *, quick: bool) -> Case:
@@ -190,18 +190,18 @@ def _chats(name: str, *, quick: bool) -> Case:
 
 
 def _mooncake(name: str, trace: Path | None, *, quick: bool) -> Case:
-    requests, clients = (200, 8) if quick else (2000, 20)
+    requests, clients = (150, 8) if quick else (2000, 20)
 
     def make(seed: int) -> Workload:
         rows = replay(None if trace is None else read_mooncake(trace), seed)
         return mooncake_prefixes(islice(rows, requests), seed, clients=clients, requests=requests, rate=None)
 
     names = tuple(f"client-{n}" for n in range(clients))
-    return Case(name, names, make, 150_000 if quick else 400_000)
+    return Case(name, names, make, 120_000 if quick else 400_000)
 
 
 def _flood(name: str, *, quick: bool) -> Case:
-    seconds, flood_rate = (18.0, 60.0) if quick else (60.0, 40.0)
+    seconds, flood_rate = (10.0, 80.0) if quick else (60.0, 40.0)
     clients = flood(seconds, rate=1.5, prefixes=10, flood_rate=flood_rate)
     names = tuple(client.name for client in clients)
     return Case(
