@@ -201,7 +201,7 @@ def _mooncake(name: str, trace: Path | None, *, quick: bool) -> Case:
 
 
 def _flood(name: str, *, quick: bool) -> Case:
-    seconds, flood_rate = (10.0, 80.0) if quick else (60.0, 40.0)
+    seconds, flood_rate = (12.0, 80.0) if quick else (60.0, 40.0)
     clients = flood(seconds, rate=1.5, prefixes=10, flood_rate=flood_rate)
     names = tuple(client.name for client in clients)
     return Case(
