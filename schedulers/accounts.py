@@ -105,6 +105,10 @@ class AccountBook:
         # Longest idle first.
         self._own: OrderedDict[str, Account] = OrderedDict()
 
+    def now(self) -> float:
+        """Seconds on the clock of the book."""
+        return self._clock()
+
     def find(self, client: str) -> Account:
         """The account that a client's service is charged to: its own, or the shared one."""
         return self._permanent.get(client) or self._own.get(client) or self.shared

@@ -6,6 +6,8 @@ it may be served (DLPM), its virtual counter (VTC), or nothing (LPM). Each clien
     (lane, -score of its head, arrival of its head)
 
 in one sorted list, so a pick is the list's first, and whatever happens to a client moves one rank: O(log n).
+A charge moves none: service only makes lanes higher, so a rank that was not moved stands too far in front, if
+it stands wrong, and is moved when it comes first.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from penstock.schedulers.waiting import ClientService, HitTokens, Job
 
 RECHECKS = 8
 """Hits that one pick looks up at most."""
+LOOKED_UP_AT_ONCE = 4
+"""Hits that are looked up between two glances at the clock."""
+REFRESH_S = 100e-6
 
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
 
@@ -76,6 +81,8 @@ class RankedOrder:
         ageing_tokens_per_s: cached tokens that a second of waiting is worth. All age at one rate, so waiting
             never changes the order of two requests, and a score needs no refreshing.
         refreshes_per_step: hits that ``begin_step`` looks up at most.
+        refresh_s: ... and for how long, on the clock of ``book``, to the end of the few begun. A virtual
+            clock that stands still sets no bound.
     """
 
     def __init__(
@@ -87,6 +94,7 @@ class RankedOrder:
         hit_tokens: HitTokens | None = None,
         ageing_tokens_per_s: float = 0.0,
         refreshes_per_step: int = 0,
+        refresh_s: float = REFRESH_S,
     ) -> None:
         if not 0 <= ageing_tokens_per_s < math.inf:
             raise ValueError(f"ageing_tokens_per_s is {ageing_tokens_per_s}, allowed: 0 or more")
@@ -98,6 +106,7 @@ class RankedOrder:
         self._hit_tokens = hit_tokens
         self._ageing = ageing_tokens_per_s
         self._look_ups = LookUps(refreshes_per_step)
+        self._refresh_s = refresh_s
         self._entries: dict[str, Entry] = {}
         self._ranks = SortedList()
         self._chosen: Entry | None = None
@@ -147,8 +156,7 @@ class RankedOrder:
         least = self._least()
         self._book.forget_idle(lambda account: self._standings.may_forget(account, least))
         if self._hits_matter():
-            for entry in self._look_ups.next():
-                self._look_up(entry)
+            self._refresh()
             if self._book.unnamed.queue:
                 self._look_up_head(self._book.unnamed)
 
@@ -241,7 +249,7 @@ class RankedOrder:
         account.service += service
         self._standings.charge(account, service)
         self._book.touch(account)
-        if account.rank is not None:
+        if service < 0 and account.rank is not None:
             self._seat(account)
 
     def _seat(self, account: Account) -> None:
@@ -259,8 +267,16 @@ class RankedOrder:
             self._ranks.add(rank)
         account.rank = rank
 
+    def _first(self) -> Account:
+        """The account that is served next; those before it that were charged since are moved."""
+        while True:
+            lane, *_, account = self._ranks[0]
+            if lane == self._standings.lane(account):
+                return account
+            self._seat(account)
+
     def _least(self) -> float | None:
-        return self._ranks[0][0] if self._ranks else None
+        return self._standings.lane(self._first()) if self._ranks else None
 
     def _choose(self) -> Entry:
         if self._chosen is None:
@@ -268,15 +284,23 @@ class RankedOrder:
                 raise IndexError("no request waits")
             if self._hits_matter():
                 self._recheck()
-            lane, *_, account = self._ranks[0]
-            self._standings.reach(lane)
+            account = self._first()
+            self._standings.reach(self._standings.lane(account))
             self._chosen = account.queue.head()
         return self._chosen
+
+    def _refresh(self) -> None:
+        """Look up hits until the number or the time of a step is used up."""
+        begin = self._book.now()
+        for number, entry in enumerate(self._look_ups.next(), 1):
+            self._look_up(entry)
+            if number % LOOKED_UP_AT_ONCE == 0 and self._book.now() - begin >= self._refresh_s:
+                return
 
     def _recheck(self) -> None:
         """Look up the first one's hit, and as long as that makes another one the first, the other's."""
         for _ in range(RECHECKS):
-            if not self._look_up_head(self._ranks[0][-1]):
+            if not self._look_up_head(self._first()):
                 return
 
     def _look_up_head(self, account: Account) -> bool:
@@ -320,7 +344,7 @@ class RankedOrder:
             account = rank[-1]
             head = account.queue.head()
             assert rank[:-1] == (rank[0], -head.score, head.job.arrival_s, head.sequence)
-            assert rank[0] == self._standings.lane(account)
+            assert rank[0] <= self._standings.lane(account)
         guests = {e.job.request_id for e in self._book.shared.queue if e.job.client != OTHERS}
         assert guests == {name for group in self._guests.values() for name in group}
         assert self._chosen is None or self._chosen.job.request_id in self._entries
