@@ -78,11 +78,11 @@ class Stepped:
         )
         self._arrivals = arrivals(load)
         for _ in range(load.running + load.waiting):
-            self.arrive()
+            self.scheduler.add_request(self.next_request())
 
-    def arrive(self) -> None:
-        """The next request of the load comes."""
-        self.scheduler.add_request(next(self._arrivals))
+    def next_request(self) -> Request:
+        """The next request of the load."""
+        return next(self._arrivals)
 
     def sampled(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """What a model would give back for a step."""

@@ -28,9 +28,9 @@ STOCK = "stock"
 ADAPTER = "adapter, order of arrival"
 POLICIES = ("dlpm", "vtc", "lpm")
 SIDES = (STOCK, ADAPTER, *POLICIES)
-CLIENTS = (1, 100, 1_000)
+CLIENTS, QUICK_CLIENTS = (1, 100, 1_000), (100, 1_000)
 WARM_UP_STEPS = 60
-STEPS, QUICK_STEPS = 600, 150
+STEPS, QUICK_STEPS = 1_000, 150
 ALLOWED_MS = 0.3
 """3 % of a step of 10 ms."""
 
@@ -41,10 +41,14 @@ class Times:
     def __init__(self) -> None:
         self.by_admissions: dict[int, list[float]] = {}
         self.arrivals: list[float] = []
+        self.admitted_tokens = 0
+        self.cached_tokens = 0
 
-    def note(self, admitted: int, spent_ms: float) -> None:
-        """A step that admitted so many requests took so long."""
-        self.by_admissions.setdefault(admitted, []).append(spent_ms)
+    def note(self, admitted: Sequence[Any], spent_ms: float) -> None:
+        """A step that admitted these requests took so long."""
+        self.by_admissions.setdefault(len(admitted), []).append(spent_ms)
+        self.admitted_tokens += sum(len(new.prompt_token_ids) for new in admitted)
+        self.cached_tokens += sum(new.num_computed_tokens for new in admitted)
 
 
 def measure(options: Options, tell: Tell) -> Finding:
@@ -52,7 +56,7 @@ def measure(options: Options, tell: Tell) -> Finding:
     from penstock.benchmarks.scheduler_engine import Load
 
     rows: list[dict[str, Cell]] = []
-    for clients in CLIENTS:
+    for clients in QUICK_CLIENTS if options.quick else CLIENTS:
         tell(f"{clients:,} clients")
         times = compare(Load(clients=clients, seed=options.seed), QUICK_STEPS if options.quick else STEPS)
         rows += [row_of(side, clients, times) for side in SIDES]
@@ -114,10 +118,11 @@ def step(engine: Stepped, times: Times) -> None:
     received = time.thread_time_ns()
     scheduler.update_from_output(output, sampled)
     end = time.thread_time_ns()
-    times.note(len(output.scheduled_new_reqs), (scheduled - start + end - received) / 1e6)
+    times.note(output.scheduled_new_reqs, (scheduled - start + end - received) / 1e6)
     for _ in range(before - len(scheduler.requests)):
+        request = engine.next_request()
         start = time.thread_time_ns()
-        engine.arrive()
+        scheduler.add_request(request)
         times.arrivals.append((time.thread_time_ns() - start) / 1e3)
 
 
@@ -136,6 +141,8 @@ def row_of(side: str, clients: int, times: dict[str, Times]) -> dict[str, Cell]:
         row[f"{kind}: extra P99 ms"] = round(percentile(spent, 0.99) - percentile(stock, 0.99), 3)
     if times[side].arrivals:
         row["arrival us"] = round(median(times[side].arrivals), 1)
+    if times[side].admitted_tokens:
+        row["cached %"] = round(100 * times[side].cached_tokens / times[side].admitted_tokens, 1)
     return row
 
 
@@ -156,7 +163,7 @@ def draw(rows: Sequence[dict[str, Any]], axes: Axes) -> None:
         found = [row for row in rows if row["scheduler"] == side]
         clients = [row["clients"] for row in found]
         for kind, line in (("decode", "-"), ("admission", "--")):
-            extra = [row.get(f"{kind}: extra ms") for row in found]
+            extra = [row.get(f"{kind}: extra ms", float("nan")) for row in found]
             axes.plot(clients, extra, line, color=f"C{number}", marker="o", label=f"{side}, {kind}")
     axes.axhline(ALLOWED_MS, color="0.5", linewidth=1, label="3 % of 10 ms")
     axes.set_xscale("log")

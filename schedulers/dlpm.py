@@ -56,11 +56,13 @@ class Deficits(Standings):
         A refund may come after refills that its charge had caused: then it would end above the quantum, and
         the quanta that the client would not have got without the charge are taken back.
         """
-        self._settle(account)
-        level, quantum = account.level - service, self._quantum(account)
-        if level > quantum:
-            level = min(level - math.ceil(level / quantum - 1) * quantum, quantum)
-        account.level = level
+        if account.level <= 0:
+            self._settle(account)
+        # With a deficit above zero a client is given nothing, so its level is as of any epoch.
+        account.epoch = self.epoch
+        account.level -= service
+        if service < 0 and account.level > (quantum := self._quantum(account)):
+            account.level = min(account.level - math.ceil(account.level / quantum - 1) * quantum, quantum)
 
     def lane(self, account: Account) -> int:
         return max(self.epoch, account.epoch + self._refills_needed(account))

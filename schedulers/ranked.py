@@ -24,9 +24,8 @@ from penstock.schedulers.waiting import ClientService, HitTokens, Job
 
 RECHECKS = 8
 """Hits that one pick looks up at most."""
-LOOKED_UP_AT_ONCE = 4
-"""Hits that are looked up between two glances at the clock."""
-REFRESH_S = 100e-6
+REFRESH_S = 50e-6
+"""Time after which a step begins no further look-up. One may take as long, where a hundred blocks hit."""
 
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
 
@@ -81,8 +80,8 @@ class RankedOrder:
         ageing_tokens_per_s: cached tokens that a second of waiting is worth. All age at one rate, so waiting
             never changes the order of two requests, and a score needs no refreshing.
         refreshes_per_step: hits that ``begin_step`` looks up at most.
-        refresh_s: ... and for how long, on the clock of ``book``, to the end of the few begun. A virtual
-            clock that stands still sets no bound.
+        refresh_s: after how long it begins no more of them, on the clock of ``book``. A virtual clock that
+            stands still sets no bound.
     """
 
     def __init__(
@@ -248,8 +247,9 @@ class RankedOrder:
         """What ``peek`` returned stays chosen, so that charging between ``peek`` and ``pop`` is safe."""
         account.service += service
         self._standings.charge(account, service)
-        self._book.touch(account)
-        if service < 0 and account.rank is not None:
+        if account.rank is None:
+            self._book.touch(account)
+        elif service < 0:
             self._seat(account)
 
     def _seat(self, account: Account) -> None:
@@ -270,8 +270,9 @@ class RankedOrder:
     def _first(self) -> Account:
         """The account that is served next; those before it that were charged since are moved."""
         while True:
-            lane, *_, account = self._ranks[0]
-            if lane == self._standings.lane(account):
+            rank = self._ranks[0]
+            account: Account = rank[-1]
+            if rank[0] == self._standings.lane(account):
                 return account
             self._seat(account)
 
@@ -292,9 +293,9 @@ class RankedOrder:
     def _refresh(self) -> None:
         """Look up hits until the number or the time of a step is used up."""
         begin = self._book.now()
-        for number, entry in enumerate(self._look_ups.next(), 1):
+        for entry in self._look_ups.next():
             self._look_up(entry)
-            if number % LOOKED_UP_AT_ONCE == 0 and self._book.now() - begin >= self._refresh_s:
+            if self._book.now() - begin >= self._refresh_s:
                 return
 
     def _recheck(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,9 +40,13 @@ class Charges:
     """Charges an order for what steps compute, each prompt token once however often it is computed again.
 
     A request is charged at the moment of its admission, so that the next pick of the same step knows, and
-    the charge is settled with what the step in fact computes. Generated tokens are read off the requests when
-    somebody is about to choose or to look: most steps admit nobody, and need no charges.
+    the charge is settled with what the step in fact computes. Generated tokens are read off the requests, in
+    turns: up to ``AT_ONCE`` of those that run are charged in every step, of more an ``EVERY``th part, so that
+    what is not charged yet is what ``EVERY`` steps generate.
     """
+
+    AT_ONCE = 32
+    EVERY = 8
 
     def __init__(self, order: WaitingOrder, clock: Clock, asking_of: Callable[[Request], Asking]) -> None:
         self._order = order
@@ -53,6 +57,7 @@ class Charges:
         self._admitted: dict[str, Span] = {}
         # Left the queue, and have prompt tokens to pay for: few, where all that run are many.
         self._unpaid: set[str] = set()
+        self._turn = 0
 
     def __len__(self) -> int:
         return len(self._bills)
@@ -87,9 +92,12 @@ class Charges:
         self._bills.pop(request.request_id, None)
         self._unpaid.discard(request.request_id)
 
-    def begin_step(self) -> None:
-        """What was offered in the last step and not taken is off the table."""
+    def begin_step(self, running: Sequence[Request]) -> None:
+        """What was offered in the last step and not taken is off the table; some that run are charged."""
         self._offered = None
+        begin = self._turn if self._turn < len(running) else 0
+        self._turn = begin + max(self.AT_ONCE, -(-len(running) // self.EVERY))
+        self.charge_output(running[begin : self._turn])
 
     def offer(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> None:
         """A waiting request would be given these tokens, if it is admitted."""

@@ -89,14 +89,14 @@ class RequestScheduling:
         self._warned: set[str] = set()
         order = order_of(self.config, clock, self._cached_prefix)
         self.charges = Charges(order, clock, self._asking_of)
-        self.waiting = OrderedQueue(order, self.charges.job_of, self.charges.popped, self._before_picks)
+        self.waiting = OrderedQueue(order, self.charges.job_of, self.charges.popped, order.begin_step)
         self._client_stats = ClientStats(
-            self.config, order, clock, settle=self._charge_output, export=front_end_exports
+            self.config, order, clock, settle=self._charge_all_output, export=front_end_exports
         )
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step in the policy's order, charged for."""
-        self.charges.begin_step()
+        self.charges.begin_step(self.running)  # type: ignore[attr-defined]
         self.waiting.begin_step()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         self.charges.settle(output.num_scheduled_tokens, self.requests)  # type: ignore[attr-defined]
@@ -131,11 +131,7 @@ class RequestScheduling:
         self.charges.close(request)
         return result
 
-    def _before_picks(self) -> None:
-        self._charge_output()
-        self.waiting.order.begin_step()
-
-    def _charge_output(self) -> None:
+    def _charge_all_output(self) -> None:
         self.charges.charge_output(self.running)  # type: ignore[attr-defined]
 
     def _cached_prefix(self, request_id: str) -> int:
