@@ -30,15 +30,43 @@ REFRESH_S = 50e-6
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
 
 
+class Newcomers:
+    """Bounds how many accounts new names get a round, and as many again those with requests waiting, so that
+    inventing names does not keep a regular client out.
+
+    Raises:
+        ValueError: ``per_round`` is negative.
+    """
+
+    def __init__(self, per_round: int) -> None:
+        if per_round < 0:
+            raise ValueError(f"newcomers_per_refill is {per_round}, allowed: 0 or more")
+        self._per_round = per_round
+        self._came = {True: 0, False: 0}
+
+    def may_come(self, *, known: bool) -> bool:
+        """Whether there is room for one more."""
+        return self._came[known] < self._per_round
+
+    def came(self, *, known: bool) -> None:
+        """One has an account."""
+        self._came[known] += 1
+
+    def begin_round(self) -> None:
+        """There is room for as many again."""
+        self._came = {True: 0, False: 0}
+
+
 class Standings:
     """What a policy knows of its clients. This one treats all alike: the order is that of the requests."""
 
-    def admits(self, *, known: bool) -> bool:
-        """Whether a new name, or one ``known`` by requests that wait, may have an account of its own now."""
+    def admits(self, least: float | None, *, known: bool) -> bool:
+        """Whether a new name, or one ``known`` by requests that wait, may have an account of its own now;
+        ``least`` is the first lane, None if nobody waits."""
         return True
 
     def opened(self, account: Account, least: float | None, *, known: bool) -> None:
-        """A name that was admitted has an account; ``least`` is the first lane, None if nobody waits."""
+        """A name that was admitted has an account."""
 
     def joins(self, account: Account, least: float | None) -> None:
         """A new request comes for a client that has none waiting."""
@@ -200,7 +228,7 @@ class RankedOrder:
     def _account(self, client: str) -> Account:
         """The account of an arriving request; a new one takes along what its name has waiting."""
         known = client in self._guests
-        if not self._book.can_open(client) or not self._standings.admits(known=known):
+        if not self._book.can_open(client) or not self._standings.admits(self._least(), known=known):
             return self._book.find(client)
         account = self._book.open(client)
         self._standings.opened(account, self._least(), known=known)
