@@ -38,7 +38,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     ``vtc`` the client that has had the least service, ``lpm`` longest cached prefix whoever asks."""
     quantum_tokens: Annotated[float, msgspec.Meta(gt=0, le=LARGEST_TOKENS)] = 2000.0
     """Weighted tokens that a client of weight 1 is given when its deficit is used up. More favours prefix
-    locality, less favours fairness. ``dlpm`` only."""
+    locality, less favours fairness. ``dlpm``; for ``vtc`` it only measures the rounds of newcomers."""
     extend_weight: Price = 1.0
     """Price of a prompt token that was computed; tokens from the prefix cache or a connector are free."""
     output_weight: Price = 2.0
@@ -52,6 +52,11 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """How long a client without requests is remembered, with its deficit or counter."""
     max_clients: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] = 10_000
     """Clients that are remembered at most."""
+    newcomers_per_refill: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 8
+    """New client ids that get an account of their own while every other client uses up a quantum; further
+    ones share one account until a later request. Whoever invents an id for every request gets the service of
+    so many clients and one more. The clients in ``clients`` and ``weights`` always have accounts and do not
+    count. ``dlpm`` and ``vtc``."""
     longest_client_id: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 128
     """Bytes of UTF-8 that a client id may have."""
     trust_headers: bool = False
@@ -77,6 +82,11 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
                     f"longest_client_id: given {self.longest_client_id}, "
                     f"allowed: at least the {len(name.encode())} bytes of client {name[:64]!r}"
                 )
+
+    @property
+    def listed(self) -> frozenset[str]:
+        """The clients that the operator names."""
+        return frozenset(self.weights) | {keyed.client for keyed in self.clients.values()}
 
     @property
     def orders_unnamed_by_arrival(self) -> bool:

@@ -29,7 +29,12 @@ def waiting_order(config: SchedulerConfig, clock: Clock, hit_tokens: HitTokens) 
         max_clients=config.max_clients,
     )
     if config.policy == "vtc":
-        return CounterOrder(**common)
+        return CounterOrder(
+            quantum_tokens=config.quantum_tokens,
+            newcomers_per_refill=config.newcomers_per_refill,
+            listed=config.listed,
+            **common,
+        )
     if config.policy == "lpm":
         return PrefixOrder(
             hit_tokens=hit_tokens,
@@ -41,6 +46,8 @@ def waiting_order(config: SchedulerConfig, clock: Clock, hit_tokens: HitTokens) 
     return DeficitOrder(
         hit_tokens=hit_tokens,
         quantum_tokens=config.quantum_tokens,
+        newcomers_per_refill=config.newcomers_per_refill,
+        listed=config.listed,
         ageing_tokens_per_s=config.ageing_tokens_per_s,
         refreshes_per_step=config.hit_refreshes_per_step,
         unnamed_by_arrival=config.orders_unnamed_by_arrival,

@@ -89,25 +89,20 @@ class RequestScheduling:
         self._warned: set[str] = set()
         order = order_of(self.config, clock, self._cached_prefix)
         self.charges = Charges(order, clock, self._asking_of)
-        self.waiting = OrderedQueue(order, self.charges.job_of, self.charges.popped)
-        self._client_stats = ClientStats(self.config, order, clock, export=front_end_exports)
+        self.waiting = OrderedQueue(order, self.charges.job_of, self.charges.popped, order.begin_step)
+        self._client_stats = ClientStats(
+            self.config, order, clock, settle=self._charge_all_output, export=front_end_exports
+        )
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step in the policy's order, charged for."""
-        self.charges.begin_step()
-        self.waiting.order.begin_step()
+        self.charges.begin_step(self.running)  # type: ignore[attr-defined]
+        self.waiting.begin_step()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         self.charges.settle(output.num_scheduled_tokens, self.requests)  # type: ignore[attr-defined]
         return output
 
-    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
-        self.charges.end_of_output()
-        return outputs
-
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        # vLLM makes statistics inside update_from_output.
-        self.charges.end_of_output()
         stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
         if stats is not None:
             idle = not self.has_unfinished_requests()  # type: ignore[attr-defined]
@@ -125,20 +120,19 @@ class RequestScheduling:
             self.charges.offer(request, num_computed_tokens, tokens)
         return tokens
 
-    def _update_request_with_output(
-        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
-    ) -> tuple[list[int], bool]:
-        kept, stopped = super()._update_request_with_output(  # type: ignore[misc]
-            request, new_token_ids, *args, **kwargs
-        )
-        self.charges.generated(request, len(kept))
-        return kept, stopped
+    def _update_request_as_session(self, session: Request, *args: Any, **kwargs: Any) -> None:
+        # The output of a turn becomes prompt of the next one, computed already.
+        self.charges.charge_output_of(session, then=0)
+        super()._update_request_as_session(session, *args, **kwargs)  # type: ignore[misc]
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         # Every request ends here, whatever it was doing.
         result = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
         self.charges.close(request)
         return result
+
+    def _charge_all_output(self) -> None:
+        self.charges.charge_output(self.running)  # type: ignore[attr-defined]
 
     def _cached_prefix(self, request_id: str) -> int:
         """Tokens of a waiting request that the prefix cache holds; changes no block and no statistic."""

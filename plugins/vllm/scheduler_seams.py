@@ -6,7 +6,6 @@ from penstock.plugins.seams import Seam, Use
 from penstock.plugins.vllm.flowkv_seams import override, read
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
-_ASYNC = "vllm.v1.core.sched.async_scheduler:AsyncScheduler"
 _QUEUE = "vllm.v1.core.sched.request_queue:RequestQueue"
 
 STEPS = (
@@ -14,21 +13,13 @@ STEPS = (
         _SCHEDULER,
         __init__="(self, vllm_config, *args, **kwargs)",
         schedule="(self, *args, **kwargs)",
-        update_from_output="(self, *args, **kwargs)",
         make_stats="(self, *args, **kwargs)",
         _reserve_prefill_lookahead="(self, request, num_computed_tokens, num_new_tokens)",
-        _update_request_with_output="(self, request, new_token_ids, *args, **kwargs)",
+        _update_request_as_session="(self, session, *args, **kwargs)",
         _free_request="(self, request, *args, **kwargs)",
     ),
-    # From 0.33 on it is inherited.
-    Seam(
-        f"{_ASYNC}._update_request_with_output",
-        Use.OVERRIDE,
-        "(self, request, new_token_ids, *args, **kwargs)",
-        optional=True,
-    ),
     Seam(f"{_SCHEDULER}.has_unfinished_requests", Use.READ, optional=True),
-    *read(_SCHEDULER, "waiting", "requests", "vllm_config", "kv_cache_manager"),
+    *read(_SCHEDULER, "waiting", "running", "requests", "vllm_config", "kv_cache_manager"),
     *read("vllm.v1.core.sched.output:SchedulerOutput", "num_scheduled_tokens"),
     *read("vllm.v1.metrics.stats:SchedulerStats", "kv_connector_stats"),
 )
@@ -60,6 +51,7 @@ REQUESTS = (
         "num_prompt_tokens",
         "num_tokens",
         "num_computed_tokens",
+        "num_output_tokens",
         "block_hashes",
         "skip_reading_prefix_cache",
         "resumable",
