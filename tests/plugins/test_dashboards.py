@@ -52,6 +52,7 @@ def exported() -> dict[str, set[str]]:
         SimpleNamespace(kv_transfer_config=None), kinds, ["model_name", "engine"], {0: ["m", "0"]}
     )
     if ledger._gauge is None:
+        ledger._published = True
         ledger._publish_all()
     for module in pkgutil.iter_modules([f"{patches.__path__[0]}/vllm"]):
         if module.name.endswith("_gauges"):

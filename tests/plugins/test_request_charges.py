@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 
 from arrival_order import ArrivalOrder
 from loading_connector import LoadingConnector
-from request_scheduler_kit import ours, settings_of, traffic
+from request_scheduler_kit import PASSES_OVER, ours, settings_of, traffic
 from stepped_scheduler import Settings, Stepper, build, request
 from vllm.v1.request import Request, RequestStatus
 
@@ -109,6 +109,7 @@ def test_an_admission_is_charged_before_the_next_one_is_chosen():
     ]
 
 
+@PASSES_OVER
 def test_a_request_that_is_passed_over_is_charged_nothing():
     class Stuck(SyncRequestScheduler):
         def _handle_blocked_waiting_request(self, request: Request) -> bool:
