@@ -51,7 +51,7 @@ class RowTexts:
         return given_up
 
     def find(self, tokens: NDArray[np.integer], before: int, after: int) -> tuple[str, bool]:
-        """The name of the text that was ``tokens[:before]`` and is ``tokens[:after]``, and whether it is new."""
+        """The name of what was ``tokens[:before]`` and is ``tokens[:after]`` now, and whether it is new."""
         names = self._names.get(_key(tokens, before))
         if names:
             name, new = names[-1], False
