@@ -2,18 +2,21 @@
 
 The same choice as ``drafts.fastest`` makes: the most worth a second. All draft tokens are sorted by what they
 are worth; a step with the best ``d`` of them is compared for every ``d``. Where that gains too little there
-is no draft, but a short one of one request now and then, for at most a set share of the time.
+is no draft, but a short one of one request now and then; where drafts pay and their cost is unsure, there is
+a step without them now and then. Both take at most a set share of the time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from penstock.schedulers.acceptance_table import AcceptanceTable, Floats, Ints
 from penstock.schedulers.draft_policy import LEAST_GAIN, MOST_CREDIT_S, PROBE_SHARE, PROBE_TOKENS
+
+Unsure = Callable[[int], bool]
 
 
 class Chosen(NamedTuple):
@@ -79,8 +82,15 @@ class DraftLengths:
         self.served_s = self.probing_s = 0.0
 
     def lengths(
-        self, rows: Ints, available: Ints, needed: Floats, *, rest: Floats, seconds: Floats
-    ) -> NDArray[np.int64]:
+        self,
+        rows: Ints,
+        available: Ints,
+        needed: Floats,
+        *,
+        rest: Floats,
+        seconds: Floats,
+        unsure: Unsure = lambda drafted: False,
+    ) -> Ints:
         """Draft tokens of each row.
 
         Args:
@@ -88,6 +98,7 @@ class DraftLengths:
             available: ``[n]``, draft tokens that there are for each.
             needed: ``[n]``, tokens that each needs of the step for its pace; 0 where it has none.
             rest, seconds: as in ``fastest_lengths``; their length bounds the draft tokens of the step.
+            unsure: whether it is unclear what so many draft tokens cost.
         """
         self.served_s += float(seconds[0])
         self._credit_s = min(MOST_CREDIT_S, self._credit_s + self._probe_share * float(seconds[0]))
@@ -97,6 +108,9 @@ class DraftLengths:
         values[np.arange(self.table.most_tokens) >= available[:, None]] = 0.0
         chosen = fastest_lengths(values, rest, seconds)
         if chosen.gain >= self._least_gain:
+            if self._credit_s > 0 and unsure(int(chosen.lengths.sum())):
+                self._spend(float(seconds[0]) * chosen.gain / (1.0 + chosen.gain))
+                return np.zeros(len(rows), dtype=np.int64)
             return chosen.lengths
         return self._probe(rows, available, seconds)
 
@@ -110,10 +124,12 @@ class DraftLengths:
         chosen = min(range(len(rows)), key=lambda index: (self._probed[int(rows[index])], index))
         tokens = min(PROBE_TOKENS, int(available[chosen]), len(seconds) - 1)
         if tokens:
-            cost_s = float(seconds[tokens] - seconds[0])
-            self._credit_s -= cost_s
-            self.probing_s += cost_s
-            self.probes += 1
+            self._spend(float(seconds[tokens] - seconds[0]))
             self._probed[int(rows[chosen])] += 1
             lengths[chosen] = tokens
         return lengths
+
+    def _spend(self, cost_s: float) -> None:
+        self._credit_s -= cost_s
+        self.probing_s += cost_s
+        self.probes += 1

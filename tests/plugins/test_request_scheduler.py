@@ -24,7 +24,7 @@ from penstock.plugins.vllm.request_scheduler import (
     make_scheduler,
 )
 
-POLICIES = ("dlpm", "vtc", "lpm")
+POLICIES = ("dlpm", "vtc", "lpm", "fcfs")
 
 
 @pytest.fixture(autouse=True)
