@@ -77,7 +77,7 @@ class DraftBudget:
         self._paces: dict[str, _Pace] = {}
         self._in_flight: deque[_InFlight] = deque(maxlen=MOST_IN_FLIGHT)
         self._padded: frozenset[str] = frozenset()
-        self._verified: list[tuple[int, int, int]] = []
+        self._verified: tuple[list[int], list[int], list[int]] = ([], [], [])
         self._started_s = self._ended_s = -math.inf
         self._context = self._prompt_tokens = 0
         self.allocated = self.accepted = self.cut_off = 0
@@ -159,17 +159,20 @@ class DraftBudget:
     def verified(self, request_id: str, drafted: int, accepted: int) -> None:
         """The first ``accepted`` of ``drafted`` tokens were right."""
         row = self._rows.get(request_id)
-        if row is not None and request_id not in self._padded and drafted > 0:
-            accepted = min(accepted, drafted)
-            self.accepted += accepted
-            self._verified.append((row, drafted, accepted))
+        if row is None or request_id in self._padded or drafted <= 0:
+            return
+        rows, tried, right = self._verified
+        rows.append(row)
+        tried.append(drafted)
+        right.append(min(accepted, drafted))
 
     def learn(self) -> None:
         """All drafts of a step were reported."""
-        if self._verified:
-            rows, drafted, accepted = np.array(self._verified).T
-            self.lengths.table.observe(rows, drafted, accepted)
-            self._verified.clear()
+        rows, tried, right = self._verified
+        if rows:
+            self.accepted += sum(right)
+            self.lengths.table.observe(np.array(rows), np.array(tried), np.array(right))
+            self._verified = ([], [], [])
 
     def forget(self, request_id: str) -> None:
         """A request is gone."""

@@ -56,6 +56,9 @@ class SuffixDrafter:
     def __len__(self) -> int:
         return len(self._live)
 
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._live
+
     def begin_step(self) -> None:
         """Prompts may be indexed again, as many tokens as one step may spend."""
         self._left = self._config.indexed_per_step
