@@ -8,6 +8,7 @@ import click
 
 BENCHES = {
     "flowkv": "penstock.benchmarks.flowkv:bench",
+    "speculation": "penstock.benchmarks.speculation:bench",
 }
 
 

@@ -152,7 +152,7 @@ def ngram_proposer(longest: int) -> Propose:
     """vLLM's own, as its model runner calls it for one row."""
     from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 
-    proposer = NgramProposer(_config(longest))  # type: ignore[arg-type]
+    proposer = NgramProposer(_config(longest))
     tokens, length = np.zeros((1, longest), dtype=np.int32), np.zeros(1, dtype=np.int32)
 
     # Compiled where it is first called with drafts.
