@@ -43,8 +43,7 @@ class DraftCost:
 
     @property
     def _model_token_s(self) -> float:
-        none, one = self._model.seconds_with(StepFeatures(0, 0, 0), np.arange(2))
-        return float(one - none)
+        return self._model.seconds(StepFeatures(1, 0, 0)) - self._model.seconds(StepFeatures(0, 0, 0))
 
     def observe(self, features: StepFeatures, drafted: int, seconds: float) -> None:
         """A step took ``seconds``, of its tokens ``drafted`` were drafts."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from penstock.schedulers.acceptance_table import Floats
+from penstock.schedulers.acceptance_table import Floats, Ints
 from penstock.schedulers.asking import Asking
 from penstock.schedulers.draft_config import SpeculationConfig
 from penstock.schedulers.draft_cost import DraftCost
@@ -85,40 +85,41 @@ class DraftBudget:
     def cut(self, running: Sequence[Request], most_scheduled: int, *, waits: bool) -> None:
         """Shorten the drafts of ``running`` for a step of up to ``most_scheduled`` tokens."""
         self._started_s = now_s = self._clock()
-        drafting, rows, available = [], [], []
-        context = prompts = decodes = 0
-        known = self._rows
-        for request in running:
-            context += request.num_computed_tokens
-            if request.is_prefill_chunk:
-                prompts += request.num_tokens - request.num_computed_tokens
-                continue
-            decodes += 1
-            tokens = len(request.spec_token_ids)
-            if tokens:
-                row = known.get(request.request_id)
-                rows.append(self._open(request) if row is None else row)
-                drafting.append(request)
-                available.append(tokens)
-        self._context = context
-        if waits:
-            prompts += self._prompt_tokens
+        # Comprehensions, since a batch has hundreds of requests and a step lasts milliseconds.
+        decoding = [request for request in running if not request.is_prefill_chunk]
+        drafting = [request for request in decoding if request.spec_token_ids]
+        self._context = sum([request.num_computed_tokens for request in running])
         if not drafting:
             return
+        prompts = self._prompt_tokens if waits else 0
+        if len(decoding) < len(running):
+            prefilling = [request for request in running if request.is_prefill_chunk]
+            prompts += sum([request.num_tokens - request.num_computed_tokens for request in prefilling])
+        known = self._rows
+        for request in drafting:
+            if request.request_id not in known:
+                self._open(request)
+        rows = np.array([known[request.request_id] for request in drafting])
+        available = np.array([len(request.spec_token_ids) for request in drafting])
+        room = max(0, min(int(available.sum()), most_scheduled - len(decoding)))
         # Drafts go before prompts: what finds no room any more is computed in a later step.
-        drafts = np.arange(max(0, min(sum(available), most_scheduled - decodes)) + 1)
-        tokens_held = np.minimum(decodes + prompts + drafts, most_scheduled)
-        seconds = self.cost.seconds(StepFeatures(0, len(running), context), tokens_held)
+        drafts = np.arange(room + 1)
+        held = np.minimum(len(decoding) + prompts + drafts, most_scheduled)
+        seconds = self.cost.seconds(StepFeatures(0, len(running), self._context), held)
         needed = self._needed(drafting, now_s, float(seconds[0]))
-        sure = self._spare_worth * decodes + (1 - self._spare_worth) * np.count_nonzero(needed)
-        rest = sure + self._prompt_worth * (tokens_held - decodes - drafts)
+        sure = self._spare_worth * len(decoding) + (1 - self._spare_worth) * np.count_nonzero(needed)
+        rest = sure + self._prompt_worth * (held - len(decoding) - drafts)
         lengths = self.lengths.lengths(
-            np.array(rows), np.array(available), needed, rest=rest, seconds=seconds, unsure=self.cost.unsure
+            rows, available, needed, rest=rest, seconds=seconds, unsure=self.cost.unsure
         )
-        for request, kept, tokens in zip(drafting, lengths.tolist(), available, strict=True):
-            if kept < tokens:
-                self.cut_off += tokens - kept
-                request.spec_token_ids = request.spec_token_ids[:kept]
+        self._shorten(drafting, lengths, available)
+
+    def _shorten(self, drafting: list[Request], lengths: Ints, available: Ints) -> None:
+        shorter = np.flatnonzero(lengths < available)
+        for index, kept in zip(shorter.tolist(), lengths[shorter].tolist(), strict=True):
+            request = drafting[index]
+            request.spec_token_ids = request.spec_token_ids[:kept]
+        self.cut_off += int(available.sum() - lengths.sum())
 
     def _needed(self, drafting: list[Request], now_s: float, step_s: float) -> Floats:
         needed: Floats = np.zeros(len(drafting))
@@ -180,15 +181,14 @@ class DraftBudget:
         self._paces.pop(request_id, None)
         self.lengths.table.forget(request_id)
 
-    def _open(self, request: Request) -> int:
+    def _open(self, request: Request) -> None:
         asking = self._asking_of(request)
-        row = self._rows[request.request_id] = self.lengths.table.row(request.request_id, asking.client)
+        self._rows[request.request_id] = self.lengths.table.row(request.request_id, asking.client)
         if asking.tpot_slo_ms is not None:
             now_s = self._clock()
             self._paces[request.request_id] = _Pace(
                 asking.tpot_slo_ms / 1e3, now_s, request.num_output_tokens
             )
-        return row
 
     def counts(self) -> dict[str, float]:
         """What was drafted since the start, and how well steps are predicted; plain values."""
