@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
-WaitingPolicy = Literal["dlpm", "vtc", "lpm"]
+from penstock.schedulers.draft_config import SpeculationConfig
+
+WaitingPolicy = Literal["dlpm", "vtc", "lpm", "fcfs"]
 
 LEAST_WEIGHT, LARGEST_WEIGHT = 0.01, 100.0
 LARGEST_TOKENS = 1e9
@@ -35,7 +37,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     policy: WaitingPolicy = "dlpm"
     """Which request is served next: ``dlpm`` longest cached prefix among clients whose deficit is positive,
-    ``vtc`` the client that has had the least service, ``lpm`` longest cached prefix whoever asks."""
+    ``vtc`` the client that has had the least service, ``lpm`` longest cached prefix whoever asks, ``fcfs``
+    the one that came first."""
     quantum_tokens: Annotated[float, msgspec.Meta(gt=0, le=LARGEST_TOKENS)] = 2000.0
     """Weighted tokens that a client of weight 1 is given when its deficit is used up. More favours prefix
     locality, less favours fairness. ``dlpm``; for ``vtc`` it only measures the rounds of newcomers."""
@@ -70,6 +73,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     unnamed_by_arrival: bool | None = None
     """Whether requests that name no client are served among themselves in order of arrival. None does so
     for ``dlpm`` and ``vtc``, and orders them by prefix for ``lpm``, which is what that is for."""
+    speculation: SpeculationConfig | None = None
+    """Draft lengths for each request, for an engine that drafts; None leaves drafts as they are."""
     shown_clients: Annotated[int, msgspec.Meta(ge=1, le=100)] = 10
     """Clients with metrics of their own, those with the most service; the others are summed up as one."""
 

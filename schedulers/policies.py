@@ -6,6 +6,7 @@ from typing import TypedDict
 
 from penstock.schedulers.config import SchedulerConfig
 from penstock.schedulers.dlpm import DeficitOrder
+from penstock.schedulers.fcfs import ArrivalOrder
 from penstock.schedulers.lpm import PrefixOrder
 from penstock.schedulers.vtc import CounterOrder
 from penstock.schedulers.waiting import Clock, HitTokens, WaitingOrder
@@ -21,6 +22,12 @@ class _Common(TypedDict):
 
 def waiting_order(config: SchedulerConfig, clock: Clock, hit_tokens: HitTokens) -> WaitingOrder:
     """The order that ``config.policy`` names. ``clock`` and ``hit_tokens`` as in ``waiting``."""
+    if config.policy == "fcfs":
+        return ArrivalOrder(
+            extend_weight=config.extend_weight,
+            output_weight=config.output_weight,
+            max_clients=config.max_clients,
+        )
     common = _Common(
         clock=clock,
         extend_weight=config.extend_weight,

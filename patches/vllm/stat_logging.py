@@ -45,6 +45,10 @@ def _replace(original: Any) -> Any:
             from penstock.patches.vllm.client_gauges import gauges
 
             gauges().show(payload, engine_idx or 0)
+            if "drafts" in payload:
+                from penstock.patches.vllm.draft_gauges import draft_gauges
+
+                draft_gauges().show(payload["drafts"], engine_idx or 0)
         return original(
             self, scheduler_stats, iteration_stats, mm_cache_stats=mm_cache_stats, engine_idx=engine_idx
         )

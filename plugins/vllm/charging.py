@@ -70,6 +70,10 @@ class Charges:
             self._bills[request.request_id] = bill
         return bill
 
+    def asking_of(self, request: Request) -> Asking:
+        """What the request asks for."""
+        return self.of(request).asking
+
     def job_of(self, request: Request) -> Job:
         """The request as orders see it. Its prompt may have grown since it waited last."""
         bill = self.of(request)

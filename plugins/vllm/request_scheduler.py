@@ -20,6 +20,7 @@ from penstock.plugins.configuration import ConfigurationError, scheduler_config
 from penstock.plugins.features import asked_for, require
 from penstock.plugins.vllm.charging import Charges
 from penstock.plugins.vllm.client_stats import ClientStats
+from penstock.plugins.vllm.draft_control import DraftControlling
 from penstock.plugins.vllm.features import REQUEST_SCHEDULER
 from penstock.plugins.vllm.installation import upstream
 from penstock.plugins.vllm.request_queue import OrderedQueue
@@ -168,9 +169,9 @@ def extra_args_of(request: Request) -> Mapping[str, Any]:
 NO_EXTRA_ARGS: Mapping[str, Any] = {}
 
 
-class SyncRequestScheduler(RequestScheduling, Scheduler):
+class SyncRequestScheduler(DraftControlling, RequestScheduling, Scheduler):
     """For engines that schedule a step when the one before has ended."""
 
 
-class AsyncRequestScheduler(RequestScheduling, AsyncScheduler):
+class AsyncRequestScheduler(DraftControlling, RequestScheduling, AsyncScheduler):
     """For engines that schedule a step while the one before runs."""

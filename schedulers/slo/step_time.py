@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock.schedulers.slo.nonnegative import fit_robust
 from penstock.schedulers.slo.profiles import KNEES, Profile
@@ -63,6 +64,17 @@ class StepTimeModel:
     def seconds(self, features: StepFeatures) -> float:
         """The predicted time of a step."""
         return self._scale * self._unscaled(features)
+
+    def seconds_with(self, features: StepFeatures, tokens: NDArray[np.int64]) -> NDArray[np.floating[Any]]:
+        """The predicted times of steps that differ in their tokens only."""
+        _, token, knee1, knee2, *_ = self._shape
+        time_s: NDArray[np.floating[Any]] = token * tokens + self._unscaled(features._replace(tokens=0))
+        if knee1:
+            time_s += knee1 * np.maximum(0, tokens - KNEES[0])
+        if knee2:
+            time_s += knee2 * np.maximum(0, tokens - KNEES[1])
+        time_s *= self._scale
+        return time_s
 
     def _unscaled(self, features: StepFeatures) -> float:
         base, token, knee1, knee2, request, context, one_pass = self._shape

@@ -13,7 +13,7 @@ from vllm.v1.request import Request
 
 from penstock.plugins.vllm.request_scheduler import make_scheduler
 
-POLICIES = ("dlpm", "vtc", "lpm")
+POLICIES = ("dlpm", "vtc", "lpm", "fcfs")
 
 PASSES_OVER = pytest.mark.skipif(
     not hasattr(Scheduler, "_handle_blocked_waiting_request"),
