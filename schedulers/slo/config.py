@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from penstock.schedulers.slo.profiles import find_profile
 from penstock.schedulers.slo.targets import Tiers
 
 Rule = Literal["moore_hodgson", "edf_greedy", "dynamic_program"]
@@ -18,7 +19,7 @@ class SLOConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """All knobs of the SLO policy. Times are in seconds.
 
     Raises:
-        ValueError: tiers that do not ascend.
+        ValueError: tiers that do not ascend, or a profile that is not shipped.
     """
 
     tiers_s: tuple[float, ...] = (0.025, 0.05, 0.1, 0.25)
@@ -65,3 +66,4 @@ class SLOConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     def __post_init__(self) -> None:
         Tiers(self.tiers_s)
+        find_profile(self.profile)

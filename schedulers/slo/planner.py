@@ -111,6 +111,7 @@ class Planner:
         self._now_s = now_s
         if not self.backlog.with_targets and all(request.targets is None for request in running):
             self.counters.passive += 1
+            self.backlog.put_in_front(())
             self.suspensions.record((), now_s)
             return PASSIVE
         start_s = now_s + limits.in_flight_s

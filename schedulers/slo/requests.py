@@ -10,8 +10,8 @@ from penstock.schedulers.slo.targets import Targets
 from penstock.schedulers.waiting import Job
 
 
-class Running(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """A request of the running batch.
+class Running(msgspec.Struct, gc=False, kw_only=True):
+    """A request of the running batch. An adapter may keep one and bring it up to date before each plan.
 
     Token counts are those after the steps that were already handed to the model: ``tokens`` are all tokens
     of the request (prompt and generated), ``computed_tokens`` those whose KV cache exists or is under way.
