@@ -38,7 +38,7 @@ class LogNormal:
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """Targets: the first token within ``slowdown`` times the idle engine's time, ``tpot_s`` for each other."""
+    """Targets: ``slowdown`` times the idle engine's time for the first token, ``tpot_s`` for each other."""
 
     name: str
     slowdown: float

@@ -110,6 +110,8 @@ def search(task: Task, rule: TpotRule, curve: Curve) -> None:
         rate = following
     else:
         return
+    # One rate well below: where the mean holds, some windows may not.
+    probe(task, low / factor, curve)
     for _ in range(REFINEMENTS):
         factor **= 0.5
         low = low * factor if holds(low * factor) else low

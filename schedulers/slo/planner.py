@@ -115,7 +115,7 @@ class Planner:
             self.suspensions.record((), now_s)
             return PASSIVE
         start_s = now_s + limits.in_flight_s
-        batch = Sorted.of(running, start_s, self.config.late_tpots, self._demoted)
+        batch = Sorted.of(running, start_s, self.config.late_tpots, self._demoted, self.config.pace)
         self._demote_hopeless(batch)
         if self.replanner.due(now_s):
             with_targets = Batch(

@@ -10,8 +10,12 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
+
+Pace = Literal["cumulative", "mean", "gap"]
+"""How a time per token is meant: from the first token's deadline, from the first token, or from the last."""
 
 
 class TargetError(ValueError):
@@ -51,6 +55,25 @@ class Targets(msgspec.Struct, frozen=True, gc=False):
         if first_token_s is not None and (first_token_s > start or math.isinf(start)):
             start = first_token_s
         return start + token * self.tpot_s
+
+
+def due_s(
+    targets: Targets,
+    pace: Pace,
+    arrival_s: float,
+    token: int,
+    first_token_s: float | None,
+    last_token_s: float | None,
+) -> float:
+    """When output token ``token`` (from 0) is due under a reading of the pace.
+
+    Where the tokens before it have not come yet, those of ``cumulative`` are taken for the others'.
+    """
+    if token == 0 or pace == "cumulative" or first_token_s is None or last_token_s is None:
+        return targets.due_s(arrival_s, token, first_token_s)
+    if pace == "mean":
+        return first_token_s + token * targets.tpot_s
+    return last_token_s + targets.tpot_s
 
 
 class Tiers:
