@@ -57,25 +57,6 @@ class Targets(msgspec.Struct, frozen=True, gc=False):
         return start + token * self.tpot_s
 
 
-def due_s(
-    targets: Targets,
-    pace: Pace,
-    arrival_s: float,
-    token: int,
-    first_token_s: float | None,
-    last_token_s: float | None,
-) -> float:
-    """When output token ``token`` (from 0) is due under a reading of the pace.
-
-    Where the tokens before it have not come yet, those of ``cumulative`` are taken for the others'.
-    """
-    if token == 0 or pace == "cumulative" or first_token_s is None or last_token_s is None:
-        return targets.due_s(arrival_s, token, first_token_s)
-    if pace == "mean":
-        return first_token_s + token * targets.tpot_s
-    return last_token_s + targets.tpot_s
-
-
 class Tiers:
     """Requests bucketed by their time for each token, so that a plan depends on how many are in each bucket.
 
