@@ -9,6 +9,7 @@ import click
 BENCHES = {
     "dlpm": "penstock.benchmarks.dlpm:bench",
     "flowkv": "penstock.benchmarks.flowkv:bench",
+    "slo": "penstock.benchmarks.slo:bench",
 }
 
 

@@ -61,9 +61,14 @@ def geometric_mean(ratios: Sequence[Sequence[float]]) -> Interval:
     logarithms."""
     logs = [math.log(value) for value, _, _ in ratios]
     centre = sum(logs) / len(logs)
-    below = math.sqrt(sum((math.log(value) - math.log(low)) ** 2 for value, low, _ in ratios)) / len(logs)
-    above = math.sqrt(sum((math.log(high) - math.log(value)) ** 2 for value, _, high in ratios)) / len(logs)
+    below = math.sqrt(sum(_distance(value, low) ** 2 for value, low, _ in ratios)) / len(logs)
+    above = math.sqrt(sum(_distance(value, high) ** 2 for value, _, high in ratios)) / len(logs)
     return Interval(math.exp(centre), math.exp(centre - below), math.exp(centre + above))
+
+
+def _distance(value: float, end: float) -> float:
+    """Of logarithms; an end that no window bounds counts as three times away."""
+    return abs(math.log(end / value)) if 0 < end < math.inf else math.log(3)
 
 
 def _draws(number: int, seed: int) -> list[list[int]]:

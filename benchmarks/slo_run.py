@@ -24,8 +24,7 @@ ATTAINED = 0.9
 """Share of requests that must meet their targets at the capacity."""
 STEP = 1.3
 """Factor between the rates with which a search begins."""
-REFINEMENTS = 2
-"""Halvings of the last factor."""
+FURTHER_BELOW = 4
 FURTHEST = 7
 """Steps up or down from the first rate at most."""
 KV_TOKENS = 400_000
@@ -68,6 +67,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     step_time: StepTime
     rules: tuple[TpotRule, ...] = ("deadline",)
     rates: tuple[float, ...] = ()
+    refinements: int = 2
+    """Halvings of the last factor of a search."""
     traces: Path | None = None
 
 
@@ -110,9 +111,13 @@ def search(task: Task, rule: TpotRule, curve: Curve) -> None:
         rate = following
     else:
         return
-    # One rate well below: where the mean holds, some windows may not.
-    probe(task, low / factor, curve)
-    for _ in range(REFINEMENTS):
+    # Where the mean holds some windows may not, and the interval needs a rate at which they do.
+    well_below = low
+    for _ in range(FURTHER_BELOW):
+        if min(score.share(rule) for score in probe(task, well_below, curve)) >= ATTAINED:
+            break
+        well_below /= factor
+    for _ in range(task.refinements):
         factor **= 0.5
         low = low * factor if holds(low * factor) else low
 

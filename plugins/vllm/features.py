@@ -7,7 +7,7 @@ from penstock.plugins.features import Feature
 from penstock.plugins.seams import Seam, Use
 from penstock.plugins.vllm import flags
 from penstock.plugins.vllm.flowkv_seams import ALLOCATION, CONNECTOR, GEOMETRY, REGISTRY, read
-from penstock.plugins.vllm.scheduler_seams import CACHE, QUEUE, REQUESTS, SETTINGS, STEPS
+from penstock.plugins.vllm.scheduler_seams import CACHE, PLANS, QUEUE, REQUESTS, SETTINGS, STEPS
 
 COMMAND_LINE = Feature(
     name="command-line",
@@ -40,8 +40,8 @@ FLOWKV = Feature(
 
 REQUEST_SCHEDULER = Feature(
     name="request-scheduler",
-    summary="waiting requests in an order that is fair to clients and keeps prefixes together",
-    seams=(*STEPS, *QUEUE, *REQUESTS, *CACHE, *SETTINGS),
+    summary="waiting requests in an order that is fair to clients, or steps planned by latency targets",
+    seams=(*STEPS, *QUEUE, *REQUESTS, *CACHE, *PLANS, *SETTINGS),
     patches=(stat_logging.PATCH,),
 )
 
