@@ -129,10 +129,11 @@ def tune(scale: Scale, base: Task, run: RunAll, scored: Scored) -> None:
         for rule in scale.rules:
             for family in rule_families(rule, scale.families):
                 if (app, family, rule) not in scored.best:
-                    scored.best[app, family, rule] = max(
-                        scale.families[family],
-                        key=lambda one, app=app, rule=rule: capacity(curves[app, one.name], rule, windows),
-                    )
+                    found = {
+                        one.name: capacity(curves[app, one.name], rule, windows)
+                        for one in scale.families[family]
+                    }
+                    scored.best[app, family, rule] = settings[max(found, key=found.__getitem__)]
 
 
 def score(scale: Scale, base: Task, run: RunAll, scored: Scored) -> None:

@@ -40,9 +40,16 @@ FLOWKV = Feature(
 
 REQUEST_SCHEDULER = Feature(
     name="request-scheduler",
-    summary="waiting requests in an order that is fair to clients, or steps planned by latency targets",
-    seams=(*STEPS, *QUEUE, *REQUESTS, *CACHE, *PLANS, *SETTINGS),
+    summary="waiting requests in an order that is fair to clients and keeps prefixes together",
+    seams=(*STEPS, *QUEUE, *REQUESTS, *CACHE, *SETTINGS),
     patches=(stat_logging.PATCH,),
+)
+
+SLO_SCHEDULER = Feature(
+    name="slo-scheduler",
+    summary="steps planned so that requests meet latency targets: policy slo of the request scheduler",
+    seams=(*STEPS, *QUEUE, *REQUESTS, *CACHE, *PLANS, *SETTINGS),
+    patches=(),
 )
 
 REPACKAGED_VERSION = Feature(
@@ -53,5 +60,6 @@ REPACKAGED_VERSION = Feature(
 )
 
 FEATURES = {
-    feature.name: feature for feature in (COMMAND_LINE, FLOWKV, REQUEST_SCHEDULER, REPACKAGED_VERSION)
+    feature.name: feature
+    for feature in (COMMAND_LINE, FLOWKV, REQUEST_SCHEDULER, SLO_SCHEDULER, REPACKAGED_VERSION)
 }

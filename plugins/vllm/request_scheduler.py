@@ -19,7 +19,7 @@ from penstock.plugins.features import asked_for, require
 from penstock.plugins.vllm.askings import Askings
 from penstock.plugins.vllm.charging import Charges
 from penstock.plugins.vllm.client_stats import ClientStats
-from penstock.plugins.vllm.features import REQUEST_SCHEDULER
+from penstock.plugins.vllm.features import REQUEST_SCHEDULER, SLO_SCHEDULER
 from penstock.plugins.vllm.installation import upstream
 from penstock.plugins.vllm.prefix_lookup import cached_prefix
 from penstock.plugins.vllm.request_queue import OrderedQueue
@@ -50,6 +50,7 @@ def make_scheduler(vllm_config: Any, **arguments: Any) -> Scheduler:
     require_supported(vllm_config)
     is_async = vllm_config.scheduler_config.async_scheduling
     if scheduler_config(vllm_config.additional_config).policy == "slo":
+        require(SLO_SCHEDULER, upstream())
         require_chunked_prefill(vllm_config)
         kind: Any = AsyncSLOScheduler if is_async else SyncSLOScheduler
     else:

@@ -79,11 +79,10 @@ PLANS = (
         f"{_SCHEDULER}._preempt_request",
         Use.CALL,
         "(self, request, timestamp, drop_stale_output)",
-        optional=True,
     ),
-    Seam(f"{_SCHEDULER}._request_blocks_can_be_freed", Use.CALL, "(self, request)", optional=True),
+    Seam(f"{_SCHEDULER}._request_blocks_can_be_freed", Use.CALL, "(self, request)"),
     *(
-        Seam(f"{_SCHEDULER}.{name}", Use.READ, optional=True)
+        Seam(f"{_SCHEDULER}.{name}", Use.READ)
         for name in (
             "running",
             "kv_holding_waiting",
@@ -119,7 +118,7 @@ PLANS = (
         "FINISHED_LENGTH_CAPPED",
     ),
 )
-"""What the SLO policy needs beside the rest: to carry out a plan. Optional where only that policy needs it."""
+"""What the SLO policy needs beside the rest, to carry out a plan."""
 
 SETTINGS = (
     *read("vllm.config.scheduler:SchedulerConfig", "policy", "async_scheduling", "scheduler_cls"),
