@@ -127,10 +127,13 @@ def _explain(name: str, values: Mapping[str, Any], kind: type[msgspec.Struct], m
     if path is None:
         # The struct's own check of several fields, which names them itself.
         return f"{name}.{message}"
-    key = re.split(r"[.\[]", path)[0]
+    key, *inner = re.split(r"[.\[]", path)
     allowed = match["what"].removeprefix("Expected ").split(", got ")[0].replace("`", "")
-    choices = _choices(kind, key)
-    return f"{name}.{key}: given {_shown(key, values[key])}, allowed: {choices or allowed}"
+    value = values[key]
+    if inner and isinstance(value, Mapping) and inner[0] in value:
+        key, value = f"{key}.{inner[0]}", value[inner[0]]
+    choices = "" if inner else _choices(kind, key)
+    return f"{name}.{key}: given {_shown(key, value)}, allowed: {choices or allowed}"
 
 
 def _choices(kind: type[msgspec.Struct], key: str) -> str:

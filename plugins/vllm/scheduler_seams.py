@@ -71,6 +71,51 @@ CACHE = (
 )
 """How much of a waiting request's prompt is cached."""
 
+PLANS = (
+    *override(_SCHEDULER, update_from_output="(self, scheduler_output, *args, **kwargs)"),
+    Seam(
+        f"{_SCHEDULER}._preempt_request",
+        Use.CALL,
+        "(self, request, timestamp, drop_stale_output)",
+    ),
+    Seam(f"{_SCHEDULER}._request_blocks_can_be_freed", Use.CALL, "(self, request)"),
+    *(
+        Seam(f"{_SCHEDULER}.{name}", Use.READ)
+        for name in (
+            "kv_holding_waiting",
+            "max_num_scheduled_tokens",
+            "max_num_active_reqs",
+            "num_waiting_for_streaming_input",
+            "finished_recving_kv_req_ids",
+            "requires_kv_delivery",
+            "num_spec_tokens",
+            "need_mamba_block_aligned_split",
+            "kv_cache_config",
+            "block_size",
+            "_pause_state",
+        )
+    ),
+    *read("vllm.v1.core.sched.interface:PauseState", "UNPAUSED"),
+    *read("vllm.v1.core.sched.output:SchedulerOutput", "total_num_scheduled_tokens"),
+    *read("vllm.v1.core.block_pool:BlockPool", "get_num_free_blocks"),
+    *read(
+        "vllm.v1.request:Request",
+        "arrival_time",
+        "max_tokens",
+        "num_output_placeholders",
+        "spec_token_ids",
+        "has_encoder_inputs",
+    ),
+    *read(
+        "vllm.v1.request:RequestStatus",
+        "WAITING",
+        "WAITING_FOR_REMOTE_KVS",
+        "FINISHED_STOPPED",
+        "FINISHED_LENGTH_CAPPED",
+    ),
+)
+"""What the SLO policy needs beside the rest, to carry out a plan."""
+
 SETTINGS = (
     *read("vllm.config.scheduler:SchedulerConfig", "policy", "async_scheduling", "scheduler_cls"),
     *read("vllm.config.vllm:VllmConfig", "additional_config", "scheduler_config", "model_config"),

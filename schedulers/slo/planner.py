@@ -111,10 +111,11 @@ class Planner:
         self._now_s = now_s
         if not self.backlog.with_targets and all(request.targets is None for request in running):
             self.counters.passive += 1
+            self.backlog.put_in_front(())
             self.suspensions.record((), now_s)
             return PASSIVE
         start_s = now_s + limits.in_flight_s
-        batch = Sorted.of(running, start_s, self.config.late_tpots, self._demoted)
+        batch = Sorted.of(running, start_s, self.config.late_tpots, self._demoted, self.config.pace)
         self._demote_hopeless(batch)
         if self.replanner.due(now_s):
             with_targets = Batch(

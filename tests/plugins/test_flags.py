@@ -317,7 +317,7 @@ CONTRADICTIONS = {
     ),
     "unknown policy": (
         ["--request-scheduler", "dlpn"],
-        ("scheduler.policy", "'dlpn'", "dlpm, fcfs, lpm, vtc"),
+        ("scheduler.policy", "'dlpn'", "dlpm, fcfs, lpm, slo, vtc"),
     ),
     "unknown key": (
         ["--request-scheduler=dlpm", "--additional-config", '{"penstock": {"scheduler": {"quantum": 1}}}'],
