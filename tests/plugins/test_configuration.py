@@ -99,7 +99,7 @@ def scheduling(**keys: object) -> dict[str, object]:
 
 
 BAD_SCHEDULING = [
-    ({"policy": "slow"}, ("scheduler.policy", "'slow'", "dlpm, lpm, vtc")),
+    ({"policy": "slow"}, ("scheduler.policy", "'slow'", "dlpm, lpm, slo, vtc")),
     ({"quantum_tokens": 0}, ("scheduler.quantum_tokens", "0", "> 0")),
     ({"quantum_tokens": float("nan")}, ("scheduler.quantum_tokens", "nan")),
     ({"quantum": 5}, ("scheduler.quantum", "did you mean quantum_tokens?")),

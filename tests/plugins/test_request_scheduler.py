@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from arrival_order import ArrivalOrder
-from stepped_scheduler import Settings, Stepper, build, request
+from stepped_scheduler import LoadingConnector, Settings, Stepper, build, request
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
@@ -221,35 +221,6 @@ def test_a_request_that_is_passed_over_is_charged_nothing():
     assert order.extend == {}
     assert [job.request_id for job in order.jobs] == ["r0", "r1", "r2"]
     assert (len(order.put_back_skipped), order.put_back_preempted) == (3, [])
-
-
-class LoadingConnector:
-    """Stands for a KV connector that has the first tokens of every prompt elsewhere."""
-
-    requires_kv_delivery = False
-    supports_divergent_local_hybrid_hits = False
-
-    def __init__(self, tokens: int, *, later: bool) -> None:
-        self.answer = tokens, later
-        self.asked: set[str] = set()
-
-    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        if request.request_id in self.asked:
-            return 0, False
-        self.asked.add(request.request_id)
-        return self.answer
-
-    def request_finished(self, *_: Any) -> tuple[bool, None]:
-        return False, None
-
-    def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
-        return (0,)
-
-    def get_external_cache_hit_sources(self, *_: Any) -> dict[Any, int]:
-        return {}
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["loaded inside the step", "loaded beside steps"])
