@@ -72,7 +72,6 @@ CACHE = (
 """How much of a waiting request's prompt is cached."""
 
 PLANS = (
-    *override(_SCHEDULER, update_from_output="(self, scheduler_output, *args, **kwargs)"),
     Seam(
         f"{_SCHEDULER}._preempt_request",
         Use.CALL,

@@ -184,14 +184,15 @@ class SLOScheduling(Stock):
         context = sum(requests[name].num_computed_tokens for name in scheduled) - tokens
         return StepFeatures(tokens, len(scheduled), context)
 
-    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
         self._output_s = self.clock()
-        ended = self._steps.end(scheduler_output, self._output_s)
+        output = args[0] if args else kwargs["scheduler_output"]
+        ended = self._steps.end(output, self._output_s)
         if ended is not None:
             flight, seconds = ended
             self.planner.observe_step(flight.features, seconds)
             self._stats.stepped(flight.predicted_s, seconds)
-        return super().update_from_output(scheduler_output, *args, **kwargs)
+        return super().update_from_output(*args, **kwargs)
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any

@@ -9,12 +9,15 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from loading_connector import LoadingConnector
+from prometheus_client import REGISTRY
 from slo_traffic import Time, TimedStepper, blocking, settings_of, slo_request, traffic
 from stepped_scheduler import Settings, build, request, token
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from penstock.patches.vllm.slo_gauges import TOTALS, slo_gauges
 from penstock.plugins import features, ledger
 from penstock.plugins.configuration import ConfigurationError
 from penstock.plugins.vllm.request_scheduler import make_scheduler
@@ -121,14 +124,14 @@ def test_the_tighter_deadline_is_served_first():
 def test_a_long_prompt_is_cut_so_that_a_decode_keeps_its_pace():
     time = Time()
     scheduler = ours(Settings(budget=1024, blocks=400), time)
-    stepper = TimedStepper(scheduler, time, fixed_s=0.02, token_s=3e-4)
+    stepper = TimedStepper(scheduler, time, fixed_s=0.02, token_s=1e-4)
     for number in range(40):
         scheduler.add_request(slo_request(f"warm{number}", 10 + 20 * number, output=4))
         stepper.drain()
-    scheduler.add_request(slo_request("decodes", 20, output=60, ttft_ms=40.0, tpot_ms=50.0))
+    scheduler.add_request(slo_request("decodes", 20, output=60, ttft_ms=60_000.0, tpot_ms=50.0))
     stepper.step()
     scheduler.add_request(slo_request("long", 900, ttft_ms=60_000.0))
-    assert 0 < stepper.step().num_scheduled_tokens["long"] < 300
+    assert 0 < stepper.step().num_scheduled_tokens["long"] < 320
     assert scheduler.max_num_scheduled_tokens == 1024
     stepper.drain()
     requests, attained, tokens, attained_tokens = scheduler._stats.payload()["slo"]["tiers"]["50 ms"]
@@ -269,6 +272,69 @@ def test_a_running_request_keeps_its_drafts_and_may_be_passed_over():
     assert scheduler._reserve_prefill_lookahead(sample, 80, 4) == 4
     scheduler.plan = Plan(active=True, caps={})
     assert scheduler._reserve_prefill_lookahead(sample, 80, 4) == 0
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["loaded inside the step", "loaded beside steps"])
+def test_a_request_whose_cache_a_connector_loads_is_served_beside_others(later):
+    time = Time()
+    scheduler = ours(Settings(blocks=400), time)
+    scheduler.connector = LoadingConnector(48, later=later)
+    samples = [slo_request(f"r{number}", 80, output=6) for number in range(4)]
+    stepper = TimedStepper(scheduler, time)
+    for sample in samples:
+        scheduler.add_request(sample)
+    for _ in range(80):
+        loading = [s for s in samples if s.status == RequestStatus.WAITING_FOR_REMOTE_KVS]
+        scheduler.finished_recving_kv_req_ids.update(s.request_id for s in loading)
+        stepper.step()
+    assert all(sample.num_output_tokens == 6 for sample in samples)
+    assert len(scheduler.records) == 0
+    scheduler.check_integrity()
+
+
+def test_each_turn_of_a_session_has_a_deadline_of_its_own():
+    time = Time()
+    scheduler = ours(Settings(blocks=400), time)
+    session = slo_request("s", 30, output=3, ttft_ms=500.0)
+    session.resumable = True
+    stepper = TimedStepper(scheduler, time)
+    scheduler.add_request(session)
+    for _ in range(6):
+        stepper.step()
+    assert session.status == RequestStatus.WAITING_FOR_STREAMING_REQ
+    time.now = 100.0
+    turn = slo_request("s", 20, output=3, ttft_ms=500.0)
+    turn.resumable, turn.arrival_time = True, 99.9
+    scheduler.add_request(turn)
+    for _ in range(6):
+        stepper.step()
+    record = scheduler.records.of(session)
+    assert record.running.arrival_s == pytest.approx(99.9)
+    assert record.ttft_met
+    stepper.abort("s")
+    assert len(scheduler.records) == 0
+    scheduler.check_integrity()
+
+
+def test_what_came_of_the_targets_reaches_the_front_end_s_series():
+    time = Time()
+    scheduler = ours(Settings(budget=256, blocks=400), time)
+    stepper = TimedStepper(scheduler, time)
+    scheduler.add_request(slo_request("met", 40, output=5, ttft_ms=5_000.0, tpot_ms=200.0))
+    scheduler.add_request(slo_request("missed", 40, output=5, ttft_ms=0.001, tpot_ms=200.0))
+    stepper.drain()
+    payload = scheduler._stats.payload()
+    slo_gauges().show(payload["slo"], 7)
+
+    def value(series: str, **labels: str) -> float | None:
+        return REGISTRY.get_sample_value(f"penstock_slo_{series}", {"engine": "7", **labels})
+
+    assert value("requests", tier="100 ms") == 2
+    assert value("attained_requests", tier="100 ms") == 1
+    assert value("attained_tokens", tier="100 ms") == 45
+    assert value("requests", tier="25 ms") == 0
+    assert value("plans") == len(stepper.steps)
+    assert set(payload["slo"]["totals"]) == set(TOTALS)
 
 
 def test_the_factory_follows_the_engine():
