@@ -7,6 +7,7 @@ is of what clients got while all of them had requests waiting.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -21,7 +22,7 @@ import click
 import msgspec
 from rich.console import Console
 
-from penstock.benchmarks.dlpm_cases import POLICIES, cases
+from penstock.benchmarks.dlpm_cases import PEERLESS, POLICIES, cases
 from penstock.benchmarks.dlpm_claims import (
     AGAIN,
     ENDLESS,
@@ -33,6 +34,7 @@ from penstock.benchmarks.dlpm_claims import (
     summary,
 )
 from penstock.benchmarks.dlpm_run import Task, available, endless_quantum, measure
+from penstock.benchmarks.dlpm_sweeps import draw_quanta, variants
 from penstock.benchmarks.narrator import Narrator
 from penstock.benchmarks.report import Environment, Report, write_plot
 from penstock.simulation.step_time import StepTime, load_step_time
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 QUICK_KV_CASES = ("long documents",)
 """Cases that a quick run repeats with the KV-read term; the whole bench repeats all."""
+TUNED_ON = 0
+"""The seed that settings and workloads were chosen on. It is never scored."""
 FILE_WIDTH = 200
 
 
@@ -52,9 +56,7 @@ FILE_WIDTH = 200
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Prefixes of a Mooncake trace instead of generated ones.",
 )
-@click.option(
-    "--seeds", type=click.IntRange(1), help="Runs with different seeds.  [default: 3, 1 with --quick]"
-)
+@click.option("--seeds", type=click.IntRange(1), help="Runs with seeds 1, 2...  [default: 3, 1 with --quick]")
 @click.option(
     "--step-time", default="opt-6.7b-a100", show_default=True, help="A shipped profile or a JSON file."
 )
@@ -87,7 +89,9 @@ def bench(
         raise click.BadParameter(str(error), param_hint="--step-time") from error
     console = Console()
     console = console if console.is_terminal else Console(width=FILE_WIDTH)
-    tasks = plan(quick=quick, seeds=range(seeds or (1 if quick else 3)), profile=profile, trace=trace)
+    first = TUNED_ON + 1
+    scored = range(first, first + (seeds or (1 if quick else 3)))
+    tasks = plan(quick=quick, seeds=scored, profile=profile, trace=trace)
     try:
         results = run_all(tasks, Narrator(console))
     except KeyboardInterrupt:
@@ -95,7 +99,7 @@ def bench(
     by_name = {case.name: case for case in cases(quick=quick)}
     report = Report(
         bench="dlpm",
-        environment=Environment.detect(0),
+        environment=Environment.detect(first),
         rows=tuple(summary(results)),
         claims=tuple(claims(results, by_name)),
     )
@@ -105,17 +109,17 @@ def bench(
         console.print(f"not in this installation: {', '.join(missing)}", style="yellow")
     for note in faults(results):
         console.print(note, style="red", markup=False, highlight=False, soft_wrap=True)
-    for name, draw in (("throughput", draw_throughput), ("fairness", draw_fairness)):
-        file = plot_file.with_name(f"{plot_file.stem}-{name}{plot_file.suffix}")
-        console.print(f"wrote {write_plot(file, partial(draw, results=results))}")
     if json_file is not None:
         report.write_json(json_file)
         console.print(f"wrote {json_file}")
+    drawings = (("throughput", draw_throughput), ("fairness", draw_fairness), ("quantum", draw_quanta))
+    for name, draw in drawings:
+        file = plot_file.with_name(f"{plot_file.stem}-{name}{plot_file.suffix}")
+        console.print(f"wrote {write_plot(file, partial(draw, results=results))}")
 
 
 def plan(*, quick: bool, seeds: Sequence[int], profile: StepTime, trace: Path | None) -> list[Task]:
     """All runs. The first case is run under DLPM once more, and with a quantum that never ends."""
-    present = [policy for policy in POLICIES if available(policy)]
     tasks = [
         Task(
             label=policy.name,
@@ -128,9 +132,13 @@ def plan(*, quick: bool, seeds: Sequence[int], profile: StepTime, trace: Path | 
         )
         for case in cases(quick=quick)
         for step_time in (profile, profile.with_kv_read())
-        if step_time is profile or not quick or case.name in QUICK_KV_CASES
+        if step_time is profile or (case.name in QUICK_KV_CASES if quick else case.peers)
         for seed in seeds
-        for policy in present
+        for policy in (
+            *(POLICIES if case.peers else PEERLESS),
+            *(variants(case.name, quick=quick) if step_time is profile else ()),
+        )
+        if available(policy)
     ]
     for label, policy in ((AGAIN, POLICIES[-1]), (ENDLESS, endless_quantum())):
         if available(policy):
@@ -146,7 +154,9 @@ def run_all(tasks: Sequence[Task], narrator: Narrator) -> Results:
     results = []
     with (
         narrator.step("dlpm") as tell,
-        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(
+            workers, mp_context=multiprocessing.get_context("spawn"), initializer=warm_up
+        ) as pool,
     ):
         for task, outcome in zip(tasks, pool.map(measure, tasks), strict=True):
             results.append((task, outcome))
@@ -154,9 +164,16 @@ def run_all(tasks: Sequence[Task], narrator: Narrator) -> Results:
     return results
 
 
+def warm_up() -> None:
+    """Import the engine once, and spare the garbage collector its hundreds of thousands of objects."""
+    import penstock.simulation.vllm_engine  # noqa: F401
+
+    gc.freeze()
+
+
 def draw_throughput(axes: Axes, results: Results) -> None:
     """Tokens a second relative to VTC, or to the first policy where there is no VTC, as bars."""
-    means = mean_throughputs(results)
+    means = {key: row for key, row in mean_throughputs(results).items() if "priority" in row}
     policies = [
         name for name in (policy.name for policy in POLICIES) if any(name in row for row in means.values())
     ]

@@ -41,9 +41,11 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """Service of the mean client while all clients were backlogged, in weighted tokens."""
     gap: float
     batch: float
+    waits: int
     p50_ttft_s: float
     p99_ttft_s: float
-    """Of the clients that behave."""
+    longest_ttft_s: float
+    """Of the clients that behave, which have so many ``waits``."""
     preemptions: int
     digest: str
     faults: tuple[str, ...] = ()
@@ -125,8 +127,10 @@ def run_case(case: Case, policy: Policy, seed: int, step_time: StepTime) -> Outc
         shared_service=meter.service_while_all_wait(),
         gap=meter.largest_gap,
         batch=meter.largest_batch,
+        waits=len(waits),
         p50_ttft_s=percentile(waits, 0.5),
         p99_ttft_s=percentile(waits, 0.99),
+        longest_ttft_s=max(waits),
         preemptions=sum(one.preemptions for one in result.served),
         digest=result.digest(),
         faults=(*complete(result), *balanced(result.served, watch), *bounded(case, policy, watch)),

@@ -11,8 +11,9 @@ from click.testing import CliRunner
 
 from penstock.benchmarks import dlpm
 from penstock.benchmarks.dlpm_cases import POLICIES, QUANTUM, Case, cases, ours
-from penstock.benchmarks.dlpm_claims import AGAIN, ENDLESS, claims, summary
+from penstock.benchmarks.dlpm_claims import AGAIN, ENDLESS, EXTEND_ALONE, claims, summary
 from penstock.benchmarks.dlpm_run import DeficitWatch, Outcome, Task, available, balanced, bounded, complete
+from penstock.benchmarks.dlpm_sweeps import AGEING, FREE_OUTPUT, QUANTA, QUICK_VARIANTS, VARIANTS, variants
 from penstock.schedulers.waiting import ClientService
 from penstock.simulation.engine import Result
 from penstock.simulation.records import Ask, Piece, Served
@@ -25,8 +26,9 @@ def outcome(**given):
     fields = dict.fromkeys(
         ("tokens_per_s", "gap", "batch", "p50_ttft_s", "p99_ttft_s", "backlogged_share", "hit_rate"), 1.0
     )
+    fields |= {"longest_ttft_s": 1.0}
     fields |= dict.fromkeys(("jain_extend", "jain_service", "jain_input"), 1.0)
-    fields |= {"requests": 1, "preemptions": 0, "digest": "d", "shared_service": 1e9}
+    fields |= {"waits": 1000, "requests": 1, "preemptions": 0, "digest": "d", "shared_service": 1e9}
     return Outcome(**{**fields, **given})
 
 
@@ -80,7 +82,20 @@ def test_jain_of_extend_tokens_alone_is_claimed_too():
 
 def test_the_gap_is_held_against_two_quanta_and_the_running_batch():
     results = [(task("dlpm"), outcome(gap=2 * QUANTUM + 100, batch=50)), (task("vtc"), outcome())]
-    assert not find(by_claim(results), "service gap").holds
+    found = by_claim(results)
+    assert not find(found, "quanta + running batch").holds
+    assert find(found, "the paper's").holds
+
+
+def test_charging_extend_tokens_alone_makes_a_claim_of_its_own():
+    results = [(task(label), outcome()) for label in ("dlpm", "vtc")]
+    results.append((task(EXTEND_ALONE), outcome(jain_extend=0.98)))
+    assert not find(by_claim(results), "output uncharged").holds
+
+
+def test_a_case_without_peers_makes_no_claim():
+    results = [(task(label), outcome(gap=1e9)) for label in ("dlpm", "vtc")]
+    assert not [name for name in by_claim(results, peers=False) if "gap" in name]
 
 
 def test_waits_under_a_flood_are_compared_with_every_peer():
@@ -101,6 +116,13 @@ def test_the_steps_with_kv_read_make_claims_of_their_own():
     found = by_claim(results, most_local=True)
     found = {name: claim for name, claim in found.items() if "most local" in name}
     assert sorted(round(claim.value, 6) for claim in found.values()) == [1.2, 2.0]
+
+
+def test_a_p99_of_few_waits_is_not_compared_with_vtc_s():
+    results = [(task(label), outcome(waits=80)) for label in ("dlpm", "vtc", "fcfs")]
+    found = by_claim(results, flood=True)
+    assert [name for name in found if "of fcfs" in name]
+    assert not [name for name in found if "to VTC's" in name]
 
 
 @pytest.mark.parametrize(("again", "endless"), [("d", "l"), ("other", "other")])
@@ -171,7 +193,8 @@ def test_every_run_has_all_peers_on_equal_terms():
     tasks = dlpm.plan(quick=False, seeds=range(2), profile=PROFILE, trace=None)
     present = [policy.name for policy in POLICIES if available(policy)]
     assert {"fcfs", "priority"} <= set(present)
-    for case in cases(quick=False):
+    for case in (case for case in cases(quick=False) if case.peers):
+        more = [policy.name for policy in variants(case.name, quick=False) if available(policy)]
         for seed in range(2):
             for name in (PROFILE.name, PROFILE.with_kv_read().name):
                 where = (case.name, seed, name)
@@ -180,10 +203,32 @@ def test_every_run_has_all_peers_on_equal_terms():
                     for one in tasks
                     if (one.case, one.seed, one.step_time.name) == where and one.label not in (AGAIN, ENDLESS)
                 ]
-                assert ran == present
+                assert ran == present + (more if name == PROFILE.name else [])
 
 
-def test_the_report_has_rows_claims_and_both_plots(monkeypatch, tmp_path):
+def test_no_run_is_scored_on_the_seed_that_settings_were_chosen_on(monkeypatch, tmp_path):
+    pytest.importorskip("vllm")
+    pytest.importorskip("matplotlib")
+    seeds = set()
+
+    def run_all(tasks, narrator):
+        seeds.update(one.seed for one in tasks)
+        return [(one, outcome()) for one in tasks]
+
+    monkeypatch.setattr(dlpm, "run_all", run_all)
+    result = CliRunner().invoke(dlpm.bench, ["--plot", str(tmp_path / "p.svg")])
+    assert result.exit_code == 0, result.output
+    assert seeds == {1, 2, 3}
+
+
+def test_every_other_setting_runs_under_a_name_of_its_own():
+    names = [one.name for one in (*QUANTA.values(), *AGEING, FREE_OUTPUT, *POLICIES)]
+    assert len(set(names)) == len(names)
+    assert {case.name for case in cases(quick=False)} >= VARIANTS.keys()
+    assert {case.name for case in cases(quick=True)} >= QUICK_VARIANTS.keys()
+
+
+def test_the_report_has_rows_claims_and_all_plots(monkeypatch, tmp_path):
     pytest.importorskip("vllm")
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(dlpm, "run_all", lambda tasks, narrator: [(one, outcome()) for one in tasks])
@@ -194,7 +239,8 @@ def test_the_report_has_rows_claims_and_both_plots(monkeypatch, tmp_path):
     assert written["bench"] == "dlpm"
     assert {row["case"] for row in written["rows"]} == {case.name for case in cases(quick=True)}
     assert written["claims"]
-    assert {one.name for one in tmp_path.iterdir()} == {"r.json", "p-throughput.svg", "p-fairness.svg"}
+    plots = ("p-throughput.svg", "p-fairness.svg", "p-quantum.svg")
+    assert {one.name for one in tmp_path.iterdir()} == {"r.json", *plots}
 
 
 def test_an_unknown_step_time_is_refused_with_the_known_ones():

@@ -1,0 +1,58 @@
+"""The simulation against a real engine: the same trace, the same admissions, the same steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from stepped_engine import POLICIES, Record, simulated, trace
+
+ENGINE = Path(__file__).with_name("stepped_engine.py")
+LONGEST_S = 240
+
+
+@pytest.fixture(scope="module")
+def real(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
+    """The trace through one engine, under each policy, in a process of its own."""
+    result = tmp_path_factory.mktemp("stepped") / "steps.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(ENGINE), model, str(result)],
+        env=environment,
+        timeout=LONGEST_S,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(result.read_text(encoding="utf-8"))
+    return {
+        policy: Record([[tuple(row) for row in rows] for rows in record["steps"]], record["preempted"])
+        for policy, record in found.items()
+    }
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_real_engine_admits_in_the_same_order_and_computes_the_same_in_every_step(real, policy):
+    expected, found = real[policy], simulated(policy)
+    assert found.admissions == expected.admissions
+    for number, (one, other) in enumerate(zip(found.steps, expected.steps, strict=True)):
+        assert one == other, f"step {number}"
+    assert found.preempted == expected.preempted
+
+
+def test_the_trace_tells_policies_apart_and_strains_the_engine(real):
+    fcfs, dlpm = real["fcfs"], real["dlpm"]
+    assert sorted(fcfs.admissions) == sorted(dlpm.admissions) == sorted(ask.request_id for ask in trace())
+    assert fcfs.admissions != dlpm.admissions
+    for record in (fcfs, dlpm):
+        starts = {name: start for rows in reversed(record.steps) for name, start, _ in rows}
+        assert any(start > 0 for start in starts.values()), "no prefix was cached"
+        assert any(record.preempted), "nobody was preempted"
+        chunks = Counter(name for rows in record.steps for name, _, tokens in rows if tokens > 1)
+        assert max(chunks.values()) > 1, "no prompt was cut in chunks"
