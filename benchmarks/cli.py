@@ -7,6 +7,7 @@ from importlib import import_module
 import click
 
 BENCHES = {
+    "dlpm": "penstock.benchmarks.dlpm:bench",
     "flowkv": "penstock.benchmarks.flowkv:bench",
     "scheduler": "penstock.benchmarks.scheduler:bench",
 }

@@ -92,7 +92,7 @@ def measure(options: Options, tell: Tell) -> Finding:
 def pairs(options: Options, count: int, *, warm: int) -> list[Pair]:
     """``count`` requests whose KV cache is moved between pools that ``warm`` requests went through before."""
     from penstock.benchmarks.pool_joint import hand_over
-    from penstock.benchmarks.traces import read_mooncake, replay
+    from penstock.simulation.traces import read_mooncake, replay
 
     trace = None if options.trace is None else read_mooncake(options.trace)
 

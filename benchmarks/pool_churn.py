@@ -19,8 +19,8 @@ from penstock.benchmarks.pool_joint import DECODE_BLOCKS, PAIRS, hand_over
 from penstock.benchmarks.pool_peers import Policy, equip
 from penstock.benchmarks.pool_speed import time_operations
 from penstock.benchmarks.report import Claim
-from penstock.benchmarks.traces import TraceRequest, read_mooncake, replay
 from penstock.connectors.runs import join_runs
+from penstock.simulation.traces import TraceRequest, read_mooncake, replay
 
 LAYERS = 32
 """Layers of the model whose descriptors are counted (Llama 3.1 8B)."""

@@ -19,8 +19,8 @@ from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from penstock.benchmarks.traces import CHUNK_TOKENS, TraceRequest
 from penstock.connectors.runs import Run, runs_of, slice_runs
+from penstock.simulation.traces import CHUNK_TOKENS, TraceRequest
 
 BLOCK_TOKENS = 16
 LENGTH_DIVISOR = 4

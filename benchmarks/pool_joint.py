@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from penstock.benchmarks.pool_engine import Sequence, Tally, make_manager, sequences
 from penstock.benchmarks.pool_peers import Policy, equip
-from penstock.benchmarks.traces import TraceRequest
 from penstock.connectors.runs import Run, runs_of
+from penstock.simulation.traces import TraceRequest
 
 PREFILL_BLOCKS = 12_000
 DECODE_BLOCKS = 6_800

@@ -60,6 +60,7 @@ def test_imports_go_in_the_right_direction():
         ("connectors/plan.py", "from penstock.plugins.vllm import entry", "may not import plugins"),
         ("connectors/plan.py", "import connectors.runs", "bare name"),
         ("routers/proxy.py", "from kernels import attention", "bare name"),
+        ("simulation/engine.py", "import vllm", "no engine"),
         ("plugins/features.py", "from vllm import config", "no engine"),
         ("plugins/vllm/entry.py", "import sglang.srt", "allowed here: vllm"),
         ("plugins/features.py", "from penstock.plugins import vllm", "nothing imports an adapter"),
@@ -89,6 +90,7 @@ def test_an_import_in_the_wrong_direction_is_found(tmp_path, path, line, reason)
         ("plugins/vllm/entry.py", "from penstock.plugins.vllm import flags"),
         ("plugins/vllm/entry.py", "from penstock.connectors.runs import Run"),
         ("simulation/vllm.py", "import vllm"),
+        ("simulation/vllm_engine.py", "import vllm"),
         ("benchmarks/flowkv.py", "import vllm, nixl, zmq"),
     ],
 )

@@ -84,7 +84,7 @@ def engine_of(path: PurePosixPath) -> str | None:
         return rest[0]
     if room == "simulation":
         return next((engine for engine in ENGINES if engine in rest), None) or next(
-            (engine for engine in ENGINES if path.stem == engine), None
+            (engine for engine in ENGINES if path.stem in (engine, f"{engine}_engine")), None
         )
     return None
 

@@ -30,7 +30,9 @@ FAST_TESTS = (
     "tests/plugins/test_askers.py",
     "tests/plugins/test_client_stats.py",
     "tests/plugins/test_model_runners.py",
+    "tests/plugins/test_request_charges.py",
     "tests/plugins/test_request_scheduler.py",
+    "tests/plugins/test_request_scheduler_traffic.py",
     "tests/plugins/test_run_pool.py",
     "tests/plugins/test_transfer_scheduler.py",
 )

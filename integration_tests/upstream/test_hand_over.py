@@ -39,6 +39,7 @@ def test_doctor_finds_every_feature_ready():
         "command-line": "ready",
         "flowkv": "ready",
         "repackaged-version": "ready",
+        "request-scheduler": "ready",
     }
     assert report["problems"] == []
 

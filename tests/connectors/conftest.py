@@ -9,7 +9,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from control_kit import client_of, raw, serve
 from two_engines import Site
+
+__all__ = ["client_of", "raw", "serve", "site"]
 
 
 @pytest.fixture

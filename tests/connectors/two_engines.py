@@ -8,20 +8,18 @@ write cannot go unseen. The clock is moved by hand and the control network lives
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
-import numpy as np
+from kv_pool import TOKENS_A_BLOCK, Pool, record_of
+from strict_transport import Strict
 
 from penstock.connectors.compat import CompatibilityRecord
 from penstock.connectors.config import FlowKVConfig
 from penstock.connectors.control import Reply
 from penstock.connectors.digest import DramDigester, sampled_positions
 from penstock.connectors.errors import FlowKVError, MessageError, PeerUnreachableError
-from penstock.connectors.geometry import CacheGeometry, LayerPages, Moves, strips_of
 from penstock.connectors.handoff import Address, HandOff, parse_hand_off
 from penstock.connectors.lease import LeaseEnd
 from penstock.connectors.messages import (
@@ -37,13 +35,10 @@ from penstock.connectors.messages import (
 from penstock.connectors.receiver import Load, Outcome, Receiver
 from penstock.connectors.runs import blocks_of, runs_of
 from penstock.connectors.sender import Sender
-from penstock.connectors.transports.base import State, Transfer, Transport
+from penstock.connectors.transports.base import Transport
 from penstock.connectors.transports.faulty import Fault, FaultyTransport
 from penstock.connectors.transports.loopback import LoopbackTransport, Network
 
-LAYERS = 3
-PAGE = 32
-TOKENS_A_BLOCK = 4
 PREFILL = Address("prefill.test", 5600)
 
 CONFIG = FlowKVConfig(
@@ -116,167 +111,6 @@ class Link:
             return Reply(ticket, decode_answer(data))
         except MessageError as error:
             return Reply(ticket, error)
-
-
-@lru_cache(maxsize=1 << 14)
-def content(key: int, rank: int, size: int) -> bytes:
-    """The right bytes of the block that ``key`` names."""
-    return hashlib.shake_128(b"%d/%d" % (key, rank)).digest(size)
-
-
-def geometry_over(memory: np.ndarray, layout: str, num_blocks: int) -> CacheGeometry:
-    """``LAYERS`` layers of ``PAGE`` bytes a block: outermost blocks or layers, or blocks with gaps."""
-    pages = {
-        "BLHNC": LayerPages(LAYERS, PAGE, LAYERS * PAGE, PAGE),
-        "LBHNC": LayerPages(LAYERS, num_blocks * PAGE, PAGE, PAGE),
-        "gaps": LayerPages(LAYERS, PAGE, LAYERS * PAGE + 16, PAGE, offset=8),
-    }[layout]
-    return CacheGeometry(memory.ctypes.data, memory.nbytes, num_blocks, strips_of([pages]))
-
-
-class Strict:
-    """Holds a transport's user to the contract: connect, read, and disconnect only when nothing is active."""
-
-    def __init__(self, inner: Transport) -> None:
-        self.name, self.inner = inner.name, inner
-        self.register, self.close = inner.register, inner.close
-        self.active: list[tuple[str, Transfer]] = []
-        self.connected: set[str] = set()
-
-    def connect(self, endpoint: bytes) -> str:
-        peer = self.inner.connect(endpoint)
-        self.connected.add(peer)
-        return peer
-
-    def disconnect(self, peer: str) -> None:
-        assert peer in self.connected, "disconnected twice"
-        self._drop_ended()
-        assert peer not in [p for p, _ in self.active], "disconnected while a transfer is active"
-        self.connected.discard(peer)
-        self.inner.disconnect(peer)
-
-    def read(self, peer: str, moves: Moves) -> Transfer:
-        assert peer in self.connected, "read from a peer that is not connected"
-        transfer = self.inner.read(peer, moves)
-        self.active.append((peer, transfer))
-        return transfer
-
-    def _drop_ended(self) -> None:
-        self.active = [(p, t) for p, t in self.active if t.poll() is State.ACTIVE]
-
-
-class Pool:
-    """Blocks with real bytes on every rank, reference counts and allocation epochs."""
-
-    def __init__(self, rng: random.Random, num_blocks: int, layout: str, ranks: int) -> None:
-        self._rng = rng
-        size = num_blocks * (LAYERS * PAGE + 16)
-        self.memories = [np.zeros(size, dtype=np.uint8) for _ in range(ranks)]
-        self.geometries = [geometry_over(memory, layout, num_blocks) for memory in self.memories]
-        self.num_blocks = num_blocks
-        self.epochs = np.zeros(num_blocks, dtype=np.uint32)
-        self.users = [0] * num_blocks
-        self._free = list(range(num_blocks))
-        self._resting: dict[int, list[bytes]] = {}
-        self._scribbles = 0
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def allocate(self, count: int) -> list[int]:
-        """``count`` blocks, mostly in runs; whoever held them before finds other bytes there."""
-        assert count <= len(self._free), "the test's pool is too small"
-        at = self._rng.randrange(len(self._free) - count + 1)
-        taken, self._free[at : at + count] = self._free[at : at + count], []
-        for block in taken:
-            self._check_untouched(block)
-            self._scribble(block)
-            self.users[block] = 1
-        self.epochs[taken] += 1
-        return taken
-
-    def share(self, block: int) -> None:
-        assert self.users[block]
-        self.users[block] += 1
-
-    def free(self, blocks: Sequence[int]) -> None:
-        for block in blocks:
-            assert self.users[block], f"block {block} is freed twice"
-            self.users[block] -= 1
-            if not self.users[block]:
-                self._scribble(block)
-                self._resting[block] = self.bytes_of(block)
-                self._free.insert(self._rng.randrange(len(self._free) + 1), block)
-        if self._rng.random() < 0.5:
-            self._free.sort()
-
-    def churn(self) -> None:
-        """Hand every free block to somebody else, and take it back."""
-        self.free(self.allocate(len(self._free)))
-
-    def write(self, block: int, key: int) -> None:
-        for rank, geometry in enumerate(self.geometries):
-            self._put(rank, block, content(key, rank, geometry.block_bytes))
-
-    def bytes_of(self, block: int) -> list[bytes]:
-        """The block's bytes on every rank."""
-        return [self._get(rank, block) for rank in range(len(self.memories))]
-
-    def holds(self, block: int, key: int) -> bool:
-        """Whether the block's bytes are right on every rank."""
-        wanted = [content(key, rank, g.block_bytes) for rank, g in enumerate(self.geometries)]
-        return self.bytes_of(block) == wanted
-
-    def check_integrity(self) -> None:
-        """Free blocks have no user, and nobody wrote to them."""
-        assert sorted(self._free) == [b for b in range(self.num_blocks) if not self.users[b]]
-        for block in self._free:
-            self._check_untouched(block)
-
-    def _check_untouched(self, block: int) -> None:
-        assert self._resting.get(block, self.bytes_of(block)) == self.bytes_of(block), (
-            "a free block was written"
-        )
-
-    def _scribble(self, block: int) -> None:
-        self._scribbles += 1
-        for rank, geometry in enumerate(self.geometries):
-            for strip in geometry.strips:
-                start = strip.offset + block * strip.stride
-                self.memories[rank][start : start + strip.width] = self._scribbles % 251
-
-    def _get(self, rank: int, block: int) -> bytes:
-        memory, strips = self.memories[rank], self.geometries[rank].strips
-        starts = [strip.offset + block * strip.stride for strip in strips]
-        return b"".join(memory[a : a + s.width].tobytes() for a, s in zip(starts, strips, strict=True))
-
-    def _put(self, rank: int, block: int, data: bytes) -> None:
-        for strip in self.geometries[rank].strips:
-            start = strip.offset + block * strip.stride
-            piece, data = data[: strip.width], data[strip.width :]
-            self.memories[rank][start : start + strip.width] = np.frombuffer(piece, dtype=np.uint8)
-
-
-def record_of(pool: Pool, config: FlowKVConfig, **changes: object) -> CompatibilityRecord:
-    """The compatibility record of an engine over ``pool``, with some fields changed."""
-    fields = {
-        "engine": "test 1.0",
-        "model": "tiny",
-        "cache_dtype": "bfloat16",
-        "block_size": TOKENS_A_BLOCK,
-        "tensor_parallel_size": len(pool.memories),
-        "num_layers": LAYERS,
-        "num_kv_heads": 2,
-        "head_size": 8,
-        "layout": "any",
-        "attention_backend": "none",
-        "packing": "logical",
-        "layer_order": "by name",
-        "strip_widths": tuple(strip.width for strip in pool.geometries[0].strips),
-        "digest": config.digest,
-    }
-    return CompatibilityRecord(**{**fields, **changes})
 
 
 class PrefillEngine:

@@ -1,9 +1,7 @@
-"""The request scheduler in vLLM's real scheduler: stock order where nobody is named, and honest charges."""
+"""The request scheduler inside vLLM: aborts, configuration, what is passed on, who asks."""
 
 from __future__ import annotations
 
-import random
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,8 +9,9 @@ import pytest
 pytest.importorskip("vllm")
 
 from arrival_order import ArrivalOrder
+from loading_connector import LoadingConnector
+from request_scheduler_kit import POLICIES, ours
 from stepped_scheduler import Settings, Stepper, build, request
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
@@ -24,250 +23,11 @@ from penstock.plugins.vllm.request_scheduler import (
     make_scheduler,
 )
 
-POLICIES = ("dlpm", "vtc", "lpm")
-
 
 @pytest.fixture(autouse=True)
 def _own_process_state(monkeypatch):
     monkeypatch.setattr(ledger, "_entries", {})
     monkeypatch.delenv(features.ASKED_FOR, raising=False)
-
-
-def ours(settings: Settings, order: ArrivalOrder | None = None, **arguments: Any) -> Any:
-    if order is not None:
-        arguments["order_of"] = lambda *_: order
-    return build(settings, make_scheduler, **arguments)
-
-
-def blocking(kind: type, seed: int) -> type:
-    """``kind``, with requests that are passed over now and then, as those that wait for a grammar are."""
-
-    class Blocking(kind):
-        def _handle_blocked_waiting_request(self, request: Request) -> bool:
-            key = f"{seed} {self.current_step} {request.request_id}"
-            return random.Random(key).random() > 0.3 and super()._handle_blocked_waiting_request(request)
-
-    return Blocking
-
-
-def traffic(scheduler: Any, seed: int, depth: int, names: bool = False) -> tuple[Stepper, list[Request]]:
-    """Seeded arrivals, shared prefixes, aborts of requests in any state, and resets of the prefix cache."""
-    rng = random.Random(seed)
-    stepper = Stepper(scheduler, depth)
-    prefixes = [[100 * i + j for j in range(rng.choice((0, 40, 90)))] for i in range(4)]
-    sent: list[Request] = []
-    while len(sent) < 40:
-        for _ in range(rng.choice((0, 0, 1, 3))):
-            prompt = rng.choice(prefixes) + [rng.randrange(5000, 9000) for _ in range(rng.randrange(1, 150))]
-            extra = {"client_id": rng.choice("abc")} if names else {}
-            sent.append(request(f"r{len(sent)}", prompt, rng.randrange(1, 40), **extra))
-            scheduler.add_request(sent[-1])
-        if sent and rng.random() < 0.1:
-            stepper.abort(rng.choice(sent).request_id)
-        if rng.random() < 0.02:
-            scheduler.reset_prefix_cache(reset_running_requests=True)
-        if scheduler.has_unfinished_requests():
-            stepper.step()
-    stepper.drain()
-    return stepper, sent
-
-
-def settings_of(seed: int, policy: str = "dlpm", **more: Any) -> Settings:
-    rng = random.Random(f"settings {seed}")
-    return Settings(
-        blocks=rng.choice((30, 60, 400)),
-        budget=rng.choice((32, 64, 256)),
-        seqs=rng.choice((3, 8, 16)),
-        caching=rng.random() < 0.7,
-        long_prefill=rng.choice((0, 24)),
-        ours={"policy": policy, **more},
-    )
-
-
-@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("policy", [*POLICIES, "reference"])
-def test_without_clients_every_step_is_stocks(policy, is_async):
-    preemptions = 0
-    for seed in range(6):
-        more = {"unnamed_by_arrival": True} if policy == "lpm" else {}
-        settings = settings_of(seed, "dlpm" if policy == "reference" else policy, **more)
-        settings.is_async = is_async
-        depth = 2 if is_async else 1
-        stock_kind = blocking(AsyncScheduler if is_async else Scheduler, seed)
-        our_kind = blocking(AsyncRequestScheduler if is_async else SyncRequestScheduler, seed)
-        arguments = {"order_of": lambda *_: ArrivalOrder()} if policy == "reference" else {}
-        stock, sent = traffic(build(settings, stock_kind), seed, depth)
-        found, _ = traffic(build(settings, our_kind, **arguments), seed, depth)
-        for number, (one, other) in enumerate(zip(stock.steps, found.steps, strict=True)):
-            assert one == other, f"seed {seed}, step {number}"
-        preemptions += sum(sample.num_preemptions for sample in sent)
-    assert preemptions > 5
-
-
-@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("policy", POLICIES)
-def test_with_clients_no_request_is_lost_or_run_twice(policy, is_async):
-    for seed in range(4):
-        settings = settings_of(seed, policy)
-        settings.is_async = is_async
-        kind = blocking(AsyncRequestScheduler if is_async else SyncRequestScheduler, seed)
-        scheduler = build(settings, kind)
-        stepper, sent = traffic(scheduler, seed, 2 if is_async else 1, names=True)
-        assert all(sample.is_finished() for sample in sent)
-        first = Counter(new[0] for step in stepper.steps for new in step[0])
-        assert set(first.values()) == {1}
-        assert not scheduler.requests
-        assert not scheduler.running
-        assert not scheduler.waiting
-        assert len(scheduler.charges) == 0
-        scheduler.check_integrity()
-
-
-def watched(kind: type, spans: list[dict[str, tuple[int, int]]]) -> type:
-    """``kind``, noting which token positions each step computes."""
-
-    class Watched(kind):
-        def schedule(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().schedule(*args, **kwargs)
-            tokens = output.num_scheduled_tokens
-            ends = {name: self.requests[name].num_computed_tokens for name in tokens}
-            spans.append({name: (ends[name] - tokens[name], ends[name]) for name in tokens})
-            return output
-
-    return Watched
-
-
-def computed_first(steps: list[dict[str, tuple[int, int]]], prompts: dict[str, int]) -> Counter[str]:
-    """Reference: the prompt positions that a step computes beyond the furthest one reached before."""
-    reached: dict[str, int] = {}
-    charged: Counter[str] = Counter()
-    for step in steps:
-        for name, (start, end) in step.items():
-            new = range(max(start, reached.get(name, 0)), min(end, prompts[name]))
-            charged[name] += len(new)
-            reached[name] = max(reached.get(name, 0), min(end, prompts[name]))
-    return charged
-
-
-@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-def test_charges_are_the_tokens_computed_for_the_first_time(is_async):
-    preempted = 0
-    for seed in range(8):
-        order = ArrivalOrder()
-        spans: list[dict[str, tuple[int, int]]] = []
-        kind = watched(AsyncRequestScheduler if is_async else SyncRequestScheduler, spans)
-        settings = settings_of(seed)
-        settings.is_async = is_async
-        scheduler = build(settings, kind, order_of=lambda *_, order=order: order)
-        _, sent = traffic(scheduler, seed, 2 if is_async else 1, names=True)
-        first = computed_first(spans, {sample.request_id: sample.num_prompt_tokens for sample in sent})
-        extend: Counter[str] = Counter()
-        output: Counter[str] = Counter()
-        for sample in sent:
-            client = sample.sampling_params.extra_args["client_id"]
-            extend[client] += first[sample.request_id]
-            output[client] += sample.num_output_tokens
-        assert order.extend == extend
-        assert order.output == output
-        preempted += sum(sample.num_preemptions for sample in sent)
-    assert preempted > 5
-
-
-def test_the_cached_part_of_a_prompt_is_free():
-    order = ArrivalOrder()
-    scheduler = ours(Settings(), order)
-    stepper = Stepper(scheduler)
-    prompt = list(range(100))
-    for client in ("first", "second"):
-        scheduler.add_request(request(client, prompt, client_id=client))
-        stepper.drain()
-    assert order.extend == {"first": 100, "second": 100 - 96}
-
-
-def test_a_long_prompt_is_charged_chunk_by_chunk():
-    order = ArrivalOrder()
-    scheduler = ours(Settings(budget=32), order)
-    scheduler.add_request(request("r", list(range(80)), client_id="a"))
-    stepper = Stepper(scheduler)
-    charged = []
-    for _ in range(4):
-        stepper.step()
-        charged.append(order.extend["a"])
-    assert charged == [32, 64, 80, 80]
-
-
-def test_an_admission_is_charged_before_the_next_one_is_chosen():
-    order = ArrivalOrder()
-    scheduler = ours(Settings(budget=64), order)
-    for number, name in enumerate(("r0", "r1", "r2")):
-        scheduler.add_request(request(name, [number] * 20, client_id=name))
-    Stepper(scheduler).step()
-    assert order.calls == [
-        call for name in ("r0", "r1", "r2") for call in (("pop", name, 0), ("extend", name, 20))
-    ]
-
-
-def test_a_request_that_is_passed_over_is_charged_nothing():
-    class Stuck(SyncRequestScheduler):
-        def _handle_blocked_waiting_request(self, request: Request) -> bool:
-            return False
-
-    order = ArrivalOrder()
-    scheduler = build(Settings(), Stuck, order_of=lambda *_: order)
-    for name in ("r0", "r1", "r2"):
-        scheduler.add_request(request(name, [7] * 20, client_id=name))
-    output = Stepper(scheduler).step()
-    assert output.total_num_scheduled_tokens == 0
-    assert order.extend == {}
-    assert [job.request_id for job in order.jobs] == ["r0", "r1", "r2"]
-    assert (len(order.put_back_skipped), order.put_back_preempted) == (3, [])
-
-
-class LoadingConnector:
-    """Stands for a KV connector that has the first tokens of every prompt elsewhere."""
-
-    requires_kv_delivery = False
-    supports_divergent_local_hybrid_hits = False
-
-    def __init__(self, tokens: int, *, later: bool) -> None:
-        self.answer = tokens, later
-        self.asked: set[str] = set()
-
-    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        if request.request_id in self.asked:
-            return 0, False
-        self.asked.add(request.request_id)
-        return self.answer
-
-    def request_finished(self, *_: Any) -> tuple[bool, None]:
-        return False, None
-
-    def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
-        return (0,)
-
-    def get_external_cache_hit_sources(self, *_: Any) -> dict[Any, int]:
-        return {}
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
-
-
-@pytest.mark.parametrize("later", [False, True], ids=["loaded inside the step", "loaded beside steps"])
-def test_what_a_connector_loads_is_free(later):
-    order = ArrivalOrder()
-    scheduler = ours(Settings(), order)
-    scheduler.connector = LoadingConnector(48, later=later)
-    stepper = Stepper(scheduler)
-    sample = request("r", list(range(80)), client_id="a")
-    scheduler.add_request(sample)
-    stepper.step()
-    if later:
-        assert sample.status == RequestStatus.WAITING_FOR_REMOTE_KVS
-        assert (order.extend, len(scheduler.waiting)) == ({}, 0)
-        scheduler.finished_recving_kv_req_ids.add("r")
-    stepper.drain()
-    assert order.extend == {"a": 80 - 48}
-    scheduler.check_integrity()
 
 
 def test_a_request_that_loads_can_be_aborted():
@@ -279,28 +39,6 @@ def test_a_request_that_loads_can_be_aborted():
     stepper.abort("r")
     assert len(scheduler.charges) == 0
     scheduler.check_integrity()
-
-
-def test_a_refused_allocation_is_charged_nothing():
-    order = ArrivalOrder()
-    scheduler = ours(Settings(blocks=9, budget=256), order)
-    scheduler.add_request(request("fits", [7] * 100, client_id="a"))
-    scheduler.add_request(request("waits", [8] * 100, client_id="b"))
-    Stepper(scheduler).step()
-    assert order.extend == {"a": 100}
-    assert len(scheduler.waiting) == 1
-
-
-def test_a_preempted_request_is_told_from_one_that_was_passed_over():
-    order = ArrivalOrder()
-    scheduler = ours(Settings(blocks=14, budget=256, caching=False), order)
-    for name in ("r0", "r1"):
-        scheduler.add_request(request(name, [7] * 90, 60, client_id=name))
-    Stepper(scheduler).drain()
-    assert order.put_back_preempted[0] == "r1"
-    assert order.put_back_skipped == []
-    assert order.extend == {"r0": 90, "r1": 90}
-    assert order.output == {"r0": 60, "r1": 60}
 
 
 STATES = {

@@ -1,0 +1,280 @@
+"""vLLM's own scheduler, KV cache manager and requests, stepped without a model.
+
+Real are ``Scheduler`` (or any class or factory in its place), ``KVCacheManager``, its block pool and prefix
+cache, ``Request`` and the block hashes. Made up are the runner's output and the token ids: token ``i`` of a
+piece is the piece's key, so that equal prompts are equal lists of tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, hash_block_tokens, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from penstock.simulation.records import Ask, Batch, Piece, Progress, Prompt, Row
+
+MODEL_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "vocab_size": 32000,
+    "torch_dtype": "float16",
+}
+"""A model that is never loaded: its shape decides nothing but what the engine's configuration accepts."""
+
+SchedulerFactory = Callable[..., Any]
+"""A scheduler class, or a function, called with the keyword arguments of vLLM's engine core."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineShape:
+    """The settings of the engine, as ``vllm serve`` has them, and the size of its KV cache in tokens."""
+
+    kv_tokens: int
+    max_model_len: int = 32768
+    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = 256
+    block_size: int = 16
+    prefix_caching: bool = True
+    policy: str = "fcfs"
+    additional_config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool, with the one that vLLM keeps as the null block."""
+        return -(-self.kv_tokens // self.block_size) + 1
+
+
+def vllm_config(shape: EngineShape) -> VllmConfig:
+    """The engine's configuration, checked and completed by vLLM itself, for a model that does not exist."""
+    with tempfile.TemporaryDirectory(prefix="penstock-simulated-") as folder:
+        config = {**MODEL_CONFIG, "max_position_embeddings": shape.max_model_len}
+        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+        made = EngineArgs(
+            model=folder,
+            skip_tokenizer_init=True,
+            max_model_len=shape.max_model_len,
+            max_num_batched_tokens=shape.max_num_batched_tokens,
+            max_num_seqs=shape.max_num_seqs,
+            block_size=shape.block_size,
+            enable_prefix_caching=shape.prefix_caching,
+            scheduling_policy=shape.policy,
+            async_scheduling=False,
+            disable_hybrid_kv_cache_manager=True,
+            additional_config=dict(shape.additional_config),
+        ).create_engine_config()
+    made.cache_config.num_gpu_blocks = shape.num_blocks
+    return made
+
+
+def resolve(path: str) -> SchedulerFactory:
+    """The class or function that ``--scheduler-cls`` names, ``package.module.Name``.
+
+    Raises:
+        ImportError: the module or the name in it does not exist.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found: SchedulerFactory = getattr(import_module(module), name)
+    except AttributeError as error:
+        raise ImportError(f"{module} has no {name}") from error
+    return found
+
+
+@dataclass(slots=True)
+class _Known:
+    """What the pieces up to here give: blocks that end in the last piece, and tokens that fill none yet."""
+
+    hashes: list[Any]
+    last: Any
+    rest: list[int]
+    then: dict[Piece, _Known] = field(default_factory=dict)
+
+
+class BlockHashes:
+    """Block hashes of prompts as vLLM's hasher makes them, each distinct prefix hashed once."""
+
+    def __init__(self, block_size: int, hash_function: Callable[[Any], bytes]) -> None:
+        self._block_size = block_size
+        self._hash = partial(hash_block_tokens, hash_function)
+        self._later = get_request_block_hasher(block_size, hash_function)
+        self._root = _Known([], None, [])
+
+    def hasher(self, prompt: Prompt) -> Callable[[Request], list[Any]]:
+        """A block hasher for a request with that prompt."""
+
+        def hash_blocks(request: Request) -> list[Any]:
+            if request.block_hashes or request.num_output_tokens:
+                return list(self._later(request))
+            return self.of(prompt)
+
+        return hash_blocks
+
+    def of(self, prompt: Prompt) -> list[Any]:
+        """Hashes of all full blocks of ``prompt``; what its last piece adds is not remembered."""
+        hashes: list[Any] = []
+        node = self._root
+        for piece in prompt[:-1]:
+            following = node.then.get(piece)
+            if following is None:
+                following = node.then[piece] = self._after(node, piece)
+            node = following
+            hashes += node.hashes
+        return hashes + self._after(node, prompt[-1]).hashes
+
+    def _after(self, node: _Known, piece: Piece) -> _Known:
+        size, last = self._block_size, node.last
+        tokens = node.rest + [piece.key] * piece.tokens
+        full = len(tokens) // size * size
+        hashes = []
+        for begin in range(0, full, size):
+            last = self._hash(last, tokens[begin : begin + size], None)
+            hashes.append(last)
+        return _Known(hashes, last, tokens[full:])
+
+
+class VllmEngine:
+    """``SteppedEngine`` over a real vLLM scheduler.
+
+    ``make`` is called as vLLM's engine core calls a scheduler class. ``prepare(scheduler, clock)`` runs
+    before the first request: the place to give a scheduler that reads time the virtual clock.
+    """
+
+    def __init__(
+        self,
+        shape: EngineShape,
+        make: SchedulerFactory = Scheduler,
+        *,
+        clock: Callable[[], float] = lambda: 0.0,
+        prepare: Callable[[Any, Callable[[], float]], None] | None = None,
+    ) -> None:
+        config = vllm_config(shape)
+        spec = FullAttentionSpec(
+            block_size=shape.block_size, num_kv_heads=1, head_size=64, dtype=torch.float16
+        )
+        kv_cache = KVCacheConfig(
+            num_blocks=shape.num_blocks,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        )
+        self.scheduler = make(
+            vllm_config=config,
+            kv_cache_config=kv_cache,
+            structured_output_manager=StructuredOutputManager(config),
+            include_finished_set=False,
+            log_stats=False,
+            block_size=shape.block_size,
+            hash_block_size=shape.block_size,
+        )
+        hash_function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
+        init_none_hash(hash_function)
+        self._hashes = BlockHashes(shape.block_size, hash_function) if shape.prefix_caching else None
+        self._shape = shape
+        self._requests: dict[str, Request] = {}
+        self._answers: dict[str, int] = {}
+        if prepare is not None:
+            prepare(self.scheduler, clock)
+
+    def add(self, ask: Ask) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: prompt and output are longer than the model's context or the whole KV cache.
+        """
+        room = min(self._shape.max_model_len, (self._shape.num_blocks - 1) * self._shape.block_size)
+        if ask.prompt_tokens + ask.output_tokens > room:
+            raise ValueError(
+                f"request {ask.request_id!r} has {ask.prompt_tokens} + {ask.output_tokens} tokens, "
+                f"allowed: {room}"
+            )
+        tokens: list[int] = []
+        for piece in ask.prompt:
+            tokens += [piece.key] * piece.tokens
+        request = Request(
+            ask.request_id,
+            tokens,
+            SamplingParams(max_tokens=ask.output_tokens, ignore_eos=True, extra_args=extra_args(ask)),
+            None,
+            arrival_time=ask.arrival_s,
+            priority=ask.priority,
+            block_hasher=None if self._hashes is None else self._hashes.hasher(ask.prompt),
+        )
+        self._requests[ask.request_id] = request
+        self._answers[ask.request_id] = ask.answer
+        self.scheduler.add_request(request)
+
+    def schedule(self) -> Batch:
+        """One call of the scheduler."""
+        output = self.scheduler.schedule()
+        requests = self._requests
+        rows = [
+            Row(request_id, requests[request_id].num_computed_tokens - tokens, tokens)
+            for request_id, tokens in output.num_scheduled_tokens.items()
+        ]
+        return Batch(rows, tuple(sorted(output.preempted_req_ids or ())), output)
+
+    def complete(self, batch: Batch) -> list[Progress]:
+        """Give the scheduler one token for every request whose tokens are all computed."""
+        output: Any = batch.token
+        ids = [row.request_id for row in batch.rows]
+        sampled = []
+        for request_id in ids:
+            request = self._requests[request_id]
+            complete = request.num_computed_tokens >= request.num_tokens
+            sampled.append([self._answers[request_id]] if complete else [])
+        made = ModelRunnerOutput(
+            req_ids=ids,
+            req_id_to_index={request_id: index for index, request_id in enumerate(ids)},
+            sampled_token_ids=sampled,
+        )
+        progress = []
+        for outputs in self.scheduler.update_from_output(output, made).values():
+            for one in outputs.outputs:
+                finished = one.finish_reason is not None
+                progress.append(Progress(one.request_id, len(one.new_token_ids), finished))
+                if finished:
+                    del self._requests[one.request_id], self._answers[one.request_id]
+        return progress
+
+    def describe(self) -> str:
+        """What waits, what runs, and how many blocks are free."""
+        scheduler = self.scheduler
+        pool = scheduler.kv_cache_manager.block_pool
+        oldest = next(iter(self._requests.values()), None)
+        head = "" if oldest is None else f", the oldest {oldest.request_id!r} of {oldest.num_tokens} tokens"
+        return (
+            f"{len(self._requests) - len(scheduler.running)} wait{head}; {len(scheduler.running)} run; "
+            f"{pool.get_num_free_blocks()} of {pool.num_gpu_blocks} blocks are free"
+        )
+
+
+def extra_args(ask: Ask) -> dict[str, Any]:
+    """What a client says about itself and its targets, under the keys of a request's ``vllm_xargs``."""
+    given = {
+        "client_id": ask.client or None,
+        "weight": ask.weight if ask.weight != 1.0 else None,
+        "ttft_slo_ms": ask.ttft_slo_ms,
+        "tpot_slo_ms": ask.tpot_slo_ms,
+    }
+    return {key: value for key, value in given.items() if value is not None}

@@ -1,0 +1,201 @@
+"""vLLM's real scheduler on the virtual clock: nothing is lost, tokens add up, equal inputs run equally."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from penstock.simulation.closed_loops import Chat
+from penstock.simulation.engine import Simulation, SimulationStall, VirtualClock
+from penstock.simulation.fairness import FairnessMeter
+from penstock.simulation.records import Ask, Piece
+from penstock.simulation.step_time import shipped
+from penstock.simulation.vllm_engine import BlockHashes, EngineShape, VllmEngine, resolve
+from penstock.simulation.workloads import Fixed, Keys, SharedPrefixClient, together
+
+STEP_TIME = shipped()["opt-6.7b-a100"]
+SMALL = EngineShape(kv_tokens=4096, max_model_len=2048, max_num_batched_tokens=512, max_num_seqs=16)
+
+
+def mixed(seed, clients=3):
+    return together(
+        [
+            SharedPrefixClient(
+                name=f"c{n}",
+                documents=4,
+                questions=6,
+                document_tokens=300,
+                question_tokens=37,
+                output_tokens=20,
+                rate=8.0,
+            )
+            for n in range(clients)
+        ],
+        seed,
+    )
+
+
+def run(workload, shape=SMALL, make=Scheduler, **more):
+    clock = VirtualClock()
+    engine = VllmEngine(shape, make, clock=clock)
+    return Simulation(engine, workload, STEP_TIME, clock, **more).run(), engine
+
+
+def check_complete(result):
+    for one in result.served:
+        assert one.finished_s is not None
+        assert one.output_tokens == one.ask.output_tokens
+        assert one.extend_tokens + one.cached_tokens == one.prompt_tokens
+        assert one.ask.arrival_s <= one.admitted_s < one.first_token_s <= one.finished_s
+        assert list(one.token_times) == sorted(one.token_times)
+
+
+def test_every_request_finishes_once_and_its_tokens_add_up():
+    meter = FairnessMeter(["c0", "c1", "c2"])
+    result, engine = run(mixed(0), observers=(meter,))
+    check_complete(result)
+    assert len(result.served) == 72
+    assert (
+        sum(one.cached_tokens for one in result.served) / sum(one.prompt_tokens for one in result.served)
+        > 0.3
+    )
+    assert meter.service.sum() == sum(one.extend_tokens + 2 * one.output_tokens for one in result.served)
+    assert engine.scheduler.get_num_unfinished_requests() == 0
+    pool = engine.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == SMALL.num_blocks - 1
+
+
+def test_a_pool_that_is_too_small_for_all_preempts_and_still_serves_everything():
+    shape = EngineShape(kv_tokens=1024, max_model_len=1024, max_num_batched_tokens=512, max_num_seqs=16)
+    asks = [
+        Ask(request_id=f"r{n}", arrival_s=0.0, prompt=(Piece(n + 1, 64),), output_tokens=300, answer=-n)
+        for n in range(8)
+    ]
+    result, _ = run(Fixed(asks), shape)
+    check_complete(result)
+    assert sum(one.preemptions for one in result.served) > 0
+    assert sum(one.recomputed_tokens for one in result.served) > 0
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_equal_seeds_give_bit_equal_runs(policy):
+    shape = EngineShape(
+        kv_tokens=4096, max_model_len=2048, max_num_batched_tokens=512, max_num_seqs=16, policy=policy
+    )
+    first, second, other = (run(mixed(seed), shape)[0].digest() for seed in (1, 1, 2))
+    assert first == second != other
+
+
+def test_a_lone_request_takes_as_long_as_its_chunks_and_tokens():
+    ask = Ask(request_id="a", arrival_s=3.0, prompt=(Piece(1, 1200),), output_tokens=3, answer=2)
+    (served,) = run(Fixed([ask]))[0].served
+    chunks = sum(0.0248 + 6.878e-5 * tokens for tokens in (512, 512, 176))
+    assert served.first_token_s == pytest.approx(3.0 + chunks)
+    assert served.finished_s == pytest.approx(3.0 + chunks + 2 * (0.0248 + 6.878e-5))
+
+
+def test_the_next_turn_of_a_chat_hits_the_blocks_of_the_answer_before():
+    chat = Chat(name="c", conversations=1, turns=3, keys=Keys(), system_tokens=200)
+    result, _ = run(chat)
+    first, second, third = result.served
+    assert first.cached_tokens == 0
+    # The last token of an answer is never computed, so the block that it would fill is not cached.
+    for before, after in ((first, second), (second, third)):
+        computed = before.prompt_tokens + before.output_tokens - 1
+        assert after.cached_tokens == computed // 16 * 16
+
+
+def test_remembered_block_hashes_are_those_of_vllms_hasher():
+    init_none_hash(sha256)
+    rng = random.Random(0)
+    hashes = BlockHashes(16, sha256)
+
+    class Tokens:
+        mm_features, lora_request, cache_salt, prompt_embeds = (), None, None, None
+
+        def __init__(self, tokens):
+            self.all_token_ids, self.num_tokens = tokens, len(tokens)
+            self.block_hashes = []
+
+    for _ in range(50):
+        prompt = tuple(
+            Piece(rng.randrange(1, 4), rng.choice((5, 16, 40))) for _ in range(rng.randrange(1, 6))
+        )
+        tokens = [piece.key for piece in prompt for _ in range(piece.tokens)]
+        assert hashes.of(prompt) == get_request_block_hasher(16, sha256)(Tokens(tokens))
+
+
+@pytest.mark.parametrize("tokens", [2047, 5000])
+def test_a_request_that_can_never_be_served_is_refused_with_the_limit(tokens):
+    ask = Ask(request_id="long", arrival_s=0.0, prompt=(Piece(1, tokens),), output_tokens=2)
+    with pytest.raises(ValueError, match=r"'long' .* allowed: 2048"):
+        run(Fixed([ask]))
+
+
+def test_a_scheduler_that_loses_sight_of_a_request_stalls_with_what_waits():
+    class Blind(Scheduler):
+        def _handle_blocked_waiting_request(self, request):
+            return False
+
+        @staticmethod
+        def _is_blocked_waiting_status(status):
+            return True
+
+    with pytest.raises(SimulationStall, match=r"unfinished .* wait, the oldest 'a' of 10 tokens; 0 run"):
+        run(
+            Fixed([Ask(request_id="a", arrival_s=0.0, prompt=(Piece(1, 10),), output_tokens=1)]),
+            make=Blind,
+        )
+
+
+def test_a_scheduler_with_its_own_queue_gets_what_the_client_said_and_the_virtual_clock():
+    seen = {}
+
+    class LastComeFirstServed(FCFSRequestQueue):
+        def add_request(self, request):
+            seen[request.request_id] = (request.sampling_params.extra_args, request.arrival_time)
+            self.appendleft(request)
+
+    def make(**arguments):
+        assert {"vllm_config", "kv_cache_config", "structured_output_manager", "block_size"} <= set(arguments)
+        scheduler = Scheduler(**arguments)
+        scheduler.waiting = LastComeFirstServed()
+        return scheduler
+
+    clocks = []
+    clock = VirtualClock()
+    shape = EngineShape(kv_tokens=4096, max_model_len=2048, max_num_seqs=1)
+    engine = VllmEngine(shape, make, clock=clock, prepare=lambda scheduler, given: clocks.append(given))
+    asks = [
+        Ask(
+            request_id=f"r{n}",
+            arrival_s=n * 1e-3,
+            prompt=(Piece(n + 1, 50),),
+            output_tokens=2,
+            client="me",
+            weight=2.0,
+            ttft_slo_ms=100.0,
+        )
+        for n in range(4)
+    ]
+    result = Simulation(engine, Fixed(asks), STEP_TIME, clock).run()
+    order = sorted(result.served, key=lambda one: one.admitted_s)
+    assert [one.ask.request_id for one in order] == ["r0", "r3", "r2", "r1"]
+    assert seen["r1"] == ({"client_id": "me", "weight": 2.0, "ttft_slo_ms": 100.0}, 1e-3)
+    assert clocks == [clock]
+
+
+def test_a_scheduler_is_found_by_its_dotted_path_or_the_missing_part_is_named():
+    assert resolve("vllm.v1.core.sched.scheduler.Scheduler") is Scheduler
+    with pytest.raises(ImportError, match="no_such"):
+        resolve("vllm.v1.core.sched.scheduler.no_such")
+    with pytest.raises(ImportError):
+        resolve("vllm.no_such.Scheduler")
