@@ -18,6 +18,7 @@ from vllm.v1.request import RequestStatus
 
 from penstock.plugins.configuration import ConfigurationError, scheduler_config
 from penstock.plugins.features import asked_for, require
+from penstock.plugins.vllm.cached_prefix import CachedPrefix
 from penstock.plugins.vllm.charging import Charges
 from penstock.plugins.vllm.client_stats import ClientStats
 from penstock.plugins.vllm.features import REQUEST_SCHEDULER
@@ -87,6 +88,7 @@ class RequestScheduling:
         self.config = scheduler_config(self.vllm_config.additional_config)  # type: ignore[attr-defined]
         self.clock = clock
         self._warned: set[str] = set()
+        self._cached = CachedPrefix(self)
         order = order_of(self.config, clock, self._cached_prefix)
         self.charges = Charges(order, clock, self._asking_of)
         self.waiting = OrderedQueue(order, self.charges.job_of, self.charges.popped, order.begin_step)
@@ -135,14 +137,7 @@ class RequestScheduling:
         self.charges.charge_output(self.running)  # type: ignore[attr-defined]
 
     def _cached_prefix(self, request_id: str) -> int:
-        """Tokens of a waiting request that the prefix cache holds; changes no block and no statistic."""
-        request = self.waiting.get(request_id)
-        manager = self.kv_cache_manager  # type: ignore[attr-defined]
-        if not manager.enable_caching or request.skip_reading_prefix_cache:
-            return 0
-        # As KVCacheManager.get_computed_blocks does: the last token is computed in any case.
-        found = manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)
-        return int(found[1])
+        return self._cached.tokens_of(self.waiting.get(request_id))
 
     def _asking_of(self, request: Request) -> Asking:
         found, errors = forgiving(extra_args_of(request), longest_client_id=self.config.longest_client_id)
