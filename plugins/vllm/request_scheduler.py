@@ -17,12 +17,12 @@ from vllm.v1.request import RequestStatus
 from penstock.plugins.configuration import ConfigurationError, scheduler_config
 from penstock.plugins.features import asked_for, require
 from penstock.plugins.vllm.askings import Askings
+from penstock.plugins.vllm.cached_prefix import CachedPrefix
 from penstock.plugins.vllm.charging import Charges
 from penstock.plugins.vllm.client_stats import ClientStats
 from penstock.plugins.vllm.draft_control import DraftControlling
 from penstock.plugins.vllm.features import REQUEST_SCHEDULER, SLO_SCHEDULER
 from penstock.plugins.vllm.installation import upstream
-from penstock.plugins.vllm.prefix_lookup import cached_prefix
 from penstock.plugins.vllm.request_queue import OrderedQueue
 from penstock.plugins.vllm.slo_scheduling import AsyncSLOScheduler, SyncSLOScheduler
 from penstock.schedulers.config import SchedulerConfig
@@ -100,6 +100,7 @@ class RequestScheduling:
         super().__init__(*args, **kwargs)
         self.config = scheduler_config(self.vllm_config.additional_config)  # type: ignore[attr-defined]
         self.clock = clock
+        self._cached = CachedPrefix(self)
         order = order_of(self.config, clock, self._cached_prefix)
         self.charges = Charges(order, clock, Askings(self.config).of)
         self.waiting = OrderedQueue(order, self.charges.job_of, self.charges.popped, order.begin_step)
@@ -148,8 +149,7 @@ class RequestScheduling:
         self.charges.charge_output(self.running)  # type: ignore[attr-defined]
 
     def _cached_prefix(self, request_id: str) -> int:
-        request = self.waiting.get(request_id)
-        return cached_prefix(self.kv_cache_manager, request)  # type: ignore[attr-defined]
+        return self._cached.tokens_of(self.waiting.get(request_id))
 
     def check_integrity(self) -> None:
         """Assert that queue, order, bills and vLLM's own tables agree."""

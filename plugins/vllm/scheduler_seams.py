@@ -19,7 +19,7 @@ STEPS = (
         _free_request="(self, request, *args, **kwargs)",
     ),
     Seam(f"{_SCHEDULER}.has_unfinished_requests", Use.READ, optional=True),
-    *read(_SCHEDULER, "waiting", "running", "requests", "vllm_config", "kv_cache_manager"),
+    *read(_SCHEDULER, "waiting", "running", "requests", "vllm_config"),
     *read("vllm.v1.core.sched.output:SchedulerOutput", "num_scheduled_tokens"),
     *read("vllm.v1.metrics.stats:SchedulerStats", "kv_connector_stats"),
 )
@@ -62,7 +62,14 @@ REQUESTS = (
 """What is read of a request."""
 
 CACHE = (
-    *read("vllm.v1.core.kv_cache_manager:KVCacheManager", "coordinator", "enable_caching"),
+    *read(_SCHEDULER, "kv_cache_manager", "kv_cache_config", "hash_block_size"),
+    *read("vllm.v1.core.kv_cache_manager:KVCacheManager", "coordinator", "block_pool", "enable_caching"),
+    Seam(
+        "vllm.v1.core.block_pool:BlockPool.get_cached_block",
+        Use.CALL,
+        "(self, block_hash, kv_cache_group_ids)",
+    ),
+    Seam("vllm.v1.kv_cache_interface:FullAttentionSpec", Use.READ),
     Seam(
         "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.find_longest_cache_hit",
         Use.CALL,

@@ -16,7 +16,7 @@ from vllm.v1.request import RequestStatus
 
 from penstock.plugins.configuration import scheduler_config
 from penstock.plugins.vllm.askings import Askings
-from penstock.plugins.vllm.prefix_lookup import cached_prefix
+from penstock.plugins.vllm.cached_prefix import CachedPrefix
 from penstock.plugins.vllm.slo_queue import PlannedQueue
 from penstock.plugins.vllm.slo_records import Records
 from penstock.plugins.vllm.slo_stats import SLOStats
@@ -57,6 +57,7 @@ class SLOScheduling(Stock):
         super().__init__(*args, **kwargs)
         self.config = scheduler_config(self.vllm_config.additional_config)
         self.clock = clock
+        self._cached = CachedPrefix(self)
         self.planner = planner or Planner(self.config.slo)
         self.records = Records(
             self.config, Askings(self.config).of, clock, wall_clock, int(self.num_spec_tokens)
@@ -72,7 +73,7 @@ class SLOScheduling(Stock):
     def _job_of(self, request: Request) -> Waiting:
         record = self.records.of(request)
         # What the cache holds changes deadlines' order by nothing: without targets it is not looked up.
-        cached = cached_prefix(self.kv_cache_manager, request) if record.running.targets else 0
+        cached = self._cached.tokens_of(request) if record.running.targets else 0
         return self.records.waiting(request, cached)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
