@@ -170,7 +170,105 @@ REQUESTS = Dashboard(
     ],
 )
 
-DASHBOARDS = (FLOWKV, REQUESTS)
+
+def growth(series: str, by: str = "engine") -> str:
+    """What a total that is shown as a gauge grows by in a second."""
+    return f"sum by ({by}) (rate({series}{{{AT}}}[$__rate_interval]))"
+
+
+def share(part: str, whole: str, by: str) -> str:
+    """What part of a total's growth another one's is."""
+    return f"{growth(part, by)} / {growth(whole, by)}"
+
+
+def totals(title: str, unit: str, *names: str, of: str = "penstock_slo_", text: str = "") -> Panel:
+    """The growth of totals that have the first part of their names in common."""
+    return Panel(title, unit, [(growth(of + name), name.replace("_", " ")) for name in names], text)
+
+
+SLO = Dashboard(
+    "slo",
+    "Penstock: latency targets",
+    "penstock_slo_plans",
+    [
+        Panel(
+            "Attainment by tier",
+            "percentunit",
+            [(share("penstock_slo_attained_requests", "penstock_slo_requests", "tier"), "{{tier}}")],
+            "Requests that met their targets, of those that ended.",
+        ),
+        Panel(
+            "Attainment by tier, by tokens",
+            "percentunit",
+            [(share("penstock_slo_attained_tokens", "penstock_slo_tokens", "tier"), "{{tier}}")],
+        ),
+        Panel(
+            "Goodput",
+            "reqps",
+            [(growth("penstock_slo_attained_requests", "tier"), "{{tier}}")],
+            "Requests a second that met their targets.",
+        ),
+        Panel(
+            "Step time, predicted to measured",
+            "percentunit",
+            [
+                (
+                    share("penstock_slo_predicted_seconds", "penstock_slo_measured_seconds", "engine"),
+                    "{{engine}}",
+                )
+            ],
+        ),
+        Panel(
+            "Error of predictions",
+            "percentunit",
+            [
+                (f"penstock_slo_step_time_error_median{{{AT}}}", "P50 {{engine}}"),
+                (f"penstock_slo_step_time_error_p99{{{AT}}}", "P99 {{engine}}"),
+            ],
+        ),
+        totals("Steps", "cps", "plans", "passive_plans", "yielded_steps"),
+        totals("Decisions on admission", "cps", "replans", "replans_past_work_bound"),
+        totals("Requests", "cps", "admitted_requests", "demoted_requests", "preempted_requests", "skipped"),
+        totals("Clock", "cps", "rejected_step_times", "clock_steps_back"),
+    ],
+)
+
+DRAFTS = "penstock_draft_tokens_"
+
+SPECULATION = Dashboard(
+    "speculation",
+    "Penstock: speculation",
+    DRAFTS + "allocated",
+    [
+        totals(
+            "Draft tokens",
+            "cps",
+            "allocated",
+            "accepted",
+            "wasted",
+            "cut_off",
+            of=DRAFTS,
+            text="Verified, right, wrong, and not worth verifying.",
+        ),
+        Panel(
+            "Accepted share",
+            "percentunit",
+            [(share(DRAFTS + "accepted", DRAFTS + "allocated", "engine"), "{{engine}}")],
+            "Of the draft tokens that were verified.",
+        ),
+        totals(
+            "Probes", "cps", "probes", of="penstock_draft_", text="Steps that ask whether drafts pay again."
+        ),
+        Panel(
+            "Error of predicted step times",
+            "percentunit",
+            [(f"penstock_step_time_error_ratio{{{AT}}}", "{{engine}}")],
+            "Median, relative.",
+        ),
+    ],
+)
+
+DASHBOARDS = (FLOWKV, REQUESTS, SLO, SPECULATION)
 
 
 def as_json(board: Dashboard) -> str:

@@ -96,7 +96,6 @@ PLANS = (
             "requires_kv_delivery",
             "num_spec_tokens",
             "need_mamba_block_aligned_split",
-            "kv_cache_config",
             "block_size",
             "_pause_state",
         )

@@ -51,8 +51,8 @@ def exported() -> dict[str, set[str]]:
     FlowKVPromMetrics(
         SimpleNamespace(kv_transfer_config=None), kinds, ["model_name", "engine"], {0: ["m", "0"]}
     )
-    if ledger._gauge is None:
-        ledger._published = True
+    published_here = ledger._gauge is None
+    if published_here:
         ledger._publish_all()
     for module in pkgutil.iter_modules([f"{patches.__path__[0]}/vllm"]):
         if module.name.endswith("_gauges"):
@@ -60,7 +60,11 @@ def exported() -> dict[str, set[str]]:
             for make in vars(found).values():
                 if hasattr(make, "cache_info") and make.__module__ == found.__name__:
                     make()
-    return families(Metrics([]).registry) | families(own) | families(REGISTRY)
+    declared = families(Metrics([]).registry) | families(own) | families(REGISTRY)
+    if published_here:
+        REGISTRY.unregister(ledger._gauge)
+        ledger._gauge = None
+    return declared
 
 
 def expressions(file: Path) -> list[str]:
