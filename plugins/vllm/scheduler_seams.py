@@ -91,6 +91,7 @@ PLANS = (
             "finished_recving_kv_req_ids",
             "requires_kv_delivery",
             "num_spec_tokens",
+            "num_prefill_lookahead",
             "need_mamba_block_aligned_split",
             "kv_cache_config",
             "block_size",
