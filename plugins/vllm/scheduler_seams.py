@@ -95,6 +95,7 @@ PLANS = (
             "finished_recving_kv_req_ids",
             "requires_kv_delivery",
             "num_spec_tokens",
+            "num_prefill_lookahead",
             "need_mamba_block_aligned_split",
             "block_size",
             "_pause_state",

@@ -23,12 +23,14 @@ LONGEST_ON_THE_WAY_S = 60.0
 @dataclass(slots=True)
 class Record:
     """One live request. ``arrived`` is vLLM's time of arrival, by which a session's next turn is noticed;
-    ``ttft_met`` and ``pace_met`` say what came of the targets so far."""
+    ``seen`` are generated tokens that were noted; ``ttft_met`` and ``pace_met`` say what came of the targets
+    so far."""
 
     running: Running
     client: str
     weight: float
     arrived: float
+    seen: int = 0
     ttft_met: bool = True
     pace_met: bool = True
 
@@ -141,11 +143,13 @@ class Records:
             found.append(running)
         return found
 
-    def produced(self, request: Request, tokens: int, now_s: float, tolerance: float) -> None:
-        """The last ``tokens`` of a request came at ``now_s``; compare the first of them with its deadline."""
+    def produced(self, request: Request, now_s: float, tolerance: float) -> None:
+        """Note tokens of a request that came at ``now_s``; the first of them is held to its deadline."""
         record = self._live.get(request.request_id)
-        if record is None or not tokens:
+        index = request.num_output_tokens
+        if record is None or index <= record.seen:
             return
+        record.seen, index = index, record.seen
         running = record.running
         running.last_token_s = now_s
         targets = running.targets
@@ -154,7 +158,6 @@ class Records:
             running.first_token_s = now_s
         if targets is None:
             return
-        index = request.num_output_tokens - tokens
         if first:
             record.ttft_met = now_s <= targets.due_s(running.arrival_s, 0)
         elif record.pace_met:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 else:
     Stock = object
 
+PASSIVE_STEPS = 8
+"""While nobody has targets the time of one step in so many is learned from."""
+
 ENDED_BY_ITSELF = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
@@ -67,6 +70,7 @@ class SLOScheduling(Stock):
         self._steps = StepsInFlight()
         self._stats = SLOStats(self.planner, self.config.slo.tiers_s, clock, export=front_end_exports)
         self._step_tokens: int = self.max_num_scheduled_tokens
+        self._cuts_anywhere = self.num_prefill_lookahead <= 1
         self._was_empty = False
         self._output_s = clock()
 
@@ -88,8 +92,9 @@ class SLOScheduling(Stock):
         finally:
             self.max_num_scheduled_tokens = self._step_tokens
         self._was_empty = not output.total_num_scheduled_tokens
-        features = self._features(output)
-        self._steps.begin(output, features, self.planner.model.seconds(features), now_s)
+        if self.records.with_targets or not self.planner.counters.plans % PASSIVE_STEPS:
+            features = self._features(output)
+            self._steps.begin(output, features, self.planner.model.seconds(features), now_s)
         return output
 
     def _make_plan(self, now_s: float, holding: list[Request]) -> Plan:
@@ -155,6 +160,8 @@ class SLOScheduling(Stock):
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         if self.plan.active:
+            if num_new_tokens == 1 and self._cuts_anywhere and request.status is RequestStatus.RUNNING:
+                return 1 if request.request_id in self.plan.caps else 0
             num_new_tokens = self._cap(request, num_computed_tokens, num_new_tokens)
             if not num_new_tokens:
                 return 0
@@ -193,18 +200,18 @@ class SLOScheduling(Stock):
             flight, seconds = ended
             self.planner.observe_step(flight.features, seconds)
             self._stats.stepped(flight.predicted_s, seconds)
-        return super().update_from_output(*args, **kwargs)
-
-    def _update_request_with_output(
-        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
-    ) -> tuple[list[int], bool]:
-        kept, stopped = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
-        self.records.produced(request, len(kept), self._output_s, TOLERANCE)
-        return kept, stopped
+        outputs = super().update_from_output(*args, **kwargs)
+        if self.records.with_targets:
+            for name in output.num_scheduled_tokens:
+                request = self.requests.get(name)
+                if request is not None:
+                    self.records.produced(request, self._output_s, TOLERANCE)
+        return outputs
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         # Every request ends here, whatever it was doing.
         result = super()._free_request(request, *args, **kwargs)
+        self.records.produced(request, self._output_s, TOLERANCE)
         record = self.records.close(request.request_id)
         if record is not None and request.status in ENDED_BY_ITSELF:
             self._stats.ended(record, request.num_tokens)

@@ -244,8 +244,10 @@ class Planner:
         waiting = tuple(name for name in served if name in self.backlog)
         self._demoted.update(name for name in waiting if name in self.replanner.rejected)
         self.backlog.put_in_front(waiting)
-        self.suspensions.record(((r.request_id, r.request_id in step.caps) for r in running), now_s)
-        self.counters.skipped += sum(request.request_id not in step.caps for request in running)
+        caps = step.caps
+        skipped = [request.request_id for request in running if request.request_id not in caps]
+        self.suspensions.record(skipped, now_s)
+        self.counters.skipped += len(skipped)
         self.counters.preempted += len(seats.preempted)
         return Plan(
             active=True,
