@@ -256,9 +256,7 @@ SPECULATION = Dashboard(
             [(share(DRAFTS + "accepted", DRAFTS + "allocated", "engine"), "{{engine}}")],
             "Of the draft tokens that were verified.",
         ),
-        totals(
-            "Probes", "cps", "probes", of="penstock_draft_", text="Steps that ask whether drafts pay again."
-        ),
+        totals("Probes", "cps", "probes", of="penstock_draft_", text="Steps that ask if drafts pay again."),
         Panel(
             "Error of predicted step times",
             "percentunit",
