@@ -23,7 +23,7 @@ PRIORS = (0.5, 2.0)
 KEPT = 0.9
 """Share of the capacity that a wrong prior must leave: the rate at which it is tried."""
 PROFILE = "a100-7b"
-FIRST_TUNING_SEED, FIRST_SCORING_SEED = 1, 1001
+FIRST_TUNING_SEED, FIRST_SCORING_SEED = 1, 500_001
 
 Families = Mapping[str, tuple[Setting, ...]]
 RunAll = Callable[[Sequence[Task]], Sequence[Curve]]
