@@ -23,7 +23,7 @@ PRIORS = (0.5, 2.0)
 KEPT = 0.9
 """Share of the capacity that a wrong prior must leave: the rate at which it is tried."""
 PROFILE = "a100-7b"
-FIRST_TUNING_SEED, FIRST_SCORING_SEED = 1, 1001
+FIRST_TUNING_SEED, FIRST_SCORING_SEED = 1, 500_001
 
 Families = Mapping[str, tuple[Setting, ...]]
 RunAll = Callable[[Sequence[Task]], Sequence[Curve]]
@@ -34,7 +34,7 @@ def families(*, quick: bool) -> Families:
     budgets = (2048, 8192) if quick else (512, 1024, 2048, 8192)
     knobs: tuple[dict[str, float | str], ...] = (
         {},
-        {"longest_step_s": 0.1},
+        {"pace": "cumulative"},
         {"longest_step_s": 0.4},
         {"long_prompt_weight": 0.0},
     )
@@ -44,13 +44,15 @@ def families(*, quick: bool) -> Families:
         if quick
         else tuple(Setting(name=f"{PRIORITY} {b}", kind="priority", budget=b) for b in budgets),
         SLO: tuple(slo_setting(SLO, knob) for knob in (knobs[:1] if quick else knobs)),
-        SLO_GAP: tuple(slo_setting(SLO_GAP, {"pace": "gap", **knob}) for knob in knobs[: 1 if quick else 2]),
+        SLO_GAP: tuple(
+            slo_setting(SLO_GAP, {**knob, "pace": "gap"}) for knob in knobs[: 1 if quick else None]
+        ),
     }
 
 
 def slo_setting(name: str, knobs: Mapping[str, float | str]) -> Setting:
     """The SLO policy with some knobs; they are in its name."""
-    shown = ", ".join(f"{key} {value}" for key, value in knobs.items() if key != "pace")
+    shown = ", ".join(f"{key} {value}" for key, value in knobs.items() if value != "gap")
     return Setting(name=f"{name}, {shown}" if shown else name, kind="slo", slo={"profile": PROFILE, **knobs})
 
 

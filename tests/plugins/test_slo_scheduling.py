@@ -264,6 +264,18 @@ def test_a_padded_draft_is_taken_whole_or_not_at_all():
     assert scheduler._reserve_prefill_lookahead(sample, sample.num_tokens - 1, 5) == 0
 
 
+def test_a_request_that_holds_its_cache_does_not_keep_out_those_that_are_planned():
+    """vLLM takes it in before all others; 0 would end the admissions of the step."""
+    scheduler = ours()
+    sample = slo_request("loaded", 80)
+    sample.num_computed_tokens = 48
+    scheduler.kv_holding_waiting.add_request(sample)
+    scheduler.plan = Plan(active=True, caps={"other": 5})
+    assert scheduler._reserve_prefill_lookahead(sample, 48, 32) == 1
+    scheduler.plan = Plan(active=True, caps={"loaded": 7})
+    assert scheduler._reserve_prefill_lookahead(sample, 48, 32) == 7
+
+
 def test_a_running_request_keeps_its_drafts_and_may_be_passed_over():
     scheduler = ours()
     sample = slo_request("r", 80)
