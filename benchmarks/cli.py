@@ -9,6 +9,9 @@ import click
 BENCHES = {
     "dlpm": "penstock.benchmarks.dlpm:bench",
     "flowkv": "penstock.benchmarks.flowkv:bench",
+    "scheduler": "penstock.benchmarks.scheduler:bench",
+    "slo": "penstock.benchmarks.slo:bench",
+    "speculation": "penstock.benchmarks.speculation:bench",
 }
 
 

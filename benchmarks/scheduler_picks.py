@@ -13,13 +13,18 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from penstock.benchmarks.flowkv_part import Finding, Options, Tell
+from penstock.benchmarks.report import Cell, Claim
 from penstock.schedulers.dlpm import DeficitOrder
 from penstock.schedulers.fcfs import ArrivalOrder
 from penstock.schedulers.lpm import PrefixOrder
 from penstock.schedulers.vtc import CounterOrder
 from penstock.schedulers.waiting import Job, WaitingOrder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BLOCK_TOKENS = 16
 PROMPT_BLOCKS = 128
@@ -27,13 +32,46 @@ SHARED_BLOCKS = 96
 CHARGED_TOKENS = 2_048
 REQUESTS_A_CLIENT = 10
 PICKS_A_STEP = 4
+SIZES, QUICK_SIZES = (1_000, 10_000, 100_000), (1_000, 10_000)
+PICKS, QUICK_PICKS = 4_000, 1_000
+ALLOWED_US = 50.0
+"""A pick, whatever waits."""
 POLICIES = ("dlpm", "lpm", "vtc", "fcfs")
 OPERATIONS = ("add", "pick", "put_back", "remove", "step")
 
 
+def measure(options: Options, tell: Tell) -> Finding:
+    """A row a policy and size; the claim is the issue's bound on a mean pick at the largest size."""
+    sizes = QUICK_SIZES if options.quick else SIZES
+    rows: list[dict[str, Cell]] = []
+    for policy in POLICIES:
+        tell(policy)
+        rows += time_picks(sizes, QUICK_PICKS if options.quick else PICKS, (policy,), options.seed)
+    largest = [(row["policy"], row["us_per_pick"]) for row in rows if row["waiting"] == sizes[-1]]
+    claims = [
+        Claim.of(f"{policy}: us a pick, {sizes[-1]:,} waiting", float(mean), "<=", ALLOWED_US)
+        for policy, mean in largest
+        if isinstance(mean, float)
+    ]
+    return Finding(rows=rows, claims=claims, draw=partial(_draw, rows))
+
+
+def _draw(rows: Sequence[dict[str, Any]], axes: Axes) -> None:
+    for policy in POLICIES:
+        found = [row for row in rows if row["policy"] == policy]
+        axes.plot(
+            [row["waiting"] for row in found], [row["us_per_pick"] for row in found], "o-", label=policy
+        )
+    axes.axhline(ALLOWED_US, color="0.5", linewidth=1, label="bound")
+    axes.set_xscale("log")
+    axes.set_xlabel("waiting requests, ten a client")
+    axes.set_ylabel("us a pick, mean")
+    axes.legend(fontsize="small")
+
+
 def time_picks(
-    sizes: Sequence[int] = (1_000, 10_000, 100_000),
-    operations: int = 4_000,
+    sizes: Sequence[int] = SIZES,
+    operations: int = PICKS,
     policies: Sequence[str] = POLICIES,
     seed: int = 0,
 ) -> list[dict[str, Any]]:

@@ -80,15 +80,15 @@ def transfers(url: str, connector: str) -> Transfers:
 def settled(url: str, connector: str, *, quiet_s: float = 1.5, timeout_s: float = 20.0) -> Transfers:
     """As ``transfers``, once the count has not moved for ``quiet_s``: engines publish with a later step.
 
-    After ``timeout_s`` whatever is known is returned.
+    After ``timeout_s`` whatever is known is returned. Rest is counted in looks, not by the clock: a machine
+    that stands still between two looks has not seen the count rest.
     """
     deadline = time.monotonic() + timeout_s
     found = transfers(url, connector)
-    since = time.monotonic()
-    while time.monotonic() < min(deadline, since + quiet_s):
+    looks = 0
+    while looks * POLL_S < quiet_s and time.monotonic() < deadline:
         time.sleep(POLL_S)
         latest = transfers(url, connector)
-        if latest.count != found.count:
-            since = time.monotonic()
+        looks = looks + 1 if latest.count == found.count else 0
         found = latest
     return found

@@ -24,7 +24,7 @@ class AllocatorConfig:
     """Runs that taking over blocks reserved for the prompt of another request is worth."""
     slack_price: float = 0.1
     """Runs that taking over blocks reserved for another request's growth is worth."""
-    split_price: float = 0.1
+    split_price: float = 0.6
     """Runs that leaving a remainder on one side of a window is worth."""
     growth_limit: float = 0.1
     """Most runs' worth of cache that decoding in place may evict before it moves elsewhere."""

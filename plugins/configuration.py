@@ -12,12 +12,13 @@ import msgspec.inspect
 
 from penstock.connectors.config import FlowKVConfig
 from penstock.schedulers.config import SchedulerConfig
+from penstock.schedulers.suffix.config import SuffixConfig
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 NAMESPACE = "penstock"
 SECRETS = frozenset({"shared_key", "clients"})
-SECTIONS = ("flowkv", "scheduler")
+SECTIONS = ("flowkv", "scheduler", "suffix")
 
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.(?P<path>[^`]*)`)?$", re.DOTALL)
 
@@ -52,6 +53,15 @@ def scheduler_config(
     ours = section(additional_config, "scheduler")
     merged = merge("scheduler", {"additional_config": ours, "--request-scheduler": flags or {}})
     return convert("scheduler", merged, SchedulerConfig)
+
+
+def suffix_config(additional_config: Mapping[str, Any] | None) -> SuffixConfig:
+    """The suffix drafter's configuration from ``--additional-config`` (under ``penstock.suffix``).
+
+    Raises:
+        ConfigurationError: an unknown key, a wrong type or an impossible value.
+    """
+    return convert("suffix", section(additional_config, "suffix"), SuffixConfig)
 
 
 def section(additional_config: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
@@ -117,10 +127,13 @@ def _explain(name: str, values: Mapping[str, Any], kind: type[msgspec.Struct], m
     if path is None:
         # The struct's own check of several fields, which names them itself.
         return f"{name}.{message}"
-    key = re.split(r"[.\[]", path)[0]
+    key, *inner = re.split(r"[.\[]", path)
     allowed = match["what"].removeprefix("Expected ").split(", got ")[0].replace("`", "")
-    choices = _choices(kind, key)
-    return f"{name}.{key}: given {_shown(key, values[key])}, allowed: {choices or allowed}"
+    value = values[key]
+    if inner and isinstance(value, Mapping) and inner[0] in value:
+        key, value = f"{key}.{inner[0]}", value[inner[0]]
+    choices = "" if inner else _choices(kind, key)
+    return f"{name}.{key}: given {_shown(key, value)}, allowed: {choices or allowed}"
 
 
 def _choices(kind: type[msgspec.Struct], key: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from penstock.schedulers.client_queue import ArrivalQueue, ClientQueue, PrefixQueue, Rank
@@ -73,14 +73,15 @@ class Account:
 
 
 class AccountBook:
-    """All accounts. Two always exist: that of the unnamed, and the one that ``OTHERS`` share.
+    """All accounts. Some always exist: those of the unnamed and of ``listed``, and the one of ``OTHERS``.
 
     Args:
         clock: for idling.
         idle_s: a client that neither waits nor is charged for so long is forgotten.
-        max_clients: accounts besides those two.
+        max_clients: accounts besides those.
         by_prefix: whether a named client's requests are ordered by prefix rather than by arrival.
         unnamed_by_prefix: the same for the unnamed.
+        listed: clients that are known from the start and never forgotten.
 
     Raises:
         ValueError: ``idle_s`` or ``max_clients`` is negative.
@@ -89,7 +90,14 @@ class AccountBook:
     SWEPT = 4
 
     def __init__(
-        self, *, clock: Clock, idle_s: float, max_clients: int, by_prefix: bool, unnamed_by_prefix: bool
+        self,
+        *,
+        clock: Clock,
+        idle_s: float,
+        max_clients: int,
+        by_prefix: bool,
+        unnamed_by_prefix: bool,
+        listed: Collection[str] = (),
     ) -> None:
         if not idle_s >= 0:
             raise ValueError(f"idle_s is {idle_s}, allowed: 0 or more")
@@ -101,9 +109,14 @@ class AccountBook:
         self._make_queue: Callable[[], ClientQueue] = PrefixQueue if by_prefix else ArrivalQueue
         self.unnamed = Account(UNNAMED, PrefixQueue() if unnamed_by_prefix else ArrivalQueue(), clock())
         self.shared = Account(OTHERS, self._make_queue(), clock())
-        self._permanent = {UNNAMED: self.unnamed, OTHERS: self.shared}
+        self._permanent = {name: Account(name, self._make_queue(), clock()) for name in listed}
+        self._permanent |= {UNNAMED: self.unnamed, OTHERS: self.shared}
         # Longest idle first.
         self._own: OrderedDict[str, Account] = OrderedDict()
+
+    def now(self) -> float:
+        """Seconds on the clock of the book."""
+        return self._clock()
 
     def find(self, client: str) -> Account:
         """The account that a client's service is charged to: its own, or the shared one."""
@@ -143,7 +156,7 @@ class AccountBook:
             self.shared.service += account.service
 
     def __len__(self) -> int:
-        """Accounts of named clients."""
+        """Accounts of clients that named themselves."""
         return len(self._own)
 
     def __iter__(self) -> Iterator[Account]:

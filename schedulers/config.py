@@ -6,7 +6,10 @@ from typing import Annotated, Literal
 
 import msgspec
 
-WaitingPolicy = Literal["dlpm", "vtc", "lpm"]
+from penstock.schedulers.draft_config import SpeculationConfig
+from penstock.schedulers.slo.config import SLOConfig
+
+WaitingPolicy = Literal["dlpm", "vtc", "lpm", "fcfs", "slo"]
 
 LEAST_WEIGHT, LARGEST_WEIGHT = 0.01, 100.0
 LARGEST_TOKENS = 1e9
@@ -15,6 +18,7 @@ Weight = Annotated[float, msgspec.Meta(ge=LEAST_WEIGHT, le=LARGEST_WEIGHT)]
 ClientId = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 Price = Annotated[float, msgspec.Meta(ge=0, le=1000)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+Milliseconds = Annotated[float, msgspec.Meta(gt=0, le=86_400_000)]
 
 
 class KeyedClient(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -35,10 +39,11 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     policy: WaitingPolicy = "dlpm"
     """Which request is served next: ``dlpm`` longest cached prefix among clients whose deficit is positive,
-    ``vtc`` the client that has had the least service, ``lpm`` longest cached prefix whoever asks."""
+    ``vtc`` the client that has had the least service, ``lpm`` longest cached prefix whoever asks, ``fcfs``
+    the one that came first, ``slo`` by a plan that meets as many latency targets as it can."""
     quantum_tokens: Annotated[float, msgspec.Meta(gt=0, le=LARGEST_TOKENS)] = 2000.0
     """Weighted tokens that a client of weight 1 is given when its deficit is used up. More favours prefix
-    locality, less favours fairness. ``dlpm`` only."""
+    locality, less favours fairness. ``dlpm``; for ``vtc`` it only measures the rounds of newcomers."""
     extend_weight: Price = 1.0
     """Price of a prompt token that was computed; tokens from the prefix cache or a connector are free."""
     output_weight: Price = 2.0
@@ -52,6 +57,11 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """How long a client without requests is remembered, with its deficit or counter."""
     max_clients: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] = 10_000
     """Clients that are remembered at most."""
+    newcomers_per_refill: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 8
+    """New client ids that get an account of their own while every other client uses up a quantum; further
+    ones share one account until a later request. Whoever invents an id for every request gets the service of
+    so many clients and one more. The clients in ``clients`` and ``weights`` always have accounts and do not
+    count. ``dlpm`` and ``vtc``."""
     longest_client_id: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 128
     """Bytes of UTF-8 that a client id may have."""
     trust_headers: bool = False
@@ -65,18 +75,33 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     unnamed_by_arrival: bool | None = None
     """Whether requests that name no client are served among themselves in order of arrival. None does so
     for ``dlpm`` and ``vtc``, and orders them by prefix for ``lpm``, which is what that is for."""
+    speculation: SpeculationConfig | None = None
+    """Draft lengths for each request, for an engine that drafts; None leaves drafts as they are."""
+    default_ttft_slo_ms: Milliseconds | None = None
+    """Target for the first token of requests that name no target at all. ``slo`` only."""
+    default_tpot_slo_ms: Milliseconds | None = None
+    """Target for each further token of requests that name no target at all. ``slo`` only."""
+    slo: SLOConfig = SLOConfig()
+    """The knobs of ``slo``."""
     shown_clients: Annotated[int, msgspec.Meta(ge=1, le=100)] = 10
     """Clients with metrics of their own, those with the most service; the others are summed up as one."""
 
     def __post_init__(self) -> None:
         if not self.extend_weight and not self.output_weight:
             raise ValueError("extend_weight: given 0.0 beside output_weight=0.0, allowed: one above 0")
+        if self.policy == "slo" and self.speculation is not None:
+            raise ValueError("speculation: given beside policy='slo', allowed: beside the other policies")
         for name in (*self.weights, *(keyed.client for keyed in self.clients.values())):
             if len(name.encode()) > self.longest_client_id:
                 raise ValueError(
                     f"longest_client_id: given {self.longest_client_id}, "
                     f"allowed: at least the {len(name.encode())} bytes of client {name[:64]!r}"
                 )
+
+    @property
+    def listed(self) -> frozenset[str]:
+        """The clients that the operator names."""
+        return frozenset(self.weights) | {keyed.client for keyed in self.clients.values()}
 
     @property
     def orders_unnamed_by_arrival(self) -> bool:

@@ -9,9 +9,10 @@ one has.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from penstock.schedulers.accounts import Account, AccountBook, Prices
-from penstock.schedulers.ranked import RankedOrder, Standings
+from penstock.schedulers.ranked import Newcomers, RankedOrder, Standings
 from penstock.schedulers.waiting import Clock, HitTokens
 
 
@@ -27,21 +28,19 @@ class Deficits(Standings):
 
     Args:
         quantum_tokens: what a refill gives at weight 1, in weighted tokens.
-        newcomers_per_refill: accounts that may be opened between two refills for new names, and as many again
-            for names with requests waiting, so that inventing names does not keep a regular client out.
+        newcomers: accounts that may be opened between two refills.
     """
 
-    def __init__(self, quantum_tokens: float, newcomers_per_refill: int) -> None:
+    def __init__(self, quantum_tokens: float, newcomers: Newcomers) -> None:
         self.epoch = 0
         self._quantum_tokens = quantum_tokens
-        self._newcomers_per_refill = newcomers_per_refill
-        self._newcomers = {True: 0, False: 0}
+        self._newcomers = newcomers
 
-    def admits(self, *, known: bool) -> bool:
-        return self._newcomers[known] < self._newcomers_per_refill
+    def admits(self, least: float | None, *, known: bool) -> bool:
+        return self._newcomers.may_come(known=known)
 
     def opened(self, account: Account, least: float | None, *, known: bool) -> None:
-        self._newcomers[known] += 1
+        self._newcomers.came(known=known)
         account.level, account.epoch = 0.0, self.epoch
 
     def reweigh(self, account: Account, weight: float) -> None:
@@ -56,11 +55,13 @@ class Deficits(Standings):
         A refund may come after refills that its charge had caused: then it would end above the quantum, and
         the quanta that the client would not have got without the charge are taken back.
         """
-        self._settle(account)
-        level, quantum = account.level - service, self._quantum(account)
-        if level > quantum:
-            level = min(level - math.ceil(level / quantum - 1) * quantum, quantum)
-        account.level = level
+        if account.level <= 0:
+            self._settle(account)
+        # With a deficit above zero a client is given nothing, so its level is as of any epoch.
+        account.epoch = self.epoch
+        account.level -= service
+        if service < 0 and account.level > (quantum := self._quantum(account)):
+            account.level = min(account.level - math.ceil(account.level / quantum - 1) * quantum, quantum)
 
     def lane(self, account: Account) -> int:
         return max(self.epoch, account.epoch + self._refills_needed(account))
@@ -68,7 +69,7 @@ class Deficits(Standings):
     def reach(self, lane: float) -> None:
         if lane > self.epoch:
             self.epoch = int(lane)
-            self._newcomers = {True: 0, False: 0}
+            self._newcomers.begin_round()
 
     def standing(self, account: Account) -> float:
         refills = min(self.epoch - account.epoch, self._refills_needed(account))
@@ -118,6 +119,8 @@ class DeficitOrder(RankedOrder):
         newcomers_per_refill: new names that get a deficit of their own between two refills; more share one
             until a later request. So whoever invents a name for every request gets the share of so many
             clients and one more.
+        listed: clients that always have a deficit of their own, and count neither as newcomers nor among
+            ``max_clients``.
         unnamed_by_arrival: requests without a client are served among themselves as the engine would.
 
     Raises:
@@ -136,21 +139,21 @@ class DeficitOrder(RankedOrder):
         refreshes_per_step: int = 64,
         idle_s: float = 3600.0,
         max_clients: int = 10_000,
-        newcomers_per_refill: int = 64,
+        newcomers_per_refill: int = 8,
+        listed: Collection[str] = (),
         unnamed_by_arrival: bool = True,
     ) -> None:
         if not 0 < quantum_tokens < math.inf:
             raise ValueError(f"quantum_tokens is {quantum_tokens}, allowed: more than 0")
-        if newcomers_per_refill < 0:
-            raise ValueError(f"newcomers_per_refill is {newcomers_per_refill}, allowed: 0 or more")
         super().__init__(
-            standings=Deficits(quantum_tokens, newcomers_per_refill),
+            standings=Deficits(quantum_tokens, Newcomers(newcomers_per_refill)),
             book=AccountBook(
                 clock=clock,
                 idle_s=idle_s,
                 max_clients=max_clients,
                 by_prefix=True,
                 unnamed_by_prefix=not unnamed_by_arrival,
+                listed=listed,
             ),
             prices=Prices(extend_weight, output_weight),
             hit_tokens=hit_tokens,

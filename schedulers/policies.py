@@ -6,6 +6,7 @@ from typing import TypedDict
 
 from penstock.schedulers.config import SchedulerConfig
 from penstock.schedulers.dlpm import DeficitOrder
+from penstock.schedulers.fcfs import ArrivalOrder
 from penstock.schedulers.lpm import PrefixOrder
 from penstock.schedulers.vtc import CounterOrder
 from penstock.schedulers.waiting import Clock, HitTokens, WaitingOrder
@@ -20,7 +21,19 @@ class _Common(TypedDict):
 
 
 def waiting_order(config: SchedulerConfig, clock: Clock, hit_tokens: HitTokens) -> WaitingOrder:
-    """The order that ``config.policy`` names. ``clock`` and ``hit_tokens`` as in ``waiting``."""
+    """The order that ``config.policy`` names. ``clock`` and ``hit_tokens`` as in ``waiting``.
+
+    Raises:
+        ValueError: the policy is ``slo``, which plans whole steps and brings an order of its own.
+    """
+    if config.policy == "slo":
+        raise ValueError("policy: given slo, allowed: a policy that only orders requests")
+    if config.policy == "fcfs":
+        return ArrivalOrder(
+            extend_weight=config.extend_weight,
+            output_weight=config.output_weight,
+            max_clients=config.max_clients,
+        )
     common = _Common(
         clock=clock,
         extend_weight=config.extend_weight,
@@ -29,7 +42,12 @@ def waiting_order(config: SchedulerConfig, clock: Clock, hit_tokens: HitTokens) 
         max_clients=config.max_clients,
     )
     if config.policy == "vtc":
-        return CounterOrder(**common)
+        return CounterOrder(
+            quantum_tokens=config.quantum_tokens,
+            newcomers_per_refill=config.newcomers_per_refill,
+            listed=config.listed,
+            **common,
+        )
     if config.policy == "lpm":
         return PrefixOrder(
             hit_tokens=hit_tokens,
@@ -41,6 +59,8 @@ def waiting_order(config: SchedulerConfig, clock: Clock, hit_tokens: HitTokens) 
     return DeficitOrder(
         hit_tokens=hit_tokens,
         quantum_tokens=config.quantum_tokens,
+        newcomers_per_refill=config.newcomers_per_refill,
+        listed=config.listed,
         ageing_tokens_per_s=config.ageing_tokens_per_s,
         refreshes_per_step=config.hit_refreshes_per_step,
         unnamed_by_arrival=config.orders_unnamed_by_arrival,

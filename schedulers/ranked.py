@@ -6,6 +6,8 @@ it may be served (DLPM), its virtual counter (VTC), or nothing (LPM). Each clien
     (lane, -score of its head, arrival of its head)
 
 in one sorted list, so a pick is the list's first, and whatever happens to a client moves one rank: O(log n).
+A charge moves none: service only makes lanes higher, so a rank that was not moved stands too far in front, if
+it stands wrong, and is moved when it comes first.
 """
 
 from __future__ import annotations
@@ -22,19 +24,49 @@ from penstock.schedulers.waiting import ClientService, HitTokens, Job
 
 RECHECKS = 8
 """Hits that one pick looks up at most."""
+REFRESH_S = 50e-6
+"""Time after which a step begins no further look-up. One may take as long, where a hundred blocks hit."""
 
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
+
+
+class Newcomers:
+    """Bounds how many accounts new names get a round, and as many again those with requests waiting, so that
+    inventing names does not keep a regular client out.
+
+    Raises:
+        ValueError: ``per_round`` is negative.
+    """
+
+    def __init__(self, per_round: int) -> None:
+        if per_round < 0:
+            raise ValueError(f"newcomers_per_refill is {per_round}, allowed: 0 or more")
+        self._per_round = per_round
+        self._came = {True: 0, False: 0}
+
+    def may_come(self, *, known: bool) -> bool:
+        """Whether there is room for one more."""
+        return self._came[known] < self._per_round
+
+    def came(self, *, known: bool) -> None:
+        """One has an account."""
+        self._came[known] += 1
+
+    def begin_round(self) -> None:
+        """There is room for as many again."""
+        self._came = {True: 0, False: 0}
 
 
 class Standings:
     """What a policy knows of its clients. This one treats all alike: the order is that of the requests."""
 
-    def admits(self, *, known: bool) -> bool:
-        """Whether a new name, or one ``known`` by requests that wait, may have an account of its own now."""
+    def admits(self, least: float | None, *, known: bool) -> bool:
+        """Whether a new name, or one ``known`` by requests that wait, may have an account of its own now;
+        ``least`` is the first lane, None if nobody waits."""
         return True
 
     def opened(self, account: Account, least: float | None, *, known: bool) -> None:
-        """A name that was admitted has an account; ``least`` is the first lane, None if nobody waits."""
+        """A name that was admitted has an account."""
 
     def joins(self, account: Account, least: float | None) -> None:
         """A new request comes for a client that has none waiting."""
@@ -76,6 +108,8 @@ class RankedOrder:
         ageing_tokens_per_s: cached tokens that a second of waiting is worth. All age at one rate, so waiting
             never changes the order of two requests, and a score needs no refreshing.
         refreshes_per_step: hits that ``begin_step`` looks up at most.
+        refresh_s: after how long it begins no more of them, on the clock of ``book``. A virtual clock that
+            stands still sets no bound.
     """
 
     def __init__(
@@ -87,6 +121,7 @@ class RankedOrder:
         hit_tokens: HitTokens | None = None,
         ageing_tokens_per_s: float = 0.0,
         refreshes_per_step: int = 0,
+        refresh_s: float = REFRESH_S,
     ) -> None:
         if not 0 <= ageing_tokens_per_s < math.inf:
             raise ValueError(f"ageing_tokens_per_s is {ageing_tokens_per_s}, allowed: 0 or more")
@@ -98,6 +133,7 @@ class RankedOrder:
         self._hit_tokens = hit_tokens
         self._ageing = ageing_tokens_per_s
         self._look_ups = LookUps(refreshes_per_step)
+        self._refresh_s = refresh_s
         self._entries: dict[str, Entry] = {}
         self._ranks = SortedList()
         self._chosen: Entry | None = None
@@ -147,8 +183,7 @@ class RankedOrder:
         least = self._least()
         self._book.forget_idle(lambda account: self._standings.may_forget(account, least))
         if self._hits_matter():
-            for entry in self._look_ups.next():
-                self._look_up(entry)
+            self._refresh()
             if self._book.unnamed.queue:
                 self._look_up_head(self._book.unnamed)
 
@@ -193,7 +228,7 @@ class RankedOrder:
     def _account(self, client: str) -> Account:
         """The account of an arriving request; a new one takes along what its name has waiting."""
         known = client in self._guests
-        if not self._book.can_open(client) or not self._standings.admits(known=known):
+        if not self._book.can_open(client) or not self._standings.admits(self._least(), known=known):
             return self._book.find(client)
         account = self._book.open(client)
         self._standings.opened(account, self._least(), known=known)
@@ -240,8 +275,9 @@ class RankedOrder:
         """What ``peek`` returned stays chosen, so that charging between ``peek`` and ``pop`` is safe."""
         account.service += service
         self._standings.charge(account, service)
-        self._book.touch(account)
-        if account.rank is not None:
+        if account.rank is None:
+            self._book.touch(account)
+        elif service < 0:
             self._seat(account)
 
     def _seat(self, account: Account) -> None:
@@ -259,8 +295,17 @@ class RankedOrder:
             self._ranks.add(rank)
         account.rank = rank
 
+    def _first(self) -> Account:
+        """The account that is served next; those before it that were charged since are moved."""
+        while True:
+            rank = self._ranks[0]
+            account: Account = rank[-1]
+            if rank[0] == self._standings.lane(account):
+                return account
+            self._seat(account)
+
     def _least(self) -> float | None:
-        return self._ranks[0][0] if self._ranks else None
+        return self._standings.lane(self._first()) if self._ranks else None
 
     def _choose(self) -> Entry:
         if self._chosen is None:
@@ -268,15 +313,23 @@ class RankedOrder:
                 raise IndexError("no request waits")
             if self._hits_matter():
                 self._recheck()
-            lane, *_, account = self._ranks[0]
-            self._standings.reach(lane)
+            account = self._first()
+            self._standings.reach(self._standings.lane(account))
             self._chosen = account.queue.head()
         return self._chosen
+
+    def _refresh(self) -> None:
+        """Look up hits until the number or the time of a step is used up."""
+        begin = self._book.now()
+        for entry in self._look_ups.next():
+            self._look_up(entry)
+            if self._book.now() - begin >= self._refresh_s:
+                return
 
     def _recheck(self) -> None:
         """Look up the first one's hit, and as long as that makes another one the first, the other's."""
         for _ in range(RECHECKS):
-            if not self._look_up_head(self._ranks[0][-1]):
+            if not self._look_up_head(self._first()):
                 return
 
     def _look_up_head(self, account: Account) -> bool:
@@ -320,7 +373,7 @@ class RankedOrder:
             account = rank[-1]
             head = account.queue.head()
             assert rank[:-1] == (rank[0], -head.score, head.job.arrival_s, head.sequence)
-            assert rank[0] == self._standings.lane(account)
+            assert rank[0] <= self._standings.lane(account)
         guests = {e.job.request_id for e in self._book.shared.queue if e.job.client != OTHERS}
         assert guests == {name for group in self._guests.values() for name in group}
         assert self._chosen is None or self._chosen.job.request_id in self._entries

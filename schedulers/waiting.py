@@ -91,7 +91,8 @@ class WaitingOrder(Protocol):
         """
 
     def begin_step(self) -> None:
-        """A scheduling step begins: a bounded number of prefix hits is looked up anew."""
+        """A scheduling step begins: a bounded number of prefix hits is looked up anew. An adapter leaves it
+        out for steps that pick nobody."""
 
     def charge_extend(self, client: str, tokens: int) -> None:
         """``tokens`` of a client's prompts were computed; negative: a charge of this step is taken back."""

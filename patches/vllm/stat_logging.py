@@ -42,9 +42,18 @@ def _replace(original: Any) -> Any:
         payload = take_payload(scheduler_stats)
         if payload is not None:
             # prometheus_client is imported only where vLLM has imported it already.
-            from penstock.patches.vllm.client_gauges import gauges
+            if "slo" in payload:
+                from penstock.patches.vllm.slo_gauges import slo_gauges
 
-            gauges().show(payload, engine_idx or 0)
+                slo_gauges().show(payload["slo"], engine_idx or 0)
+            else:
+                from penstock.patches.vllm.client_gauges import gauges
+
+                gauges().show(payload, engine_idx or 0)
+            if "drafts" in payload:
+                from penstock.patches.vllm.draft_gauges import draft_gauges
+
+                draft_gauges().show(payload["drafts"], engine_idx or 0)
         return original(
             self, scheduler_stats, iteration_stats, mm_cache_stats=mm_cache_stats, engine_idx=engine_idx
         )

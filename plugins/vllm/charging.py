@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class Bill:
     """One live request. ``paid_up_to`` is the furthest prompt position that was ever computed for it, or
-    skipped because the prefix cache or a connector had it: a position is charged when it is first passed."""
+    skipped because the prefix cache or a connector had it: a position is charged when it is first passed.
+    ``output_paid`` of its generated tokens are charged."""
 
     asking: Asking
     arrival_s: float
     paid_up_to: int = 0
+    output_paid: int = 0
     job: Job | None = None
 
 
@@ -38,8 +40,13 @@ class Charges:
     """Charges an order for what steps compute, each prompt token once however often it is computed again.
 
     A request is charged at the moment of its admission, so that the next pick of the same step knows, and
-    the charge is settled with what the step in fact computes.
+    the charge is settled with what the step in fact computes. Generated tokens are read off the requests, in
+    turns: up to ``AT_ONCE`` of those that run are charged in every step, of more an ``EVERY``th part, so that
+    what is not charged yet is what ``EVERY`` steps generate.
     """
+
+    AT_ONCE = 32
+    EVERY = 8
 
     def __init__(self, order: WaitingOrder, clock: Clock, asking_of: Callable[[Request], Asking]) -> None:
         self._order = order
@@ -50,7 +57,7 @@ class Charges:
         self._admitted: dict[str, Span] = {}
         # Left the queue, and have prompt tokens to pay for: few, where all that run are many.
         self._unpaid: set[str] = set()
-        self._generated: dict[str, int] = {}
+        self._turn = 0
 
     def __len__(self) -> int:
         return len(self._bills)
@@ -63,10 +70,15 @@ class Charges:
             self._bills[request.request_id] = bill
         return bill
 
+    def asking_of(self, request: Request) -> Asking:
+        """What the request asks for."""
+        return self.of(request).asking
+
     def job_of(self, request: Request) -> Job:
         """The request as orders see it. Its prompt may have grown since it waited last."""
         bill = self.of(request)
         self._unpaid.discard(request.request_id)
+        self.charge_output_of(request)
         if bill.job is None or bill.job.tokens != request.num_tokens:
             bill.job = Job(
                 request_id=request.request_id,
@@ -80,13 +92,16 @@ class Charges:
 
     def close(self, request: Request) -> None:
         """The request is over."""
+        self.charge_output_of(request)
         self._bills.pop(request.request_id, None)
         self._unpaid.discard(request.request_id)
 
-    def begin_step(self) -> None:
-        """What was offered in the last step and not taken is off the table."""
+    def begin_step(self, running: Sequence[Request]) -> None:
+        """What was offered in the last step and not taken is off the table; some that run are charged."""
         self._offered = None
-        self._charge_generated()
+        begin = self._turn if self._turn < len(running) else 0
+        self._turn = begin + max(self.AT_ONCE, -(-len(running) // self.EVERY))
+        self.charge_output(running[begin : self._turn])
 
     def offer(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> None:
         """A waiting request would be given these tokens, if it is admitted."""
@@ -125,19 +140,26 @@ class Charges:
                 # The prompt of a session that takes input while it runs may still grow.
                 self._unpaid.discard(request_id)
 
-    def generated(self, request: Request, tokens: int) -> None:
-        """Tokens were generated; charged together with those of the same step."""
-        client = self.of(request).asking.client
-        self._generated[client] = self._generated.get(client, 0) + tokens
+    def charge_output(self, requests: Iterable[Request]) -> None:
+        """Charge for what was generated for ``requests`` since it was charged last."""
+        tokens: dict[str, int] = {}
+        bills = self._bills
+        for request in requests:
+            bill = bills.get(request.request_id)
+            if bill is None or bill.output_paid == (generated := request.num_output_tokens):
+                continue
+            client = bill.asking.client
+            tokens[client] = tokens.get(client, 0) + generated - bill.output_paid
+            bill.output_paid = generated
+        for client, generated in tokens.items():
+            self._order.charge_output(client, generated)
 
-    def end_of_output(self) -> None:
-        """All of a step's output was seen."""
-        self._charge_generated()
-
-    def _charge_generated(self) -> None:
-        for client, tokens in self._generated.items():
-            self._order.charge_output(client, tokens)
-        self._generated.clear()
+    def charge_output_of(self, request: Request, *, then: int | None = None) -> None:
+        """The same for one request, whose count of generated tokens goes on from ``then``, if given."""
+        self.charge_output((request,))
+        bill = self._bills.get(request.request_id)
+        if bill is not None and then is not None:
+            bill.output_paid = then
 
     def _extend(self, bill: Bill, start: int, end: int, prompt: int) -> int:
         end = min(end, prompt)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,12 +77,24 @@ def _named(row: ClientService) -> ClientService:
 
 
 class ClientStats:
-    """Adds snapshots to vLLM's statistics at intervals of ``clock``, and logs them at longer ones."""
+    """Adds snapshots to vLLM's statistics at intervals of ``clock``, and logs them at longer ones.
 
-    def __init__(self, config: SchedulerConfig, order: WaitingOrder, clock: Clock, *, export: bool) -> None:
+    ``settle`` is called before one is taken, to charge ``order`` with what it was not charged with yet.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        order: WaitingOrder,
+        clock: Clock,
+        *,
+        settle: Callable[[], None],
+        export: bool,
+    ) -> None:
         self._config = config
         self._order = order
         self._clock = clock
+        self._settle = settle
         self._export = export
         self._exported_s = self._logged_s = clock()
 
@@ -93,6 +106,7 @@ class ClientStats:
         log = now - self._logged_s >= LOG_INTERVAL_S
         if not export and not log:
             return
+        self._settle()
         found = snapshot(self._order, self._config.shown_clients)
         if export:
             self._exported_s = now

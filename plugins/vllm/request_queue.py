@@ -22,16 +22,27 @@ class OrderedQueue(RequestQueue):
     one first; among requests that name no client both give vLLM's own order.
 
     ``job_of`` describes a request to the order; ``popped`` hears of every request that leaves by a pop, which
-    is an admission or a request being passed over.
+    is an admission or a request being passed over. ``before_picks`` is called before the first ``peek`` of a
+    step: a step that has no seat or no token left looks at nobody, and costs the order nothing.
     """
 
     def __init__(
-        self, order: WaitingOrder, job_of: Callable[[Request], Job], popped: Callable[[Request], None]
+        self,
+        order: WaitingOrder,
+        job_of: Callable[[Request], Job],
+        popped: Callable[[Request], None],
+        before_picks: Callable[[], None],
     ) -> None:
         self.order = order
         self._job_of = job_of
         self._popped = popped
+        self._before_picks = before_picks
+        self._step_begins = True
         self._requests: dict[str, Request] = {}
+
+    def begin_step(self) -> None:
+        """A scheduling step begins."""
+        self._step_begins = True
 
     def get(self, request_id: str) -> Request:
         """A waiting request. Raises KeyError if it does not wait."""
@@ -44,6 +55,9 @@ class OrderedQueue(RequestQueue):
 
     def peek_request(self) -> Request:
         """The request to serve next. Raises IndexError if none waits."""
+        if self._step_begins:
+            self._step_begins = False
+            self._before_picks()
         return self._requests[self.order.peek().request_id]
 
     def pop_request(self) -> Request:

@@ -6,10 +6,8 @@ computed for whom; how a step is filled, when a request is preempted and what a 
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -18,12 +16,15 @@ from vllm.v1.request import RequestStatus
 
 from penstock.plugins.configuration import ConfigurationError, scheduler_config
 from penstock.plugins.features import asked_for, require
+from penstock.plugins.vllm.askings import Askings
+from penstock.plugins.vllm.cached_prefix import CachedPrefix
 from penstock.plugins.vllm.charging import Charges
 from penstock.plugins.vllm.client_stats import ClientStats
-from penstock.plugins.vllm.features import REQUEST_SCHEDULER
+from penstock.plugins.vllm.draft_control import DraftControlling
+from penstock.plugins.vllm.features import REQUEST_SCHEDULER, SLO_SCHEDULER
 from penstock.plugins.vllm.installation import upstream
 from penstock.plugins.vllm.request_queue import OrderedQueue
-from penstock.schedulers.asking import Asking, forgiving
+from penstock.plugins.vllm.slo_scheduling import AsyncSLOScheduler, SyncSLOScheduler
 from penstock.schedulers.config import SchedulerConfig
 from penstock.schedulers.policies import waiting_order
 from penstock.schedulers.waiting import Clock, HitTokens, WaitingOrder
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 OrderFactory = Callable[[SchedulerConfig, Clock, HitTokens], WaitingOrder]
-
-logger = logging.getLogger("vllm.penstock")
 
 
 def make_scheduler(vllm_config: Any, **arguments: Any) -> Scheduler:
@@ -51,7 +50,12 @@ def make_scheduler(vllm_config: Any, **arguments: Any) -> Scheduler:
     require(REQUEST_SCHEDULER, upstream())
     require_supported(vllm_config)
     is_async = vllm_config.scheduler_config.async_scheduling
-    kind = AsyncRequestScheduler if is_async else SyncRequestScheduler
+    if scheduler_config(vllm_config.additional_config).policy == "slo":
+        require(SLO_SCHEDULER, upstream())
+        require_chunked_prefill(vllm_config)
+        kind: Any = AsyncSLOScheduler if is_async else SyncSLOScheduler
+    else:
+        kind = AsyncRequestScheduler if is_async else SyncRequestScheduler
     return kind(vllm_config=vllm_config, front_end_exports=front_end_exports, **arguments)
 
 
@@ -66,6 +70,16 @@ def require_supported(vllm_config: Any) -> None:
         raise ConfigurationError(f"--scheduling-policy: given {policy} beside a request scheduler; leave it")
     if getattr(vllm_config.model_config, "is_diffusion", False):
         raise ConfigurationError("scheduler: diffusion models need vLLM's own scheduler")
+
+
+def require_chunked_prefill(vllm_config: Any) -> None:
+    """Refuse to plan chunks where prompts cannot be cut.
+
+    Raises:
+        ConfigurationError: chunked prefill is off.
+    """
+    if not vllm_config.scheduler_config.enable_chunked_prefill:
+        raise ConfigurationError("scheduler.policy: slo plans chunks of prompts; enable chunked prefill")
 
 
 class RequestScheduling:
@@ -86,28 +100,23 @@ class RequestScheduling:
         super().__init__(*args, **kwargs)
         self.config = scheduler_config(self.vllm_config.additional_config)  # type: ignore[attr-defined]
         self.clock = clock
-        self._warned: set[str] = set()
+        self._cached = CachedPrefix(self)
         order = order_of(self.config, clock, self._cached_prefix)
-        self.charges = Charges(order, clock, self._asking_of)
-        self.waiting = OrderedQueue(order, self.charges.job_of, self.charges.popped)
-        self._client_stats = ClientStats(self.config, order, clock, export=front_end_exports)
+        self.charges = Charges(order, clock, Askings(self.config).of)
+        self.waiting = OrderedQueue(order, self.charges.job_of, self.charges.popped, order.begin_step)
+        self._client_stats = ClientStats(
+            self.config, order, clock, settle=self._charge_all_output, export=front_end_exports
+        )
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step in the policy's order, charged for."""
-        self.charges.begin_step()
-        self.waiting.order.begin_step()
+        self.charges.begin_step(self.running)  # type: ignore[attr-defined]
+        self.waiting.begin_step()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         self.charges.settle(output.num_scheduled_tokens, self.requests)  # type: ignore[attr-defined]
         return output
 
-    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
-        self.charges.end_of_output()
-        return outputs
-
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        # vLLM makes statistics inside update_from_output.
-        self.charges.end_of_output()
         stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
         if stats is not None:
             idle = not self.has_unfinished_requests()  # type: ignore[attr-defined]
@@ -125,14 +134,10 @@ class RequestScheduling:
             self.charges.offer(request, num_computed_tokens, tokens)
         return tokens
 
-    def _update_request_with_output(
-        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
-    ) -> tuple[list[int], bool]:
-        kept, stopped = super()._update_request_with_output(  # type: ignore[misc]
-            request, new_token_ids, *args, **kwargs
-        )
-        self.charges.generated(request, len(kept))
-        return kept, stopped
+    def _update_request_as_session(self, session: Request, *args: Any, **kwargs: Any) -> None:
+        # The output of a turn becomes prompt of the next one, computed already.
+        self.charges.charge_output_of(session, then=0)
+        super()._update_request_as_session(session, *args, **kwargs)  # type: ignore[misc]
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         # Every request ends here, whatever it was doing.
@@ -140,24 +145,11 @@ class RequestScheduling:
         self.charges.close(request)
         return result
 
-    def _cached_prefix(self, request_id: str) -> int:
-        """Tokens of a waiting request that the prefix cache holds; changes no block and no statistic."""
-        request = self.waiting.get(request_id)
-        manager = self.kv_cache_manager  # type: ignore[attr-defined]
-        if not manager.enable_caching or request.skip_reading_prefix_cache:
-            return 0
-        # As KVCacheManager.get_computed_blocks does: the last token is computed in any case.
-        found = manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)
-        return int(found[1])
+    def _charge_all_output(self) -> None:
+        self.charges.charge_output(self.running)  # type: ignore[attr-defined]
 
-    def _asking_of(self, request: Request) -> Asking:
-        found, errors = forgiving(extra_args_of(request), longest_client_id=self.config.longest_client_id)
-        for error in errors:
-            if error.field not in self._warned:
-                self._warned.add(error.field)
-                logger.warning("penstock: request %s: %s; its default is used", request.request_id, error)
-        weight = self.config.weights.get(found.client)
-        return found if weight is None else replace(found, weight=weight)
+    def _cached_prefix(self, request_id: str) -> int:
+        return self._cached.tokens_of(self.waiting.get(request_id))
 
     def check_integrity(self) -> None:
         """Assert that queue, order, bills and vLLM's own tables agree."""
@@ -165,18 +157,9 @@ class RequestScheduling:
         self.charges.check_integrity(self.requests)  # type: ignore[attr-defined]
 
 
-def extra_args_of(request: Request) -> Mapping[str, Any]:
-    """What the client sent as ``vllm_xargs``, or gave ``SamplingParams`` as ``extra_args``."""
-    given = getattr(request.sampling_params, "extra_args", None)
-    return given if isinstance(given, Mapping) else NO_EXTRA_ARGS
-
-
-NO_EXTRA_ARGS: Mapping[str, Any] = {}
-
-
-class SyncRequestScheduler(RequestScheduling, Scheduler):
+class SyncRequestScheduler(DraftControlling, RequestScheduling, Scheduler):
     """For engines that schedule a step when the one before has ended."""
 
 
-class AsyncRequestScheduler(RequestScheduling, AsyncScheduler):
+class AsyncRequestScheduler(DraftControlling, RequestScheduling, AsyncScheduler):
     """For engines that schedule a step while the one before runs."""

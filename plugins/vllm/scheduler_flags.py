@@ -27,7 +27,8 @@ def add_flag(group: _ArgumentGroup) -> None:
         metavar="{" + ",".join(POLICIES) + "}",
         default=SUPPRESS,
         help="Order of waiting requests: dlpm is fair to clients and keeps prefixes together, vtc is fair "
-        "alone, lpm keeps prefixes together alone. More keys: penstock.scheduler in --additional-config.",
+        "alone, lpm keeps prefixes together alone, slo plans steps by latency targets, fcfs is stock's. "
+        "More keys: penstock.scheduler in --additional-config.",
     )
 
 

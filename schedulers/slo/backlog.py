@@ -53,7 +53,7 @@ class Backlog:
         """A request waits again, before all others where the order is that of arrival."""
         self._insert(job, self._next_front)
         self._next_front -= 1
-        if not preempted:
+        if not preempted and self.with_targets:
             self._front = {job.request_id: None, **self._front}
 
     def _insert(self, job: Job, place: int) -> None:

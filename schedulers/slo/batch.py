@@ -6,6 +6,11 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from penstock.schedulers.slo.requests import Running
+from penstock.schedulers.slo.targets import Pace
+
+SPARE_S = 0.001
+"""How much earlier than due a decode is planned: predictions are a little off either way (SLOs-Serve takes
+as much from each time per token)."""
 
 
 @dataclass(slots=True)
@@ -24,7 +29,12 @@ class Sorted:
 
     @classmethod
     def of(
-        cls, running: Sequence[Running], start_s: float, late_tpots: float, demoted: Container[str]
+        cls,
+        running: Sequence[Running],
+        start_s: float,
+        late_tpots: float,
+        demoted: Container[str],
+        pace: Pace = "cumulative",
     ) -> Sorted:
         """One pass over the batch, each list in the order in which it is served."""
         batch = cls()
@@ -36,11 +46,12 @@ class Sorted:
                 else:
                     batch.best_prefills.append((request.arrival_s, name, request))
                 continue
-            due_s = targets.due_s(request.arrival_s, request.output_tokens, request.first_token_s)
-            slack = due_s - start_s
+            slack = request.due_s(targets, pace) - start_s
             if not request.decodes:
                 batch.prefills.append((slack, name, request))
-            elif slack >= -late_tpots * targets.tpot_s:
+                continue
+            slack -= SPARE_S
+            if slack >= -late_tpots * targets.tpot_s:
                 batch.guarded.append((slack, name, request))
             else:
                 paced = (request.last_token_s or start_s) + targets.tpot_s - start_s

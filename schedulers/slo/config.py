@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from penstock.schedulers.slo.targets import Tiers
+from penstock.schedulers.slo.profiles import find_profile
+from penstock.schedulers.slo.targets import Pace, Tiers
 
 Rule = Literal["moore_hodgson", "edf_greedy", "dynamic_program"]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
@@ -18,11 +19,14 @@ class SLOConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """All knobs of the SLO policy. Times are in seconds.
 
     Raises:
-        ValueError: tiers that do not ascend.
+        ValueError: tiers that do not ascend, or a profile that is not shipped.
     """
 
     tiers_s: tuple[float, ...] = (0.025, 0.05, 0.1, 0.25)
     """Times per token at which requests are bucketed for admission; a request joins the next tighter one."""
+    pace: Pace = "mean"
+    """When token ``i`` is due: ``i`` times per token after the first one came (``mean``), after the first one
+    was due (``cumulative``: an early first token banks slack), or one after the token before it (``gap``)."""
     rule: Rule = "moore_hodgson"
     """Which requests are admitted when not all can be served in time."""
     profile: str = "h100-13b"
@@ -65,3 +69,4 @@ class SLOConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     def __post_init__(self) -> None:
         Tiers(self.tiers_s)
+        find_profile(self.profile)

@@ -6,6 +6,8 @@ inside a reweighting by relative errors: a step that took ten times as long as a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,26 +16,43 @@ Array = NDArray[np.float64]
 SMALLEST_SPREAD = 0.02
 
 
-def fit_robust(rows: Array, values: Array, weights: Array, start: Array, rounds: int = 8) -> Array:
+def fit_robust(
+    rows: Array, values: Array, weights: Array, start: Array, groups: Sequence[slice] = (), rounds: int = 8
+) -> Array:
     """Coefficients ``[k] >= 0`` that fit best what is no outlier, by errors relative to the prediction.
 
-    ``rows`` is ``[n, k]``, ``values`` ``[n]`` above 0, ``weights`` ``[n]``, ``start`` ``[k]`` a guess, which
-    says what the outliers are at first. The spread of a normal error is taken from the median one.
+    ``rows`` is ``[n, k]``, ``values`` ``[n]`` above 0, ``weights`` ``[n]``, ``start`` ``[k]`` a guess. An
+    outlier in one of ``groups`` (of rows that are alike) is one that differs from the others of its group:
+    where a whole group differs from the guess, the guess is wrong. Rows of no group are judged by the fit.
+    The spread of a normal error is taken from the median one.
     """
     coefficients = start
+    trust = weights.copy()
+    alone = np.ones(len(values), dtype=bool)
+    errors = np.log(values / np.maximum(rows @ start, 1e-9))
+    for group in groups:
+        errors[group] -= np.median(errors[group])
+        alone[group] = False
+    if groups:
+        trust[~alone] *= _trust(np.abs(errors[~alone]))
     for _ in range(rounds):
         predicted = np.maximum(rows @ coefficients, 1e-9)
         relative = values / predicted
-        errors = np.abs(np.log(relative))
-        spread = 1.5 * max(SMALLEST_SPREAD, float(np.median(errors)))
-        trust = weights * np.minimum(1.0, spread / np.maximum(errors, 1e-12)) ** 2
-        found = solve(rows / predicted[:, None], relative, trust)
+        judged = np.where(alone, trust * _trust(np.abs(np.log(relative))), trust)
+        found = solve(rows / predicted[:, None], relative, judged)
         if not found.any():
             return coefficients
         if np.allclose(found, coefficients, rtol=1e-4, atol=0):
             return found
         coefficients = found
     return coefficients
+
+
+def _trust(errors: Array) -> Array:
+    """1 for normal errors, falling with the square of the others."""
+    spread = 1.5 * max(SMALLEST_SPREAD, float(np.median(errors)))
+    trust: Array = np.minimum(1.0, spread / np.maximum(errors, 1e-12)) ** 2
+    return trust
 
 
 def solve(rows: Array, values: Array, weights: Array) -> Array:

@@ -111,10 +111,11 @@ class Planner:
         self._now_s = now_s
         if not self.backlog.with_targets and all(request.targets is None for request in running):
             self.counters.passive += 1
+            self.backlog.put_in_front(())
             self.suspensions.record((), now_s)
             return PASSIVE
         start_s = now_s + limits.in_flight_s
-        batch = Sorted.of(running, start_s, self.config.late_tpots, self._demoted)
+        batch = Sorted.of(running, start_s, self.config.late_tpots, self._demoted, self.config.pace)
         self._demote_hopeless(batch)
         if self.replanner.due(now_s):
             with_targets = Batch(
@@ -243,8 +244,10 @@ class Planner:
         waiting = tuple(name for name in served if name in self.backlog)
         self._demoted.update(name for name in waiting if name in self.replanner.rejected)
         self.backlog.put_in_front(waiting)
-        self.suspensions.record(((r.request_id, r.request_id in step.caps) for r in running), now_s)
-        self.counters.skipped += sum(request.request_id not in step.caps for request in running)
+        caps = step.caps
+        skipped = [request.request_id for request in running if request.request_id not in caps]
+        self.suspensions.record(skipped, now_s)
+        self.counters.skipped += len(skipped)
         self.counters.preempted += len(seats.preempted)
         return Plan(
             active=True,

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from penstock.schedulers.slo.targets import Targets
+from penstock.schedulers.slo.targets import Pace, Targets
 from penstock.schedulers.waiting import Job
 
 
-class Running(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """A request of the running batch.
+class Running(msgspec.Struct, gc=False, kw_only=True):
+    """A request of the running batch. An adapter may keep one and bring it up to date before each plan.
 
     Token counts are those after the steps that were already handed to the model: ``tokens`` are all tokens
     of the request (prompt and generated), ``computed_tokens`` those whose KV cache exists or is under way.
@@ -38,6 +38,16 @@ class Running(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     def decodes(self) -> bool:
         """Whether the next step with one token samples one."""
         return self.output_tokens > 0 and self.tokens - self.computed_tokens <= 1
+
+    def due_s(self, targets: Targets, pace: Pace) -> float:
+        """When its next token is due under a reading of the pace. Where the tokens before it have not come
+        yet, the cumulative deadline stands for the others."""
+        token, first_s, last_s = self.output_tokens, self.first_token_s, self.last_token_s
+        if token == 0 or pace == "cumulative" or first_s is None or last_s is None:
+            return targets.due_s(self.arrival_s, token, first_s)
+        if pace == "mean":
+            return first_s + token * targets.tpot_s
+        return last_s + targets.tpot_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,10 @@ class Step:
         """First of all, serve whoever may not be passed over again: one token each, more where there is
         room.
         """
-        forced = [request for request in running if suspensions.must_run(request.request_id, now_s)]
+        overdue = suspensions.overdue(now_s)
+        if not overdue:
+            return
+        forced = [request for request in running if request.request_id in overdue]
         for request in forced:
             self.give(request, 1)
         share = (self._limits.step_tokens - self.tokens) // max(1, 2 * len(forced))
@@ -88,14 +91,21 @@ class Step:
         """Bound the step by the tightest decode; serve those due in it, or all where no prompt waits."""
         if batch.guarded:
             self.length_s = min(self.length_s, max(0.0, batch.guarded[0][0]))
-        for slack, _, request in batch.guarded:
-            if not prompts or slack < 2 * self.length_s:
-                self.give(request, 1)
-        for paced, _, request in batch.late:
-            if not prompts or paced < self.length_s:
-                self.give(request, 1)
+        far_s = 2 * self.length_s if prompts else float("inf")
+        self._give_one(request for slack, _, request in batch.guarded if slack < far_s)
+        near_s = self.length_s if prompts else float("inf")
+        self._give_one(request for paced, _, request in batch.late if paced < near_s)
         shortest = self._model.seconds(self.features)
         self.length_s = max(self.length_s, shortest)
+
+    def _give_one(self, decodes: Iterable[Running]) -> None:
+        """A token for each that has none, as ``give`` would: batches of decodes are large."""
+        caps, most = self.caps, self._limits.step_tokens
+        for request in decodes:
+            if request.request_id not in caps and self.tokens < most:
+                caps[request.request_id] = 1
+                self.tokens += 1
+                self.context_tokens += request.computed_tokens
 
     def prefill(self, prompts: Iterable[Prompt], most: int, *, floor: bool = True) -> list[str]:
         """Give up to ``most`` tokens to prompts, by deadline; returns the ids of those served."""

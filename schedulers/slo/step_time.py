@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock.schedulers.slo.nonnegative import fit_robust
 from penstock.schedulers.slo.profiles import KNEES, Profile
@@ -20,7 +21,10 @@ from penstock.schedulers.slo.profiles import KNEES, Profile
 RECENT = 15
 LEAST_RATIOS = 3
 REFIT_STEPS = 16
+SETTLED_STEPS = 256
+SETTLED_REFIT_STEPS = 64
 REMEMBERED_PER_SIZE = 12
+LEAST_ALIKE = 6
 HALF_LIFE_STEPS = 1024.0
 PRIOR_WEIGHT = 0.3
 LARGEST_CORRECTION = 100.0
@@ -63,6 +67,17 @@ class StepTimeModel:
     def seconds(self, features: StepFeatures) -> float:
         """The predicted time of a step."""
         return self._scale * self._unscaled(features)
+
+    def seconds_with(self, features: StepFeatures, tokens: NDArray[np.int64]) -> NDArray[np.floating[Any]]:
+        """The predicted times of steps that differ in their tokens only."""
+        _, token, knee1, knee2, *_ = self._shape
+        time_s: NDArray[np.floating[Any]] = token * tokens + self._unscaled(features._replace(tokens=0))
+        if knee1:
+            time_s += knee1 * np.maximum(0, tokens - KNEES[0])
+        if knee2:
+            time_s += knee2 * np.maximum(0, tokens - KNEES[1])
+        time_s *= self._scale
+        return time_s
 
     def _unscaled(self, features: StepFeatures) -> float:
         base, token, knee1, knee2, request, context, one_pass = self._shape
@@ -116,7 +131,8 @@ class StepTimeModel:
         if size not in self._remembered:
             self._remembered[size] = deque(maxlen=REMEMBERED_PER_SIZE)
         self._remembered[size].append((self._steps, features, seconds))
-        if self._steps % REFIT_STEPS == 0:
+        settled = self._steps >= SETTLED_STEPS
+        if self._steps % (SETTLED_REFIT_STEPS if settled else REFIT_STEPS) == 0:
             self._refit()
         self._correct()
 
@@ -140,7 +156,7 @@ class StepTimeModel:
         values = np.concatenate([[p[2] for p in points], ratio * (rows[len(points) :] @ self._prior)])
         weights = np.concatenate([0.5 ** (ages / HALF_LIFE_STEPS), np.full(len(prior), PRIOR_WEIGHT)])
         start = self._scale * np.array(self._shape)
-        shape = fit_robust(rows, values, weights, start)
+        shape = fit_robust(rows, values, weights, start, self._groups())
         if not np.isfinite(shape).all() or not shape[:2].any():
             return
         self._shape = tuple(float(value) for value in shape)
@@ -149,6 +165,15 @@ class StepTimeModel:
         )
         behind = sorted(self._errors)[int(0.9 * (len(self._errors) - 1))]
         self.margin = 1.0 + min(LARGEST_MARGIN, max(0.0, behind))
+
+    def _groups(self) -> list[slice]:
+        """Where steps of one size stand among all that are remembered, for sizes seen often enough."""
+        groups, start = [], 0
+        for ring in self._remembered.values():
+            if len(ring) >= LEAST_ALIKE:
+                groups.append(slice(start, start + len(ring)))
+            start += len(ring)
+        return groups
 
     def _prior_ratio(self, points: list[tuple[int, StepFeatures, float]]) -> float:
         ratios = sorted(seconds / float(np.dot(columns(f), self._prior)) for _, f, seconds in points)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class Suspensions:
-    """Consecutive skipped steps and the time of the last one that was not skipped, by request."""
+    """Consecutive skipped steps and the time of the first of them, for requests passed over last time."""
 
     def __init__(self, most_steps: int, most_s: float) -> None:
         self._most_steps = most_steps
@@ -24,18 +24,14 @@ class Suspensions:
         skipped, served_s = self._since.get(request_id, (0, now_s))
         return skipped >= self._most_steps or (skipped > 0 and now_s - served_s >= self._most_s)
 
-    def skipped_s(self, request_id: str, now_s: float) -> float:
-        """How long ago the request was last served; 0 if it was in the last step."""
-        skipped, served_s = self._since.get(request_id, (0, now_s))
-        return now_s - served_s if skipped else 0.0
+    def overdue(self, now_s: float) -> set[str]:
+        """All of whom that is so."""
+        return {name for name in self._since if self.must_run(name, now_s)}
 
-    def record(self, running: Iterable[tuple[str, bool]], now_s: float) -> None:
-        """A step at ``now_s`` serves some running requests and passes over others; the rest is forgotten."""
+    def record(self, skipped_ids: Iterable[str], now_s: float) -> None:
+        """A step at ``now_s`` passes over these running requests; who is not among them was served."""
         since = {}
-        for name, served in running:
-            if served:
-                since[name] = (0, now_s)
-                continue
+        for name in skipped_ids:
             skipped, served_s = self._since.get(name, (0, now_s))
             since[name] = (skipped + 1, served_s)
             self.longest_steps = max(self.longest_steps, skipped + 1)

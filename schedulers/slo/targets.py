@@ -10,8 +10,12 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
+
+Pace = Literal["cumulative", "mean", "gap"]
+"""How a time per token is meant: from the first token's deadline, from the first token, or from the last."""
 
 
 class TargetError(ValueError):

@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from penstock.benchmarks import flowkv
+from penstock.benchmarks import flowkv, parts
 from penstock.benchmarks.flowkv_part import Finding, percentile
 from penstock.benchmarks.report import Claim
 
@@ -38,7 +38,7 @@ def test_the_report_has_the_rows_of_every_part_and_all_claims(monkeypatch, tmp_p
             claim = Claim.of("it is small", 1.0, "<=", 2.0)
             return Finding(rows=[{"case": "a", "x": 1}], claims=[claim], draw=lambda axes: axes.plot([1, 2]))
 
-    monkeypatch.setattr(flowkv, "import_module", lambda name: Module)
+    monkeypatch.setattr(parts, "import_module", lambda name: Module)
     report, plot = tmp_path / "r.json", tmp_path / "p.svg"
     arguments = ["--parts", "pool,digest", "--seed", "7", "--json", str(report), "--plot", str(plot)]
     result = CliRunner().invoke(flowkv.bench, arguments)
@@ -58,7 +58,7 @@ def test_a_quick_run_says_what_it_leaves_out(monkeypatch, tmp_path):
         def measure(options, tell):
             return Finding(rows=[{"x": 1}])
 
-    monkeypatch.setattr(flowkv, "import_module", lambda name: Module)
+    monkeypatch.setattr(parts, "import_module", lambda name: Module)
     result = CliRunner().invoke(flowkv.bench, ["--quick"])
     assert "not measured with --quick: serving, off" in result.output
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import pytest
 from arrival_order import ArrivalOrder
 from stepped_scheduler import Settings, Stepper, build, request
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from penstock.plugins.vllm.request_scheduler import make_scheduler
 
-POLICIES = ("dlpm", "vtc", "lpm")
+POLICIES = ("dlpm", "vtc", "lpm", "fcfs")
+
+PASSES_OVER = pytest.mark.skipif(
+    not hasattr(Scheduler, "_handle_blocked_waiting_request"),
+    reason="vLLM 0.30 asks nobody whether to pass over a request, and has a queue of its own for those",
+)
 
 
 def ours(settings: Settings, order: ArrivalOrder | None = None, **arguments: Any) -> Any:

@@ -80,6 +80,8 @@ BAD = [
     ({"tpot_slo_ms": True}, "tpot_slo_ms", "True"),
     ({"tpot_slo_ms": [40]}, "tpot_slo_ms", "list"),
     ({"weight": 0}, "weight", "0"),
+    ({"weight": -1}, "weight", "-1"),
+    ({"weight": 10**400}, "weight", "int too large"),
     ({"weight": 1e9}, "weight", "1000000000.0"),
     ({"weight": "heavy"}, "weight", "'heavy'"),
     ({"client_id": 7}, "client_id", "7"),

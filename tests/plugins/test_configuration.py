@@ -99,12 +99,18 @@ def scheduling(**keys: object) -> dict[str, object]:
 
 
 BAD_SCHEDULING = [
-    ({"policy": "slow"}, ("scheduler.policy", "'slow'", "dlpm, lpm, vtc")),
+    ({"policy": "slo", "speculation": {}}, ("scheduler.speculation", "policy='slo'", "the other policies")),
+    ({"policy": "slow"}, ("scheduler.policy", "'slow'", "dlpm, fcfs, lpm, slo, vtc")),
     ({"quantum_tokens": 0}, ("scheduler.quantum_tokens", "0", "> 0")),
     ({"quantum_tokens": float("nan")}, ("scheduler.quantum_tokens", "nan")),
     ({"quantum": 5}, ("scheduler.quantum", "did you mean quantum_tokens?")),
     ({"trust_headers": 1}, ("scheduler.trust_headers", "1", "bool")),
     ({"weights": {"a": 0}}, ("scheduler.weights", "0.01")),
+    ({"weights": {"a": -1}}, ("scheduler.weights", "0.01")),
+    ({"weights": {"a": 1e9}}, ("scheduler.weights", "100")),
+    ({"weights": {"a": float("nan")}}, ("scheduler.weights", "nan")),
+    ({"weights": {"a": "heavy"}}, ("scheduler.weights", "'heavy'")),
+    ({"newcomers_per_refill": -1}, ("scheduler.newcomers_per_refill", "-1", ">= 0")),
     ({"weights": {"a" * 300: 1}}, ("scheduler.longest_client_id", "128", "300")),
     ({"max_clients": 0}, ("scheduler.max_clients", "0", ">= 1")),
     ({"extend_weight": 0, "output_weight": 0}, ("scheduler.extend_weight", "above 0")),

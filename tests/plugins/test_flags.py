@@ -315,7 +315,10 @@ CONTRADICTIONS = {
         ["--request-scheduler", "dlpm", "--scheduling-policy", "priority"],
         ("--request-scheduler dlpm contradicts --scheduling-policy priority",),
     ),
-    "unknown policy": (["--request-scheduler", "dlpn"], ("scheduler.policy", "'dlpn'", "dlpm, lpm, vtc")),
+    "unknown policy": (
+        ["--request-scheduler", "dlpn"],
+        ("scheduler.policy", "'dlpn'", "dlpm, fcfs, lpm, slo, vtc"),
+    ),
     "unknown key": (
         ["--request-scheduler=dlpm", "--additional-config", '{"penstock": {"scheduler": {"quantum": 1}}}'],
         ("scheduler.quantum", "did you mean quantum_tokens?"),

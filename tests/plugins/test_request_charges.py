@@ -11,11 +11,13 @@ pytest.importorskip("vllm")
 
 from arrival_order import ArrivalOrder
 from loading_connector import LoadingConnector
-from request_scheduler_kit import ours, settings_of, traffic
-from stepped_scheduler import Settings, Stepper, build, request
+from request_scheduler_kit import PASSES_OVER, ours, settings_of, traffic
+from stepped_scheduler import HASHER, Settings, Stepper, build, request
+from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
 from penstock.plugins import features, ledger
+from penstock.plugins.vllm.charging import Charges
 from penstock.plugins.vllm.request_scheduler import AsyncRequestScheduler, SyncRequestScheduler
 
 
@@ -109,6 +111,7 @@ def test_an_admission_is_charged_before_the_next_one_is_chosen():
     ]
 
 
+@PASSES_OVER
 def test_a_request_that_is_passed_over_is_charged_nothing():
     class Stuck(SyncRequestScheduler):
         def _handle_blocked_waiting_request(self, request: Request) -> bool:
@@ -163,3 +166,70 @@ def test_a_preempted_request_is_told_from_one_that_was_passed_over():
     assert order.put_back_skipped == []
     assert order.extend == {"r0": 90, "r1": 90}
     assert order.output == {"r0": 60, "r1": 60}
+
+
+def session(prompt: list[int], output: int) -> Any:
+    return Request(
+        "s",
+        prompt,
+        SamplingParams(max_tokens=output, ignore_eos=True, extra_args={"client_id": "a"}),
+        None,
+        arrival_time=0.0,
+        block_hasher=HASHER,
+        resumable=True,
+    )
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_a_session_pays_for_the_output_of_every_turn_though_it_becomes_prompt(is_async):
+    order = ArrivalOrder()
+    scheduler = ours(Settings(is_async=is_async), order)
+    stepper = Stepper(scheduler, 2 if is_async else 1)
+    for turn, prompt in enumerate(([7] * 40, [8] * 30, [9] * 20)):
+        scheduler.add_request(session(prompt, 6))
+        for _ in range(12):
+            stepper.step()
+        scheduler.charges.charge_output(scheduler.requests.values())
+        assert order.output["a"] == 6 * (turn + 1)
+    stepper.abort("s")
+    assert order.output["a"] == 18
+    # What was sampled last in a turn is dropped, what was computed of its output is not computed again.
+    assert order.extend["a"] == 40 + 30 + 20
+    assert len(scheduler.charges) == 0
+
+
+def test_of_many_that_run_each_is_charged_within_a_few_steps():
+    order = ArrivalOrder()
+    scheduler = ours(Settings(blocks=2000, budget=4096, seqs=100), order)
+    for number in range(100):
+        scheduler.add_request(request(f"r{number}", [number] * 20, 200, client_id=f"c{number}"))
+    stepper = Stepper(scheduler)
+    for _ in range(60):
+        stepper.step()
+        for sample in scheduler.running:
+            due = sample.num_output_tokens - order.output[sample.sampling_params.extra_args["client_id"]]
+            assert 0 <= due <= Charges.EVERY
+    assert order.output["c0"] > 40
+
+
+def test_a_step_without_a_free_seat_asks_the_order_nothing():
+    asked = []
+
+    class Asked(ArrivalOrder):
+        def begin_step(self):
+            asked.append("step")
+
+        def peek(self):
+            asked.append("peek")
+            return super().peek()
+
+    scheduler = ours(Settings(seqs=2), Asked())
+    for number in range(4):
+        scheduler.add_request(request(f"r{number}", [number] * 20, 30, client_id="a"))
+    stepper = Stepper(scheduler)
+    stepper.step()
+    assert asked[0] == "step"
+    asked.clear()
+    for _ in range(10):
+        stepper.step()
+    assert asked == []

@@ -159,7 +159,7 @@ def test_chunks_of_interleaved_requests_come_as_single_runs():
 
 def test_a_load_lines_up_with_the_sender_behind_the_local_hits():
     manager = make_manager(300)
-    pool = RunPool.install(manager, config=AllocatorConfig(age_weight=0.0))
+    pool = RunPool.install(manager, config=AllocatorConfig(age_weight=0.0, split_price=0.1))
     first = make_request("first", 20 * BLOCK + 1, prefix="p")
     prefill(manager, first)
     manager.free(first)

@@ -13,10 +13,11 @@ from penstock.plugins.doctor_report import examine
 from penstock.plugins.seams import Use
 from penstock.plugins.signatures import Definition
 from penstock.plugins.trees import SourceTree, installed_tree
-from penstock.plugins.vllm.features import FEATURES, REQUEST_SCHEDULER
+from penstock.plugins.vllm.features import DRAFT_CONTROL, FEATURES, REQUEST_SCHEDULER
 from penstock.plugins.vllm.flowkv_seams import CONNECTOR
 
 BASE = ("vllm.distributed.kv_transfer.kv_connector.v1.base", ("KVConnectorBase_V1",))
+SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 FOLDERS = [Path(plugins.__path__[0]) / "vllm", Path(patches.__path__[0]) / "vllm"]
 
 
@@ -81,19 +82,20 @@ def methods_of(module: str, name: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("module", "ours", "owner"),
+    ("feature", "module", "ours", "owner"),
     [
-        ("plugins.vllm.request_scheduler", "RequestScheduling", "vllm.v1.core.sched.scheduler:Scheduler"),
-        ("plugins.vllm.request_queue", "OrderedQueue", "vllm.v1.core.sched.request_queue:RequestQueue"),
+        (REQUEST_SCHEDULER, "request_scheduler", "RequestScheduling", SCHEDULER),
+        (REQUEST_SCHEDULER, "request_queue", "OrderedQueue", "vllm.v1.core.sched.request_queue:RequestQueue"),
+        (DRAFT_CONTROL, "draft_control", "DraftControlling", SCHEDULER),
     ],
 )
-def test_every_method_that_the_request_scheduler_overrides_is_a_seam(source, module, ours, owner):
+def test_every_method_that_a_feature_overrides_is_a_seam(source, feature, module, ours, owner):
     upstream_module, _, name = owner.partition(":")
-    methods = methods_of(module, ours)
+    methods = methods_of(f"plugins.vllm.{module}", ours)
     upstream = {method for method in methods if source.lookup(upstream_module, (name, method)) is not None}
     declared = {
         seam.name.rpartition(".")[2]
-        for seam in REQUEST_SCHEDULER.all_seams()
+        for seam in feature.all_seams()
         if seam.name.startswith(f"{owner}.") and seam.use is Use.OVERRIDE
     }
     assert upstream == declared

@@ -49,15 +49,16 @@ def serve(order, client, tokens, request_id="served"):
     assert job.client == client
 
 
-def contest(order, *, inventive, rounds=3000, tokens=1000):
-    """Service of an honest client and of a flooding one, with a request of 1000 tokens served a round."""
+def contest(order, *, inventive, each=1, rounds=3000, tokens=1000):
+    """Service of an honest client and of a flooding one, with a request of 1000 tokens served a round;
+    ``each`` requests of the flood bear one name."""
     had = {"honest": 0, "flood": 0}
     number = 0
     for _ in range(rounds):
         order.begin_step()
         for _ in range(3):
             number += 1
-            name = f"flood{number}" if inventive else "flood"
+            name = f"flood{number // each}" if inventive else "flood"
             order.add(Job(f"f{number}", name, tokens, float(number)))
         order.add(Job(f"h{number}", "honest", tokens, float(number)))
         job = order.pop()
@@ -66,12 +67,67 @@ def contest(order, *, inventive, rounds=3000, tokens=1000):
     return had
 
 
+@pytest.mark.parametrize("make", [dlpm, vtc])
 @pytest.mark.parametrize("newcomers", [1, 8])
-def test_inventing_a_name_for_every_request_gains_the_share_of_the_newcomers_of_a_refill(newcomers):
-    """A new name has one request of less than a quantum a refill, the account of the rest a quantum."""
-    had = contest(dlpm(newcomers_per_refill=newcomers), inventive=True)
+def test_inventing_a_name_for_every_request_gains_the_share_of_the_newcomers_of_a_round(make, newcomers):
+    """A new name has one request of less than a quantum a round, the account of the rest a quantum."""
+    had = contest(make(newcomers_per_refill=newcomers), inventive=True)
     assert had["flood"] <= (newcomers + 1) * (had["honest"] + 2 * (QUANTUM + 1000))
     assert had["honest"] >= 3000 * 1000 / (newcomers + 2) - 2 * (QUANTUM + 1000)
+
+
+@pytest.mark.parametrize("make", [dlpm, vtc])
+def test_asking_twice_under_each_invented_name_gains_as_much_again(make):
+    """The second request of a name that waits competes for the accounts that are kept for regular clients."""
+    had = contest(make(newcomers_per_refill=4), inventive=True, each=2)
+    assert had["flood"] <= (2 * 4 + 1) * (had["honest"] + 2 * (QUANTUM + 1000))
+
+
+@pytest.mark.parametrize("make", [dlpm, vtc])
+def test_a_listed_client_is_one_from_its_first_request_however_many_names_flood_in(make):
+    order = make(newcomers_per_refill=0, max_clients=0, listed=["late"])
+    for number in range(50):
+        order.add(Job(f"f{number}", f"flood{number}", 1000, float(number)))
+    for _ in range(20):
+        job = order.pop()
+        order.charge_extend(job.client, 1000)
+        assert job.client != "late"
+    order.add(Job("l0", "late", 1000, 60.0))
+    order.add(Job("l1", "late", 1000, 61.0))
+    served = []
+    for _ in range(8):
+        job = order.pop()
+        order.charge_extend(job.client, 1000)
+        served.append(job.client)
+    assert served.count("late") == 2
+    assert clients(order)["late"].extend_tokens == 2000
+    order.check_integrity()
+
+
+@pytest.mark.parametrize("make", [dlpm, vtc, lpm])
+def test_a_listed_client_is_never_forgotten(make):
+    clock = Clock()
+    order = make(clock, **({} if make is lpm else {"listed": ["ada"]}))
+    serve(order, "bob", 100)
+    for _ in range(10):
+        clock.now += 2 * IDLE_S
+        order.begin_step()
+    assert ("ada" in clients(order)) == (make is not lpm)
+    assert "bob" not in clients(order) or make is vtc
+
+
+@pytest.mark.parametrize("make", [dlpm, vtc])
+def test_tenants_that_all_come_at_once_have_accounts_within_rounds(make):
+    """With their requests waiting they compete for accounts with their like alone."""
+    order = make(newcomers_per_refill=8)
+    tenants = [f"t{number}" for number in range(40)]
+    for number in range(3000):
+        tenant = tenants[number % 40]
+        order.add(Job(f"r{number}", tenant, 500, float(number)))
+        if number % 2:
+            job = order.pop()
+            order.charge_extend(job.client, 500)
+    assert set(tenants) <= clients(order).keys()
 
 
 def test_the_share_of_one_client_is_half_here():

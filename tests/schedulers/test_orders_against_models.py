@@ -35,12 +35,13 @@ class Model:
 
     by_prefix = True
 
-    def __init__(self, hits, ageing=0.0, unnamed_by_arrival=True, max_clients=ALL, newcomers=ALL):
+    def __init__(self, hits, ageing=0.0, unnamed_by_arrival=True, max_clients=ALL, newcomers=ALL, listed=()):
         self.hits, self.ageing, self.unnamed_by_arrival = hits, ageing, unnamed_by_arrival
         self.max_clients, self.most_newcomers = max_clients, newcomers
         self.waiting: list[Scanned] = []
-        self.level = {UNNAMED: 0.0, OTHERS: 0.0}
-        self.weight = {UNNAMED: 1.0, OTHERS: 1.0}
+        self.level = dict.fromkeys((UNNAMED, OTHERS, *listed), 0.0)
+        self.weight = dict.fromkeys(self.level, 1.0)
+        self.listed = len(listed)
         self.step = self.arrivals = self.returns = 0
         self.newcomers: list[bool] = []
         self.popped, self.chosen = {}, None
@@ -79,15 +80,22 @@ class Model:
     def refill(self):
         pass
 
+    def first_level(self):
+        return 0.0
+
+    def admits(self, known):
+        if self.newcomers.count(known) >= self.most_newcomers:
+            return False
+        self.newcomers.append(known)
+        return True
+
     def enter(self, job, w, is_new):
         name = job.client
-        has_room = len(self.level) - 2 < self.max_clients
+        has_room = len(self.level) - 2 - self.listed < self.max_clients
         if name not in self.level and has_room:
             known = any(w.job.client == name for w in self.waiting)
-            if self.newcomers.count(known) < self.most_newcomers:
-                self.newcomers.append(known)
-                self.level[name], self.weight[name] = 0.0, 1.0
-                self.joins(name)
+            if self.admits(known):
+                self.level[name], self.weight[name] = self.first_level(), 1.0
         account = self.account(name)
         if account != OTHERS:
             self.reweigh(account, job.weight)
@@ -195,10 +203,25 @@ class CounterModel(Model):
     by_prefix = False
     left_last = None
 
+    def __init__(self, *arguments, quantum, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.quantum = self.round_ends = quantum
+
+    def admits(self, known):
+        return not self.waiting or super().admits(known)
+
+    def refill(self):
+        if self.least() >= self.round_ends:
+            self.round_ends = self.least() + self.quantum
+            self.newcomers = []
+
     def least(self):
         if self.waiting:
             return min(self.level[account] for account in self.accounts())
         return 0.0 if self.left_last is None else self.level[self.left_last]
+
+    def first_level(self):
+        return max(0.0, self.least())
 
     def joins(self, account):
         self.level[account] = max(self.level[account], self.least())
@@ -366,10 +389,11 @@ def test_dlpm_serves_what_the_paper_s_algorithm_serves(condition, quantum):
     for seed in range(12):
         traffic = Traffic(seed)
         newcomers = 1 if seed % 3 == 0 else 64
-        order = DeficitOrder(
-            **order_options(condition, traffic, quantum_tokens=quantum, newcomers_per_refill=newcomers)
-        )
-        traffic.run(order, DeficitModel(traffic.hits, quantum=quantum, newcomers=newcomers, **condition))
+        listed = ("ada", "bob") if seed % 2 else ()
+        more = {"quantum_tokens": quantum, "newcomers_per_refill": newcomers, "listed": listed}
+        order = DeficitOrder(**order_options(condition, traffic, **more))
+        model = DeficitModel(traffic.hits, quantum=quantum, newcomers=newcomers, listed=listed, **condition)
+        traffic.run(order, model)
 
 
 @pytest.mark.parametrize("condition", CONDITIONS, ids=str)
@@ -384,5 +408,10 @@ def test_lpm_serves_the_longest_aged_prefix(condition):
 def test_vtc_serves_the_client_of_the_least_counter(max_clients):
     for seed in range(20):
         traffic = Traffic(seed)
-        order = CounterOrder(clock=traffic.clock, idle_s=math.inf, max_clients=max_clients)
-        traffic.run(order, CounterModel(traffic.hits, max_clients=max_clients))
+        newcomers = 1 if seed % 3 == 0 else 64
+        listed = ("ada", "bob") if seed % 2 else ()
+        bounds = {"max_clients": max_clients, "listed": listed}
+        more = {"quantum_tokens": 64.0, "newcomers_per_refill": newcomers}
+        order = CounterOrder(clock=traffic.clock, idle_s=math.inf, **more, **bounds)
+        model = CounterModel(traffic.hits, quantum=64.0, newcomers=newcomers, **bounds)
+        traffic.run(order, model)

@@ -178,3 +178,22 @@ def test_the_head_of_the_unnamed_competes_by_its_hit():
     order.add(Job("a", "ada", 999, 0.0))
     order.begin_step()
     assert [order.pop().request_id for _ in range(3)] == ["u0", "a", "u1"]
+
+
+def test_a_step_begins_no_look_up_when_its_time_is_over():
+    now = [0.0]
+    asked = []
+
+    def slow(request_id):
+        asked.append(request_id)
+        now[0] += 20e-6
+        return 0
+
+    order = PrefixOrder(clock=lambda: now[0], hit_tokens=slow)
+    for number in range(200):
+        order.add(Job(f"r{number}", "ada", 999, 0.0))
+    for _ in range(80):
+        asked.clear()
+        order.begin_step()
+        assert len(asked) == 3
+    assert order.peek().request_id

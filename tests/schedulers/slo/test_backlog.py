@@ -60,7 +60,7 @@ def test_without_targets_the_order_is_that_of_arrival_and_what_is_put_back_goes_
     first = backlog.pop()
     backlog.put_back(first, preempted=False)
     backlog.put_back(Job("z", "client", 10, 5.0), preempted=True)
-    assert [backlog.pop().request_id for _ in range(4)] == ["a", "z", "b", "c"]
+    assert [backlog.pop().request_id for _ in range(4)] == ["z", "a", "b", "c"]
 
 
 def test_the_requests_of_the_plan_come_first_then_deadlines_then_best_effort():

@@ -82,6 +82,19 @@ def test_a_shape_that_is_wrong_is_learned():
     assert median_error(model) < 0.08
 
 
+def test_what_prompts_cost_is_learned_where_most_steps_are_decodes():
+    model = StepTimeModel(TRUTH)
+    steep = Profile(base_s=0.02, token_s=10 * TRUTH.token_s)
+    rng = random.Random(3)
+    for number in range(160):
+        tokens = rng.randint(20, 800) if number % 4 == 0 else 1
+        features = StepFeatures(tokens, 1, rng.randint(0, 800))
+        model.observe(features, StepTimeModel(steep).seconds(features))
+    for tokens in (1, 100, 700):
+        features = StepFeatures(tokens, 1, 0)
+        assert model.seconds(features) == pytest.approx(StepTimeModel(steep).seconds(features), rel=0.05)
+
+
 def test_outliers_do_not_move_it():
     model = StepTimeModel(scaled(2.0))
     teach(model, 300, outliers=0.1)

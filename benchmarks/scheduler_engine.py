@@ -1,0 +1,147 @@
+"""vLLM's real scheduler, KV cache manager and prefix cache under steady load, without a model.
+
+Made up are token ids, block hashes and what a model samples: one token for each request whose prompt is done.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.kv_cache_utils import BlockHash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+BLOCK_TOKENS = 16
+LONGEST = 2_048
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "vocab_size": 32000,
+    "max_position_embeddings": LONGEST,
+    "torch_dtype": "float16",
+}
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """Steady load: whoever ends is followed by a new arrival, so that ``waiting`` wait at any time.
+
+    Prompts have ``prompt_blocks``, of which a client's requests share the first ``shared_blocks``; outputs
+    are of evenly distributed lengths in ``output_tokens``.
+    """
+
+    running: int = 256
+    waiting: int = 10_000
+    clients: int = 100
+    prompt_blocks: int = 64
+    shared_blocks: int = 48
+    output_tokens: tuple[int, int] = (64, 448)
+    budget_tokens: int = 8_192
+    pool_blocks: int = 32_768
+    seed: int = 0
+
+
+class Stepped:
+    """One scheduler of ``make``, filled to a :class:`Load`."""
+
+    def __init__(self, load: Load, make: Callable[..., Any], section: dict[str, Any] | None) -> None:
+        config = vllm_config(load)
+        config.additional_config = {"penstock": {"scheduler": section}} if section is not None else {}
+        spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=8, dtype=torch.float16)
+        self.scheduler = make(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(
+                num_blocks=load.pool_blocks,
+                kv_cache_tensors=[],
+                kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+            ),
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=BLOCK_TOKENS,
+            log_stats=True,
+        )
+        self._arrivals = arrivals(load)
+        for _ in range(load.running + load.waiting):
+            self.scheduler.add_request(self.next_request())
+
+    def next_request(self) -> Request:
+        """The next request of the load."""
+        return next(self._arrivals)
+
+    def sampled(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        """What a model would give back for a step."""
+        requests = self.scheduler.requests
+        ids = list(output.num_scheduled_tokens)
+        tokens = [[7] if (r := requests[i]).num_computed_tokens >= r.num_tokens else [] for i in ids]
+        return ModelRunnerOutput(
+            req_ids=ids,
+            req_id_to_index={name: index for index, name in enumerate(ids)},
+            sampled_token_ids=tokens,
+        )
+
+
+def arrivals(load: Load) -> Iterator[Request]:
+    """The requests of a load, the same ones for everybody who asks."""
+    rng = random.Random(load.seed)
+    number = 0
+    tokens = [0] * (load.prompt_blocks * BLOCK_TOKENS)
+    while True:
+        client = rng.randrange(load.clients)
+        name = f"r{number}"
+        params = SamplingParams(
+            max_tokens=rng.randint(*load.output_tokens),
+            ignore_eos=True,
+            extra_args={"client_id": f"c{client}"},
+        )
+        shared = _document(client, load.shared_blocks)
+        yield Request(name, tokens, params, None, arrival_time=0.0, block_hasher=_hasher(name, shared))
+        number += 1
+
+
+@cache
+def _document(client: int, blocks: int) -> Sequence[BlockHash]:
+    return tuple(BlockHash(f"{client} {block}".encode().ljust(32)) for block in range(blocks))
+
+
+def _hasher(name: str, shared: Sequence[BlockHash]) -> Callable[[Request], list[BlockHash]]:
+    def hash_blocks(request: Request) -> list[BlockHash]:
+        first, last = len(request.block_hashes), request.num_tokens // BLOCK_TOKENS
+        own = (
+            BlockHash(f"{name} {block}".encode().ljust(32)) for block in range(max(first, len(shared)), last)
+        )
+        return [*shared[first:last], *own]
+
+    return hash_blocks
+
+
+def vllm_config(load: Load) -> VllmConfig:
+    """The engine's configuration, checked and completed by vLLM, for a model that is never loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_bytes(msgspec.json.encode(MODEL))
+        config = EngineArgs(
+            model=folder,
+            skip_tokenizer_init=True,
+            block_size=BLOCK_TOKENS,
+            max_model_len=LONGEST,
+            max_num_seqs=load.running,
+            max_num_batched_tokens=load.budget_tokens,
+            async_scheduling=False,
+        ).create_engine_config()
+    config.cache_config.num_gpu_blocks = load.pool_blocks
+    return config

@@ -1,0 +1,1 @@
+"""Grafana dashboards, one JSON file a feature, written by ``tools/make_dashboards.py``."""

@@ -1,0 +1,48 @@
+"""The upstream names that drafting and its control stand on."""
+
+from __future__ import annotations
+
+from penstock.plugins.seams import Seam, Use
+from penstock.plugins.vllm.flowkv_seams import override, read
+
+DRAFTER = (
+    Seam("vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer", Use.CALL, "(vllm_config)"),
+    *read("vllm.config.speculative:SpeculativeConfig", "num_speculative_tokens", "model", "method"),
+    *read("vllm.config.scheduler:SchedulerConfig", "max_num_seqs"),
+    *read("vllm.config.vllm:VllmConfig", "additional_config", "speculative_config", "model_config"),
+)
+"""How a drafter that is not vLLM's is made, and what it reads."""
+
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+
+CONTROL = (
+    *override(
+        _SCHEDULER,
+        __init__="(self, vllm_config, *args, **kwargs)",
+        schedule="(self, *args, **kwargs)",
+        update_from_output="(self, scheduler_output, *args, **kwargs)",
+        make_stats="(self, *args, **kwargs)",
+        make_spec_decoding_stats="(self, spec_decoding_stats, num_draft_tokens, num_accepted_tokens, "
+        "num_invalid_spec_tokens, request_id)",
+        _free_request="(self, request, *args, **kwargs)",
+    ),
+    *read(_SCHEDULER, "running", "num_spec_tokens", "max_num_running_reqs", "max_num_scheduled_tokens"),
+    *read(
+        "vllm.v1.request:Request",
+        "spec_token_ids",
+        "is_prefill_chunk",
+        "num_output_tokens",
+        "num_computed_tokens",
+        "num_tokens",
+    ),
+    *read(
+        "vllm.v1.core.sched.output:SchedulerOutput",
+        "num_scheduled_tokens",
+        "total_num_scheduled_tokens",
+        "scheduled_spec_decode_tokens",
+        "scheduled_new_reqs",
+        "scheduled_cached_reqs",
+    ),
+    *read("vllm.v1.core.sched.output:CachedRequestData", "resumed_req_ids"),
+)
+"""Where drafts are cut before a step, and what is heard of them after it."""

@@ -1,0 +1,27 @@
+"""vLLM's queue of waiting requests over the SLO planner's backlog."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from penstock.plugins.vllm.request_queue import OrderedQueue
+from penstock.schedulers.slo.planner import Planner
+from penstock.schedulers.slo.requests import Waiting
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+class PlannedQueue(OrderedQueue):
+    """An ``OrderedQueue`` whose arrivals the planner hears of, since they call for a new decision."""
+
+    def __init__(self, planner: Planner, job_of: Callable[[Request], Waiting]) -> None:
+        super().__init__(planner.backlog, job_of, lambda request: None, planner.backlog.begin_step)
+        self._planner = planner
+        self._waiting_of = job_of
+
+    def add_request(self, request: Request) -> None:
+        """A request arrives."""
+        self._planner.arrive(self._waiting_of(request))
+        self._requests[request.request_id] = request

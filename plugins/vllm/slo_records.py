@@ -1,0 +1,189 @@
+"""Requests as the SLO planner sees them, kept up to date beside vLLM's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from penstock.schedulers.asking import Asking
+from penstock.schedulers.config import SchedulerConfig
+from penstock.schedulers.slo.requests import Running, Waiting
+from penstock.schedulers.slo.targets import Targets
+from penstock.schedulers.waiting import Clock
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+LONGEST_ON_THE_WAY_S = 60.0
+"""A request that seems to have been longer on its way from the front end comes from another clock."""
+
+
+@dataclass(slots=True)
+class Record:
+    """One live request. ``arrived`` is vLLM's time of arrival, by which a session's next turn is noticed;
+    ``seen`` are generated tokens that were noted; ``ttft_met`` and ``pace_met`` say what came of the targets
+    so far."""
+
+    running: Running
+    client: str
+    weight: float
+    arrived: float
+    seen: int = 0
+    ttft_met: bool = True
+    pace_met: bool = True
+
+
+class Records:
+    """Opens a record when a request is first seen and brings it up to date when it is planned.
+
+    ``clock`` is the planner's; ``wall_clock`` the one that the front end stamps arrivals with.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        asking_of: Callable[[Request], Asking],
+        clock: Clock,
+        wall_clock: Clock,
+        drafts: int,
+    ) -> None:
+        self._config = config
+        self._asking_of = asking_of
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._sampled = 1 + drafts
+        self._live: dict[str, Record] = {}
+        self.with_targets = 0
+        """How many live requests have targets."""
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._live
+
+    def of(self, request: Request) -> Record:
+        """The request's record; a new one at its arrival and at each further turn of a session."""
+        record = self._live.get(request.request_id)
+        if record is None or record.arrived != request.arrival_time:
+            self.close(request.request_id)
+            record = self._open(request)
+        return record
+
+    def _open(self, request: Request) -> Record:
+        asking = self._asking_of(request)
+        targets = targets_of(asking, self._config)
+        on_the_way = self._wall_clock() - request.arrival_time
+        if not 0 <= on_the_way <= LONGEST_ON_THE_WAY_S:
+            on_the_way = 0.0
+        running = Running(
+            request_id=request.request_id,
+            arrival_s=self._clock() - on_the_way,
+            tokens=request.num_tokens,
+            computed_tokens=request.num_computed_tokens,
+            max_output_tokens=request.max_tokens,
+            targets=targets,
+            class_name=class_of(asking.client, targets),
+        )
+        record = Record(running, asking.client, asking.weight, request.arrival_time)
+        self._live[request.request_id] = record
+        self.with_targets += targets is not None
+        return record
+
+    def close(self, request_id: str) -> Record | None:
+        """Forget a request and return its record."""
+        record = self._live.pop(request_id, None)
+        if record is not None:
+            self.with_targets -= record.running.targets is not None
+        return record
+
+    def waiting(self, request: Request, cached_tokens: int) -> Waiting:
+        """A request that waits. One that was preempted has generated tokens among those to compute."""
+        record = self.of(request)
+        running = record.running
+        return Waiting(
+            request_id=request.request_id,
+            client=record.client,
+            tokens=request.num_tokens,
+            arrival_s=running.arrival_s,
+            weight=record.weight,
+            targets=running.targets,
+            class_name=running.class_name,
+            cached_tokens=cached_tokens,
+            output_tokens=request.num_output_tokens,
+            max_output_tokens=request.max_tokens,
+            first_token_s=running.first_token_s,
+        )
+
+    def running(self, requests: Iterable[Request]) -> list[Running]:
+        """Requests of the running batch that can take part in the next step.
+
+        Tokens that a step in flight will sample count as generated (``num_output_placeholders``); a request
+        whose last token is in flight is left out, as vLLM does.
+        """
+        found: list[Running] = []
+        live = self._live
+        for request in requests:
+            record = live.get(request.request_id)
+            running = (record or self.of(request)).running
+            tokens, computed = request.num_tokens, request.num_computed_tokens
+            in_flight = request.num_output_placeholders
+            if in_flight:
+                if computed + 2 - in_flight >= request.num_prompt_tokens + request.max_tokens:
+                    continue
+                sampled = in_flight if self._sampled == 1 else -(-in_flight // self._sampled)
+                running.output_tokens = tokens + sampled - request.num_prompt_tokens
+                running.tokens = tokens + in_flight
+            else:
+                running.output_tokens = tokens - request.num_prompt_tokens
+                running.tokens = tokens
+            running.computed_tokens = computed
+            found.append(running)
+        return found
+
+    def produced(self, request: Request, now_s: float, tolerance: float) -> None:
+        """Note tokens of a request that came at ``now_s``; the first of them is held to its deadline."""
+        record = self._live.get(request.request_id)
+        index = request.num_output_tokens
+        if record is None or index <= record.seen:
+            return
+        record.seen, index = index, record.seen
+        running = record.running
+        running.last_token_s = now_s
+        targets = running.targets
+        first = running.first_token_s is None
+        if first:
+            running.first_token_s = now_s
+        if targets is None:
+            return
+        if first:
+            record.ttft_met = now_s <= targets.due_s(running.arrival_s, 0)
+        elif record.pace_met:
+            due_s = targets.due_s(running.arrival_s, index, running.first_token_s)
+            allowed_s = index * tolerance * targets.tpot_s if math.isfinite(targets.tpot_s) else 0.0
+            record.pace_met = now_s <= due_s + allowed_s
+
+    def check_integrity(self, live: Sequence[str]) -> None:
+        """Assert that no record outlives its request and that the count of targets holds."""
+        assert self._live.keys() <= set(live)
+        targets = (record.running.targets for record in self._live.values())
+        assert self.with_targets == sum(one is not None for one in targets)
+
+
+def targets_of(asking: Asking, config: SchedulerConfig) -> Targets | None:
+    """What a request asks for in seconds; the deployment's defaults where it names no target at all."""
+    ttft_ms, tpot_ms = asking.ttft_slo_ms, asking.tpot_slo_ms
+    if ttft_ms is None and tpot_ms is None:
+        ttft_ms, tpot_ms = config.default_ttft_slo_ms, config.default_tpot_slo_ms
+    if ttft_ms is None and tpot_ms is None:
+        return None
+    return Targets(
+        math.inf if ttft_ms is None else ttft_ms / 1e3, math.inf if tpot_ms is None else tpot_ms / 1e3
+    )
+
+
+def class_of(client: str, targets: Targets | None) -> str:
+    """Requests of one client with one pace are expected to have outputs of similar length."""
+    return f"{client} {targets.tpot_s:.3g}" if targets is not None else client

@@ -1,0 +1,245 @@
+"""vLLM's scheduler under the SLO planner: one plan before each step, carried out through vLLM's own seams.
+
+Nothing of ``Scheduler.schedule`` is replaced. A plan sets the order of running requests, the step's budget,
+each request's tokens, and who comes in; while nobody has targets there is no plan and every step is stock's.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from penstock.plugins.configuration import scheduler_config
+from penstock.plugins.vllm.askings import Askings
+from penstock.plugins.vllm.cached_prefix import CachedPrefix
+from penstock.plugins.vllm.slo_queue import PlannedQueue
+from penstock.plugins.vllm.slo_records import Records
+from penstock.plugins.vllm.slo_stats import SLOStats
+from penstock.plugins.vllm.slo_steps import StepsInFlight
+from penstock.schedulers.slo.attainment import TOLERANCE
+from penstock.schedulers.slo.plan import PASSIVE, Plan
+from penstock.schedulers.slo.planner import Planner
+from penstock.schedulers.slo.requests import Limits, Waiting
+from penstock.schedulers.slo.step_time import StepFeatures
+from penstock.schedulers.waiting import Clock
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler as Stock
+    from vllm.v1.request import Request
+else:
+    Stock = object
+
+PASSIVE_STEPS = 8
+"""While nobody has targets the time of one step in so many is learned from."""
+
+ENDED_BY_ITSELF = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+
+class SLOScheduling(Stock):
+    """The part of a scheduler that is ours; mixed in before a scheduler of vLLM's.
+
+    ``clock`` gives seconds and may be virtual; ``wall_clock`` is the one that stamps arrivals in the front
+    end. ``front_end_exports`` says that the process at the other end takes our statistics.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        clock: Clock = time.monotonic,
+        wall_clock: Clock = time.time,
+        planner: Planner | None = None,
+        front_end_exports: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.config = scheduler_config(self.vllm_config.additional_config)
+        self.clock = clock
+        self._cached = CachedPrefix(self)
+        self.planner = planner or Planner(self.config.slo)
+        self.records = Records(
+            self.config, Askings(self.config).of, clock, wall_clock, int(self.num_spec_tokens)
+        )
+        self.waiting = PlannedQueue(self.planner, self._job_of)
+        self.plan: Plan = PASSIVE
+        self._steps = StepsInFlight()
+        self._stats = SLOStats(self.planner, self.config.slo.tiers_s, clock, export=front_end_exports)
+        self._step_tokens: int = self.max_num_scheduled_tokens
+        self._cuts_anywhere = self.num_prefill_lookahead <= 1
+        self._was_empty = False
+        self._output_s = clock()
+
+    def _job_of(self, request: Request) -> Waiting:
+        record = self.records.of(request)
+        # What the cache holds changes deadlines' order by nothing: without targets it is not looked up.
+        cached = self._cached.tokens_of(request) if record.running.targets else 0
+        return self.records.waiting(request, cached)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """One step as planned; vLLM's own where nobody has targets, or where the last plan held nothing."""
+        now_s = self.clock()
+        holding = self._holding() if self.records.with_targets else []
+        self.plan = self._make_plan(now_s, holding)
+        if self.plan.active:
+            self._carry_out(self.plan, holding)
+        try:
+            output = super().schedule(*args, **kwargs)
+        finally:
+            self.max_num_scheduled_tokens = self._step_tokens
+        self._was_empty = not output.total_num_scheduled_tokens
+        if self.records.with_targets or not self.planner.counters.plans % PASSIVE_STEPS:
+            features = self._features(output)
+            self._steps.begin(output, features, self.planner.model.seconds(features), now_s)
+        return output
+
+    def _make_plan(self, now_s: float, holding: list[Request]) -> Plan:
+        planner = self.planner
+        if not self.records.with_targets:
+            return planner.plan(now_s, (), 0, NO_LIMITS)
+        if self._was_empty or self._pause_state != PauseState.UNPAUSED:
+            # A plan that serves nobody is never made twice in a row.
+            self._stats.yielded_steps += self._was_empty
+            return PASSIVE
+        running = self.records.running(self.running)
+        if holding:
+            running += self.records.running(holding)
+        limits = Limits(
+            step_tokens=self._step_tokens,
+            running_requests=self.max_num_active_reqs - self.num_waiting_for_streaming_input,
+            in_flight_s=self._steps.left_s(now_s),
+        )
+        return planner.plan(now_s, running, self._free_kv_tokens(), limits)
+
+    def _holding(self) -> list[Request]:
+        """Requests that wait with KV blocks of their own and may run: vLLM takes them in first."""
+        found = []
+        for request in self.kv_holding_waiting:
+            loaded = (
+                request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+                and request.request_id in self.finished_recving_kv_req_ids
+            )
+            if loaded or request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+                self.records.of(request)
+                found.append(request)
+        return found
+
+    def _free_kv_tokens(self) -> int:
+        """Tokens that fit into blocks that are free or held by the prefix cache alone."""
+        manager = self.kv_cache_manager
+        groups = max(1, len(self.kv_cache_config.kv_cache_groups))
+        return int(manager.block_pool.get_num_free_blocks() * self.block_size // groups)
+
+    def _carry_out(self, plan: Plan, holding: list[Request]) -> None:
+        if plan.preempt:
+            self._throw_out(plan.preempt)
+        places = {name: place for place, name in enumerate(plan.order)}
+        # Whom the plan leaves out has its last token in flight, and must not be the one to throw out.
+        self.running.sort(key=lambda request: places.get(request.request_id, -1))
+        beside = sum(request.request_id not in plan.caps for request in holding)
+        drafts = 0
+        if self.num_spec_tokens:
+            drafts = sum(len(request.spec_token_ids) for request in self.running)
+            drafts += self.num_spec_tokens * (len(holding) + len(plan.waiting))
+        self.max_num_scheduled_tokens = min(self._step_tokens, plan.step_tokens + beside + drafts)
+
+    def _throw_out(self, names: tuple[str, ...]) -> None:
+        """Preempt as vLLM does when blocks run out: what is in flight is delivered."""
+        now_s = time.monotonic()
+        for name in names:
+            request = self.requests[name]
+            if request.status == RequestStatus.RUNNING and self._request_blocks_can_be_freed(request):
+                self.running.remove(request)
+                self._preempt_request(request, now_s, drop_stale_output=self.requires_kv_delivery)
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        if self.plan.active:
+            if num_new_tokens == 1 and self._cuts_anywhere and request.status is RequestStatus.RUNNING:
+                return 1 if request.request_id in self.plan.caps else 0
+            num_new_tokens = self._cap(request, num_computed_tokens, num_new_tokens)
+            if not num_new_tokens:
+                return 0
+        tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        return tokens
+
+    def _cap(self, request: Request, computed: int, wanted: int) -> int:
+        """Tokens of a request in this step. 0 passes over a running one and ends the admission of others."""
+        planned = self.plan.caps.get(request.request_id, 0)
+        if request.status is not RequestStatus.RUNNING:
+            if not planned and request in self.kv_holding_waiting:
+                # It stands before all who wait; 0 would keep them out.
+                planned = 1
+            if request.num_tokens - computed <= 1:
+                # vLLM may have padded it to a whole draft, which must stay whole.
+                return wanted if planned else 0
+        elif request.spec_token_ids:
+            planned += len(request.spec_token_ids) if planned else 0
+        if request.has_encoder_inputs or self.need_mamba_block_aligned_split:
+            # Where a chunk may end is not ours to choose: the step's budget alone bounds it.
+            return wanted if planned else 0
+        return min(wanted, planned)
+
+    def _features(self, output: SchedulerOutput) -> StepFeatures:
+        """What a step holds. ``num_computed_tokens`` counts its tokens already."""
+        scheduled, requests = output.num_scheduled_tokens, self.requests
+        tokens = output.total_num_scheduled_tokens
+        context = sum(requests[name].num_computed_tokens for name in scheduled) - tokens
+        return StepFeatures(tokens, len(scheduled), context)
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        self._output_s = self.clock()
+        output = args[0] if args else kwargs["scheduler_output"]
+        ended = self._steps.end(output, self._output_s)
+        if ended is not None:
+            flight, seconds = ended
+            self.planner.observe_step(flight.features, seconds)
+            self._stats.stepped(flight.predicted_s, seconds)
+        outputs = super().update_from_output(*args, **kwargs)
+        if self.records.with_targets:
+            for name in output.num_scheduled_tokens:
+                request = self.requests.get(name)
+                if request is not None:
+                    self.records.produced(request, self._output_s, TOLERANCE)
+        return outputs
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        # Every request ends here, whatever it was doing.
+        result = super()._free_request(request, *args, **kwargs)
+        self.records.produced(request, self._output_s, TOLERANCE)
+        record = self.records.close(request.request_id)
+        if record is not None and request.status in ENDED_BY_ITSELF:
+            self._stats.ended(record, request.num_tokens)
+            class_name = record.running.class_name
+            self.planner.observe_finish(request.request_id, class_name, request.num_output_tokens)
+        else:
+            self.planner.leave(request.request_id)
+        return result
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            self._stats.add_to(stats, idle=not self.has_unfinished_requests())
+        return stats
+
+    def check_integrity(self) -> None:
+        """Assert that queue, planner, records and vLLM's own tables agree."""
+        self.waiting.check_integrity()
+        self.planner.check_integrity()
+        self.records.check_integrity(list(self.requests))
+
+
+NO_LIMITS = Limits(step_tokens=0, running_requests=0)
+
+
+class SyncSLOScheduler(SLOScheduling, Scheduler):
+    """For engines that schedule a step when the one before has ended."""
+
+
+class AsyncSLOScheduler(SLOScheduling, AsyncScheduler):
+    """For engines that schedule a step while the one before runs."""

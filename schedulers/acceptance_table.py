@@ -1,0 +1,137 @@
+"""``AcceptanceEstimator`` for a whole batch at once: the same estimates, in arrays.
+
+With hundreds of requests in steps of milliseconds, a loop over requests and positions costs more than what it
+decides about. Requests of a class that one step verified have no order: each counts as if it came at any
+place among them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.schedulers.acceptance import (
+    CLASS_DECAY,
+    CLASS_WEIGHT,
+    MOST_CLASSES,
+    PRIOR_RATE,
+    PRIOR_WEIGHT,
+    REQUEST_DECAY,
+)
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+FIRST_ROWS = 64
+OTHERS = 0
+"""The class of all classes beyond ``MOST_CLASSES``."""
+
+
+class AcceptanceTable:
+    """Acceptance of drafts of up to ``most_tokens``. A request has a row from ``row`` to ``forget``."""
+
+    def __init__(self, most_tokens: int) -> None:
+        self.most_tokens = most_tokens
+        self._positions = np.arange(most_tokens)
+        self._rows: dict[str, int] = {}
+        self._free: list[int] = []
+        self._tried = np.zeros((0, most_tokens))
+        self._accepted = np.zeros((0, most_tokens))
+        self._class = np.zeros(0, dtype=np.int64)
+        self._classes: dict[str, int] = {}
+        self._class_tried = np.zeros((MOST_CLASSES, most_tokens))
+        self._class_accepted = np.zeros((MOST_CLASSES, most_tokens))
+        self._rates = np.full((MOST_CLASSES, most_tokens), PRIOR_RATE)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, request_id: str, class_name: str) -> int:
+        """The request's row, made when it is first asked for."""
+        row = self._rows.get(request_id)
+        if row is None:
+            if not self._free:
+                self._grow()
+            row = self._rows[request_id] = self._free.pop()
+            self._tried[row] = self._accepted[row] = 0.0
+            self._class[row] = self._class_of(class_name)
+        return row
+
+    def find(self, request_id: str) -> int | None:
+        """The request's row, if it has one."""
+        return self._rows.get(request_id)
+
+    def forget(self, request_id: str) -> None:
+        """A request is gone."""
+        row = self._rows.pop(request_id, None)
+        if row is not None:
+            self._free.append(row)
+
+    def observe(self, rows: Ints, drafted: Ints, accepted: Ints) -> None:
+        """Of ``drafted`` tokens of each row the first ``accepted`` were right; no row twice.
+
+        Raises:
+            ValueError: more were accepted than drafted, or one is negative.
+        """
+        if len(rows) == 0:
+            return
+        if (accepted < 0).any() or (accepted > drafted).any():
+            raise ValueError("accepted: allowed: 0 to drafted")
+        tried = self._positions < np.minimum(drafted, accepted + 1)[:, None]
+        right = self._positions < accepted[:, None]
+        decay = np.where(tried, REQUEST_DECAY, 1.0)
+        right &= tried
+        self._tried[rows] = decay * self._tried[rows] + tried
+        self._accepted[rows] = decay * self._accepted[rows] + right
+        self._observe_classes(self._class[rows], tried, right)
+
+    def survival(self, rows: Ints) -> Floats:
+        """``[rows, positions]``: probability that a position is accepted with all before it; rows fall."""
+        expected = CLASS_WEIGHT * self._rates[self._class[rows]]
+        expected += self._accepted[rows]
+        expected /= CLASS_WEIGHT + self._tried[rows]
+        survival: Floats = np.cumprod(expected, axis=1)
+        return survival
+
+    def _observe_classes(self, classes: Ints, tried: Bools, right: Bools) -> None:
+        places = classes[:, None] * self.most_tokens + self._positions
+        shape = (len(self._classes) + 1, self.most_tokens)
+        number = np.bincount(places[tried], minlength=shape[0] * shape[1]).reshape(shape)
+        came = np.bincount(places[right], minlength=shape[0] * shape[1]).reshape(shape)
+        kept = CLASS_DECAY**number
+        added = (1.0 - kept) / (1.0 - CLASS_DECAY)
+        self._class_tried[: shape[0]] = kept * self._class_tried[: shape[0]] + added
+        came_added = added * came / np.maximum(number, 1)
+        self._class_accepted[: shape[0]] = kept * self._class_accepted[: shape[0]] + came_added
+        self._estimate(shape[0])
+
+    def _estimate(self, classes: int) -> None:
+        rate: float | Floats = PRIOR_RATE
+        for position in range(self.most_tokens):
+            accepted = self._class_accepted[:classes, position]
+            rate = (PRIOR_WEIGHT * rate + accepted) / (PRIOR_WEIGHT + self._class_tried[:classes, position])
+            self._rates[:classes, position] = rate
+
+    def _class_of(self, name: str) -> int:
+        if name not in self._classes and len(self._classes) + 1 < MOST_CLASSES:
+            self._classes[name] = len(self._classes) + 1
+        return self._classes.get(name, OTHERS)
+
+    def _grow(self) -> None:
+        size = len(self._class)
+        more = max(FIRST_ROWS, size)
+        empty = np.zeros((more, self.most_tokens))
+        self._tried = np.concatenate([self._tried, empty])
+        self._accepted = np.concatenate([self._accepted, empty])
+        self._class = np.concatenate([self._class, np.zeros(more, dtype=np.int64)])
+        self._free = list(range(size + more - 1, size - 1, -1))
+
+    def check_integrity(self) -> None:
+        """Assert that rows are used once, and that no position was accepted more often than tried."""
+        used = sorted([*self._rows.values(), *self._free])
+        assert used == list(range(len(self._class)))
+        assert (self._accepted <= self._tried + 1e-9).all()
+        assert (self._class_accepted <= self._class_tried + 1e-9).all()
+        assert len(self._classes) < MOST_CLASSES

@@ -1,0 +1,135 @@
+"""Draft lengths of a whole batch at once, and whether to draft at all.
+
+The same choice as ``drafts.fastest`` makes: the most worth a second. All draft tokens are sorted by what they
+are worth; a step with the best ``d`` of them is compared for every ``d``. Where that gains too little there
+is no draft, but a short one of one request now and then; where drafts pay and their cost is unsure, there is
+a step without them now and then. Both take at most a set share of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from penstock.schedulers.acceptance_table import AcceptanceTable, Floats, Ints
+from penstock.schedulers.draft_policy import LEAST_GAIN, MOST_CREDIT_S, PROBE_SHARE, PROBE_TOKENS
+
+Unsure = Callable[[int], bool]
+
+
+class Chosen(NamedTuple):
+    """Draft tokens of each row, and by what share they raise worth a second."""
+
+    lengths: Ints
+    gain: float
+
+
+def worth(survival: Floats, needed: Floats, spare: float) -> Floats:
+    """What each draft token is worth, ``[rows, positions]``: 1 times its probability until a row is expected
+    to get the tokens that it needs of the step (the sure one included), ``spare`` times it after."""
+    before = 1.0 + np.cumsum(survival, axis=1) - survival
+    values: Floats = survival * np.where(before < needed[:, None] - 1e-9, 1.0, spare)
+    return values
+
+
+def fastest_lengths(values: Floats, rest: Floats, seconds: Floats) -> Chosen:
+    """The lengths with the most worth a second.
+
+    Args:
+        values: ``[rows, positions]``, worth of each draft token; rows fall, 0 where there is no token.
+        rest: ``[most + 1]``, what else the step is worth with 0, 1, ... ``most`` draft tokens.
+        seconds: ``[most + 1]``, its time.
+    """
+    ordered = np.sort(values, axis=None)[::-1][: len(rest) - 1]
+    total = rest[: len(ordered) + 1].copy()
+    total[1:] += np.cumsum(ordered)
+    rate = total / seconds[: len(total)]
+    best = int(np.argmax(rate))
+    if best == 0 or rate[0] <= 0 or ordered[best - 1] <= 0:
+        return Chosen(np.zeros(len(values), dtype=np.int64), 0.0)
+    return Chosen(_first(values, best, float(ordered[best - 1])), float(rate[best] / rate[0]) - 1.0)
+
+
+def _first(values: Floats, number: int, least: float) -> Ints:
+    """Lengths with the ``number`` most valuable tokens, of which the last is worth ``least``."""
+    above = values > least
+    lengths: Ints = above.sum(axis=1)
+    equal = np.flatnonzero(values == least)[: number - int(above.sum())]
+    lengths += np.bincount(equal // values.shape[1], minlength=len(values))
+    return lengths
+
+
+class DraftLengths:
+    """Draft lengths for each step, and what came of them."""
+
+    def __init__(
+        self,
+        most_tokens: int,
+        *,
+        spare_worth: float = 0.5,
+        least_gain: float = LEAST_GAIN,
+        probe_share: float = PROBE_SHARE,
+    ) -> None:
+        self.table = AcceptanceTable(most_tokens)
+        self._spare_worth = spare_worth
+        self._least_gain = least_gain
+        self._probe_share = probe_share
+        self._credit_s = 0.0
+        self._probed: dict[int, int] = {}
+        self.probes = 0
+        self.served_s = self.probing_s = 0.0
+
+    def lengths(
+        self,
+        rows: Ints,
+        available: Ints,
+        needed: Floats,
+        *,
+        rest: Floats,
+        seconds: Floats,
+        unsure: Unsure = lambda drafted: False,
+    ) -> Ints:
+        """Draft tokens of each row.
+
+        Args:
+            rows: ``[n]``, rows of the table whose requests may draft.
+            available: ``[n]``, draft tokens that there are for each.
+            needed: ``[n]``, tokens that each needs of the step for its pace; 0 where it has none.
+            rest, seconds: as in ``fastest_lengths``; their length bounds the draft tokens of the step.
+            unsure: whether it is unclear what so many draft tokens cost.
+        """
+        self.served_s += float(seconds[0])
+        self._credit_s = min(MOST_CREDIT_S, self._credit_s + self._probe_share * float(seconds[0]))
+        if len(rows) == 0 or len(rest) < 2:
+            return np.zeros(len(rows), dtype=np.int64)
+        values = worth(self.table.survival(rows), needed, self._spare_worth)
+        values[np.arange(self.table.most_tokens) >= available[:, None]] = 0.0
+        chosen = fastest_lengths(values, rest, seconds)
+        if chosen.gain >= self._least_gain:
+            if self._credit_s > 0 and unsure(int(chosen.lengths.sum())):
+                self._spend(float(seconds[0]) * chosen.gain / (1.0 + chosen.gain))
+                return np.zeros(len(rows), dtype=np.int64)
+            return chosen.lengths
+        return self._probe(rows, available, seconds)
+
+    def _probe(self, rows: Ints, available: Ints, seconds: Floats) -> Ints:
+        """A draft of the request that was probed least, if there is credit for its whole cost."""
+        lengths = np.zeros(len(rows), dtype=np.int64)
+        cost_s = float(seconds[min(PROBE_TOKENS, len(seconds) - 1)] - seconds[0])
+        if not 0 < cost_s <= self._credit_s:
+            return lengths
+        self._probed = {int(row): self._probed.get(int(row), 0) for row in rows}
+        chosen = min(range(len(rows)), key=lambda index: (self._probed[int(rows[index])], index))
+        tokens = min(PROBE_TOKENS, int(available[chosen]), len(seconds) - 1)
+        if tokens:
+            self._spend(float(seconds[tokens] - seconds[0]))
+            self._probed[int(rows[chosen])] += 1
+            lengths[chosen] = tokens
+        return lengths
+
+    def _spend(self, cost_s: float) -> None:
+        self._credit_s -= cost_s
+        self.probing_s += cost_s
+        self.probes += 1

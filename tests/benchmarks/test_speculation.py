@@ -1,0 +1,49 @@
+"""The bench's models do what their rows say, in small."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from penstock.benchmarks import speculation_cases as cases
+from penstock.benchmarks.speculation_cost import suffix_proposer, texts, time_allocation
+from penstock.benchmarks.speculation_model import Asked, Loop
+
+
+def test_every_request_of_a_trace_ends_with_its_tokens_whatever_chooses_lengths():
+    trace = cases.mixed_trace(10.0, 3.0, seed=1)
+    for make in (None, partial(cases.scheduled, "3"), cases.ours):
+        found = Loop(cases.ENGINES["h100-13b"], make, seed=0).run(trace)
+        assert found.requests == len(trace)
+        assert found.output_tokens == sum(asked.output for asked in trace)
+        assert 0 <= found.accepted <= found.drafted
+        assert (found.drafted == 0) == (make is None)
+
+
+def test_a_draft_that_is_always_right_makes_a_step_give_all_its_tokens():
+    trace = [Asked("r", 0.0, 10, 61, "c", 1.0)]
+    found = Loop(cases.ENGINES["cheap tokens"], partial(cases.scheduled, "5"), seed=0).run(trace)
+    assert found.steps == 1 + 60 // 6
+
+
+def test_capacity_is_where_attainment_crosses():
+    rows = [
+        {"lengths": "ours", "arrivals_per_s": rate, "attainment": share}
+        for rate, share in ((10.0, 1.0), (20.0, 0.8), (30.0, 0.95))
+    ]
+    assert cases.capacity(rows, "ours") == pytest.approx(15.0)
+
+
+def test_there_is_a_row_for_each_number_of_running_requests():
+    assert [row["running"] for row in time_allocation(steps=3)] == [16, 64, 256]
+
+
+def test_proposals_are_replayed_to_the_end_of_a_text():
+    propose = suffix_proposer()
+    (prompt, output), *_ = texts("quoting", 1)
+    assert propose("r", prompt + output[:1], 1) is not None
+    assert len(prompt) == 400
+    assert len(output) == 200

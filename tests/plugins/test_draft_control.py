@@ -1,0 +1,223 @@
+"""Draft lengths in vLLM's scheduler: answers never change, counts agree, and drafts go where they pay."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from drafting_engine import DRAFT_TOKENS, Clock, DraftingSettings, DraftingStepper
+from stepped_scheduler import Settings, build, request, token
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from penstock.patches.vllm.stat_logging import PAYLOAD_KEY
+from penstock.plugins import features, ledger
+from penstock.plugins.configuration import ConfigurationError
+from penstock.plugins.vllm.draft_budget import DraftBudget
+from penstock.plugins.vllm.request_scheduler import (
+    make_scheduler,
+)
+from penstock.schedulers.draft_config import SpeculationConfig
+
+BOTH = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+
+
+@pytest.fixture(autouse=True)
+def _own_process_state(monkeypatch):
+    monkeypatch.setattr(ledger, "_entries", {})
+    monkeypatch.delenv(features.ASKED_FOR, raising=False)
+
+
+def engine(rate_of, *, is_async=False, clock=None, blocks=2000, make=make_scheduler, **ours: Any):
+    clock = clock or Clock()
+    settings = DraftingSettings(blocks=blocks, budget=256, seqs=16, is_async=is_async, ours=ours)
+    arguments = {"clock": clock} if make is make_scheduler else {}
+    scheduler = build(settings, make, **arguments)
+    return DraftingStepper(scheduler, rate_of, clock, depth=2 if is_async else 1)
+
+
+def send(stepper, count, output=60, prompt=20, **extra: Any):
+    sent = [request(f"r{i}", [i] * prompt, output, **extra) for i in range(count)]
+    for one in sent:
+        stepper.scheduler.add_request(one)
+    return sent
+
+
+def answers(sent):
+    return [list(one.output_token_ids) for one in sent]
+
+
+def expected(sent):
+    """What a model says that nobody drafts for."""
+    return [
+        [token(one.request_id, one.num_prompt_tokens + place) for place in range(one.max_tokens)]
+        for one in sent
+    ]
+
+
+@BOTH
+@pytest.mark.parametrize("policy", ["dlpm", "vtc", "lpm", "fcfs"])
+@pytest.mark.parametrize("rate", [0.0, 0.7, 1.0])
+def test_answers_are_those_without_speculation(policy, is_async, rate):
+    stepper = engine(lambda _: rate, is_async=is_async, policy=policy, speculation={})
+    rng = random.Random(policy)
+    sent = []
+    for number in range(30):
+        sent.append(
+            request(
+                f"r{number}",
+                [number] * rng.randrange(1, 300),
+                rng.randrange(1, 50),
+                client_id="ab"[number % 2],
+            )
+        )
+        stepper.scheduler.add_request(sent[-1])
+        stepper.step()
+    stepper.drain()
+    assert answers(sent) == expected(sent)
+    stepper.scheduler.drafts.check_integrity()
+    assert not stepper.scheduler.drafts._rows
+
+
+def test_answers_survive_preemption():
+    stepper = engine(lambda _: 0.8, blocks=40, policy="fcfs", speculation={"least_gain": 0.0})
+    sent = send(stepper, 12, output=60)
+    stepper.drain()
+    assert answers(sent) == expected(sent)
+    assert sum(one.num_preemptions for one in sent) > 3
+    stepper.scheduler.drafts.check_integrity()
+
+
+@BOTH
+def test_what_was_drafted_and_accepted_is_counted(is_async):
+    stepper = engine(
+        lambda name: 0.9 if name < "r4" else 0.4, is_async=is_async, policy="fcfs", speculation={}
+    )
+    send(stepper, 8)
+    stepper.drain()
+    counts = stepper.scheduler.drafts.counts()
+    assert counts["allocated"] == stepper.heard.drafted > 0
+    assert counts["wasted"] == stepper.heard.drafted - counts["accepted"]
+    # vLLM takes no acceptance of a request that had ended while its draft was verified.
+    assert 0 <= stepper.heard.accepted - counts["accepted"] <= 8 * DRAFT_TOKENS
+
+
+@BOTH
+def test_cheap_tokens_are_drafted_in_full_and_dear_ones_hardly_at_all(is_async):
+    drafted, steps = [], []
+    for token_s in (1e-6, 5e-2):
+        clock = Clock(token_s=token_s)
+        stepper = engine(lambda _: 0.9, is_async=is_async, clock=clock, policy="fcfs", speculation={})
+        sent = send(stepper, 8, output=300)
+        for _ in range(40):
+            stepper.step()
+        before = stepper.heard.drafted, sum(one.num_output_tokens for one in sent)
+        stepper.drain()
+        made = sum(one.num_output_tokens for one in sent) - before[1]
+        drafted.append((stepper.heard.drafted - before[0]) / made)
+        steps.append(len(stepper.steps))
+    assert drafted[0] > 0.8
+    assert drafted[1] < 0.05
+    assert steps[0] < 0.4 * steps[1]
+
+
+def test_drafts_that_are_never_right_cost_a_percent_at_most():
+    times = []
+    for speculation in ({}, None):
+        clock = Clock(token_s=2e-3)
+        rest = {} if speculation is None else {"speculation": speculation}
+        stepper = engine(lambda _: 0.0, clock=clock, policy="fcfs", **rest)
+        stepper.most_tokens = 0 if speculation is None else DRAFT_TOKENS
+        send(stepper, 8, output=300)
+        for _ in range(100):
+            stepper.step()
+        begun = clock.now_s
+        stepper.drain()
+        times.append(clock.now_s - begun)
+    assert times[0] <= 1.011 * times[1]
+
+
+def test_a_client_whose_drafts_come_true_gets_them_and_another_does_not():
+    clock = Clock(token_s=1e-3)
+    stepper = engine(lambda name: float(name < "r4"), clock=clock, policy="fcfs", speculation={})
+    for number in range(8):
+        client = "right" if number < 4 else "wrong"
+        stepper.scheduler.add_request(request(f"r{number}", [number] * 20, 200, client_id=client))
+    stepper.drain()
+    right = sum(sum(stepper.heard.by_request[f"r{i}"]) for i in range(4))
+    wrong = sum(sum(stepper.heard.by_request.get(f"r{i}", [])) for i in range(4, 8))
+    assert right > 4 * wrong
+
+
+def test_a_request_that_is_behind_its_pace_gets_the_longer_drafts():
+    clock = Clock(base_s=0.02, token_s=1.5e-3)
+    stepper = engine(lambda _: 0.6, clock=clock, policy="fcfs", speculation={})
+    for number in range(12):
+        extra = {"tpot_slo_ms": 20.0} if number < 4 else {}
+        stepper.scheduler.add_request(request(f"r{number}", [number] * 20, 150, client_id="c", **extra))
+    for _ in range(40):
+        stepper.step()
+    pressed = sum(sum(stepper.heard.by_request.get(f"r{i}", [])) for i in range(4)) / 4
+    others = sum(sum(stepper.heard.by_request.get(f"r{i}", [])) for i in range(4, 12)) / 8
+    assert pressed > 1.5 * others
+
+
+@BOTH
+def test_without_speculation_in_the_configuration_drafts_are_left_alone(is_async):
+    steps = []
+    for make in (AsyncScheduler if is_async else Scheduler, make_scheduler):
+        stepper = engine(lambda _: 0.6, is_async=is_async, make=make, policy="fcfs")
+        send(stepper, 8)
+        stepper.drain()
+        steps.append(stepper.steps)
+    assert steps[0] == steps[1]
+
+
+def test_lengths_without_a_drafter_are_refused():
+    settings = Settings(ours={"speculation": {}})
+    with pytest.raises(ConfigurationError, match="--speculative-config"):
+        build(settings, make_scheduler)
+
+
+def test_statistics_carry_what_was_drafted(monkeypatch):
+    monkeypatch.setenv(features.ASKED_FOR, "request-scheduler")
+    stepper = engine(lambda _: 0.9, policy="fcfs", speculation={})
+    send(stepper, 4)
+    stepper.drain()
+    stepper.clock.now_s += 60
+    carried = stepper.scheduler.make_stats().kv_connector_stats[PAYLOAD_KEY]
+    assert carried["drafts"]["allocated"] == stepper.heard.drafted
+    assert carried["drafts"].keys() == {
+        "allocated",
+        "accepted",
+        "wasted",
+        "cut_off",
+        "probes",
+        "step_time_error",
+    }
+
+
+def test_places_that_vllm_fills_up_itself_are_no_drafts():
+    budget = DraftBudget(
+        SpeculationConfig(), 4, lambda: 1.0, lambda _: SimpleNamespace(client="", tpot_slo_ms=None)
+    )
+    budget._rows["r"] = budget.lengths.table.row("r", "")
+    output = SimpleNamespace(
+        num_scheduled_tokens={"r": 5},
+        total_num_scheduled_tokens=5,
+        scheduled_spec_decode_tokens={"r": [-1] * 4},
+        scheduled_new_reqs=[],
+        scheduled_cached_reqs=SimpleNamespace(resumed_req_ids={"r"}),
+    )
+    before = budget.lengths.table.survival([0]).copy()
+    budget.scheduled(output)
+    budget.executed(output)
+    budget.verified("r", 4, 0)
+    budget.learn()
+    assert (budget.lengths.table.survival([0]) == before).all()
+    assert budget.counts()["allocated"] == 0

@@ -1,0 +1,62 @@
+"""The cost of a draft token is found where a fit of all steps cannot see it."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from penstock.schedulers.draft_cost import DraftCost
+from penstock.schedulers.slo.profiles import Profile
+from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
+
+PRIOR = Profile(base_s=0.03, token_s=4e-5)
+
+
+def observed(token_s, drafts, *, base_s=0.02, noise=0.0, seed=0):
+    rng = random.Random(seed)
+    cost = DraftCost(StepTimeModel(PRIOR))
+    for step, drafted in enumerate(drafts):
+        features = StepFeatures(16 + drafted, 16, 1000 + 16 * step)
+        cost.observe(features, drafted, (base_s + token_s * features.tokens) * (1 + noise * rng.gauss(0, 1)))
+    return cost
+
+
+@pytest.mark.parametrize("token_s", [0.0, 1e-4, 3e-3])
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_steps_that_differ_show_what_a_token_costs(token_s, noise):
+    cost = observed(token_s, [0, 64] * 60, noise=noise)
+    found = cost.seconds(StepFeatures(0, 16, 3000), 16 + np.arange(65))
+    truth = 0.02 + token_s * (16 + np.arange(65))
+    np.testing.assert_allclose(found, truth, rtol=0.05 + 2 * noise)
+    assert (np.diff(found) > -1e-12).all()
+    assert not cost.unsure(64)
+
+
+def test_steps_that_are_all_alike_leave_it_unsure():
+    assert observed(1e-3, [64] * 60).unsure(64)
+    assert not observed(1e-3, [64] * 60).unsure(0)
+
+
+def test_steps_with_prompts_or_another_batch_are_not_compared():
+    cost = DraftCost(StepTimeModel(PRIOR))
+    for requests, prompts, drafted in ((8, 0, 0), (9, 0, 40), (9, 500, 0), (9, 0, 40), (8, 0, 0)):
+        cost.observe(StepFeatures(requests + prompts + drafted, requests, 0), drafted, 0.02)
+    assert cost.unsure(1)
+
+
+def test_a_step_that_hung_is_not_taken_for_the_price_of_its_drafts():
+    cost = DraftCost(StepTimeModel(PRIOR))
+    for step in range(100):
+        drafted = 32 * (step % 2)
+        hung = 30.0 if step == 51 else 0.0
+        cost.observe(StepFeatures(16 + drafted, 16, 0), drafted, 0.02 + 1e-5 * drafted + hung)
+    assert cost.token_s < 1e-4
+
+
+def test_where_the_model_is_steeper_its_slope_counts():
+    steep = Profile(base_s=0.03, token_s=4e-5, knees_s=(1e-3, 0.0))
+    cost = DraftCost(StepTimeModel(steep))
+    found = cost.seconds(StepFeatures(0, 256, 0), 256 + np.arange(1025))
+    assert np.diff(found)[-1] > 10 * np.diff(found)[0]

@@ -1,0 +1,164 @@
+"""Lengths and estimates of a whole batch are those that the loops over requests give."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from penstock.schedulers.acceptance import AcceptanceEstimator
+from penstock.schedulers.acceptance_table import AcceptanceTable
+from penstock.schedulers.draft_lengths import DraftLengths, fastest_lengths, worth
+from penstock.schedulers.drafts import Drafting, fastest
+from penstock.schedulers.slo.profiles import Profile
+from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
+
+
+def ints(*values):
+    return np.array(values, dtype=np.int64)
+
+
+def random_batch(seed):
+    rng = random.Random(seed)
+    rows, most = rng.randint(1, 6), rng.randint(1, 5)
+    survival = np.cumprod(
+        [[rng.choice((rng.random(), 0.8, 1.0)) for _ in range(most)] for _ in range(rows)], 1
+    )
+    needed = np.array([rng.choice((0.0, math.inf, rng.uniform(1, 4))) for _ in range(rows)])
+    base, token, knee, steep = rng.uniform(0.5, 3), rng.choice((0.02, 0.3)), rng.randint(0, 6), rng.random()
+    tokens = np.arange(rng.randint(0, rows * most) + 1)
+    return survival, needed, base + token * tokens + steep * np.maximum(0, tokens - knee)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_lengths_have_the_worth_a_second_that_the_loop_over_requests_finds(seed):
+    survival, needed, seconds = random_batch(seed)
+    sure = 0.5 * len(survival)
+    values = worth(survival, needed, 0.5)
+    found = fastest_lengths(values, np.full(len(seconds), sure), seconds)
+    drafting = [
+        Drafting(str(row), list(chances), 1.0, float(need), 0.5)
+        for row, (chances, need) in enumerate(zip(survival, needed, strict=True))
+    ]
+    most = len(seconds) - 1
+    expected = fastest(
+        drafting,
+        lambda tokens, _: float(seconds[tokens]),
+        most_tokens=most,
+        longest=survival.shape[1],
+        other_worth=sure - len(survival),
+    )
+    total = int(found.lengths.sum())
+    value = sure + sum(values[row, :length].sum() for row, length in enumerate(found.lengths))
+    assert total <= most
+    assert math.isclose(found.gain, value / seconds[total] * seconds[0] / sure - 1, abs_tol=1e-9)
+    assert found.gain >= expected.gain - 1e-6
+    assert math.isclose(found.gain, max(0.0, expected.gain), abs_tol=1e-6)
+
+
+def test_a_draft_that_leaves_prompts_no_room_is_worth_less_than_they_are():
+    values = np.array([[0.15, 0.1], [0.9, 0.5]])
+    rest = 10.0 - 0.2 * np.arange(5)
+    assert list(fastest_lengths(values, rest, np.ones(5)).lengths) == [0, 2]
+
+
+@pytest.mark.parametrize(("together", "tolerance"), [(1, 1e-9), (12, 0.03)])
+@pytest.mark.parametrize("seed", range(10))
+def test_the_table_estimates_what_the_estimator_does(seed, together, tolerance):
+    rng = random.Random(seed)
+    table, estimator = AcceptanceTable(4), AcceptanceEstimator(4)
+    classes = {f"r{i}": rng.choice("abc") for i in range(80)}
+    for _ in range(150):
+        step = rng.sample(sorted(classes), rng.randint(0, together))
+        drafted = [rng.randint(0, 6) for _ in step]
+        accepted = [rng.randint(0, most) for most in drafted]
+        rows = ints(*(table.row(name, classes[name]) for name in step))
+        table.observe(rows, ints(*drafted), ints(*accepted))
+        for name, tokens, right in zip(step, drafted, accepted, strict=True):
+            estimator.observe(name, classes[name], tokens, right)
+        table.check_integrity()
+    names = [name for name in classes if table.find(name) is not None]
+    rows = ints(*(table.row(name, classes[name]) for name in names))
+    for name, row in zip(names, table.survival(rows), strict=True):
+        np.testing.assert_allclose(row, estimator.survival(name, classes[name]), rtol=tolerance)
+
+
+def test_a_row_is_given_to_another_request_without_what_was_learned_in_it():
+    table = AcceptanceTable(2)
+    row = table.row("a", "x")
+    before = table.survival(ints(row)).copy()
+    for _ in range(50):
+        table.observe(ints(row), ints(2), ints(0))
+    table.forget("a")
+    assert table.row("b", "y") == row
+    np.testing.assert_allclose(table.survival(ints(row)), before)
+
+
+def test_classes_without_end_do_not_take_memory_without_end():
+    table = AcceptanceTable(2)
+    for number in range(1000):
+        table.row(f"r{number}", f"c{number}")
+        table.forget(f"r{number}")
+    table.check_integrity()
+    assert len(table) == 0
+
+
+def test_more_accepted_than_drafted_is_refused():
+    with pytest.raises(ValueError, match="accepted"):
+        AcceptanceTable(2).observe(ints(0), ints(1), ints(2))
+
+
+def serve(policy, rate, seconds, steps, requests=8):
+    """Steps that draft as told; returns the time with drafts, the tokens, and the time without."""
+    rng = random.Random(0)
+    rows = ints(*(policy.table.row(f"r{i}", "c") for i in range(requests)))
+    spent = plain = tokens = 0.0
+    for _ in range(steps):
+        rest = np.full(len(seconds), 0.5 * requests)
+        full = np.full(requests, policy.table.most_tokens)
+        lengths = policy.lengths(rows, full, np.zeros(requests), rest=rest, seconds=seconds)
+        accepted = ints(*(next((k for k in range(n) if rng.random() >= rate), n) for n in lengths))
+        drafted = lengths > 0
+        policy.table.observe(rows[drafted], lengths[drafted], accepted[drafted])
+        spent += seconds[lengths.sum()]
+        plain += seconds[0]
+        tokens += requests + accepted.sum()
+    return spent, tokens, plain
+
+
+def test_drafts_that_are_never_accepted_are_turned_off_and_probing_costs_a_percent():
+    policy, seconds = DraftLengths(4), 0.025 + 7e-4 * np.arange(33)
+    serve(policy, 0.0, seconds, 200)
+    spent, _, plain = serve(policy, 0.0, seconds, 1000)
+    assert spent <= plain * 1.01 + seconds[2] - seconds[0]
+    assert policy.probes > 0
+    assert policy.probing_s <= 0.01 * policy.served_s
+
+
+def test_drafts_come_back_when_they_begin_to_pay():
+    policy, seconds = DraftLengths(4), 0.025 + 7e-4 * np.arange(33)
+    serve(policy, 0.0, seconds, 500)
+    serve(policy, 0.95, seconds, 3000)
+    spent, tokens, plain = serve(policy, 0.95, seconds, 500)
+    assert tokens / spent > 1.5 * (8 * 500) / plain
+
+
+def test_no_row_gets_more_tokens_than_there_are():
+    policy = DraftLengths(4)
+    rows = ints(*(policy.table.row(f"r{i}", "c") for i in range(3)))
+    found = policy.lengths(
+        rows, ints(1, 4, 2), np.full(3, np.inf), rest=np.full(8, 1.5), seconds=np.full(8, 0.01)
+    )
+    assert list(found) == [1, 4, 2]
+
+
+def test_times_of_many_sizes_are_those_of_each_one():
+    model = StepTimeModel(
+        Profile(base_s=0.01, token_s=1e-5, knees_s=(1e-5, 2e-5), request_s=1e-6, context_s=1e-9)
+    )
+    tokens = np.arange(1, 4000, 37)
+    found = model.seconds_with(StepFeatures(0, 8, 1000), tokens)
+    expected = [model.seconds(StepFeatures(int(number), 8, 1000)) for number in tokens]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)

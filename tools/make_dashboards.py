@@ -1,0 +1,341 @@
+"""Write the Grafana dashboards in ``plugins/dashboards/`` from the rows below.
+
+    python tools/make_dashboards.py [--check]
+
+A panel is a title, a unit of Grafana's, and queries with their legends. Every query selects the servers that
+the dashboard's variable chooses. A test holds the queries against the series that the code declares.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent.parent / "plugins" / "dashboards"
+AT = 'instance=~"$instance"'
+SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+COLUMNS, WIDTH, HEIGHT = 3, 8, 8
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One graph. ``queries`` are pairs of an expression and the legend of its lines."""
+
+    title: str
+    unit: str
+    queries: Sequence[tuple[str, str]]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """One file. The values of its variable ``instance`` are those of ``anchor``, a series of the feature."""
+
+    name: str
+    title: str
+    anchor: str
+    panels: Sequence[Panel]
+
+
+def gauge(series: str, by: str = "engine") -> str:
+    """The sum of a gauge by a label."""
+    return f"sum by ({by}) ({series}{{{AT}}})"
+
+
+def rate(series: str, by: str = "instance") -> str:
+    """What a counter grows by in a second."""
+    return f"sum by ({by}) (rate({series}_total{{{AT}}}[$__rate_interval]))"
+
+
+def quantile(series: str, share: float) -> str:
+    """A quantile of a histogram."""
+    buckets = f"sum by (le) (rate({series}_bucket{{{AT}}}[$__rate_interval]))"
+    return f"histogram_quantile({share:g}, {buckets})"
+
+
+def quantiles(title: str, unit: str, series: str, text: str = "") -> Panel:
+    """The median and the 99th percentile of a histogram."""
+    return Panel(title, unit, [(quantile(series, 0.5), "P50"), (quantile(series, 0.99), "P99")], text)
+
+
+def per_second(title: str, unit: str, *series: str, by: str = "instance") -> Panel:
+    """What counters grow by."""
+    return Panel(title, unit, [(rate(name, by), _legend(name, by)) for name in series])
+
+
+def _legend(series: str, by: str) -> str:
+    short = series.removeprefix("vllm:flowkv_num_").removeprefix("penstock_proxy_").replace("_", " ")
+    return " ".join([short, *(f"{{{{{label.strip()}}}}}" for label in by.split(","))])
+
+
+def of_clients(title: str, unit: str, series: str, text: str = "") -> Panel:
+    """A gauge by client."""
+    return Panel(title, unit, [(gauge(series, "client"), "{{client}}")], text)
+
+
+FLOWKV = Dashboard(
+    "flowkv",
+    "Penstock: FlowKV and the P/D proxy",
+    "vllm:flowkv_xfer_time_seconds_count",
+    [
+        quantiles("Transfer time", "s", "vllm:flowkv_xfer_time_seconds", "Post included."),
+        quantiles("Time to post", "s", "vllm:flowkv_post_time_seconds"),
+        quantiles(
+            "Descriptors a transfer", "short", "vllm:flowkv_num_descriptors", "One or two are expected."
+        ),
+        quantiles("Bytes a transfer", "bytes", "vllm:flowkv_bytes_transferred"),
+        Panel(
+            "Throughput of transfers",
+            "Bps",
+            [
+                (
+                    f"sum(rate(vllm:flowkv_bytes_transferred_sum{{{AT}}}[$__rate_interval]))"
+                    f" / sum(rate(vllm:flowkv_xfer_time_seconds_sum{{{AT}}}[$__rate_interval]))",
+                    "while transferring",
+                )
+            ],
+        ),
+        per_second(
+            "Faults",
+            "cps",
+            "vllm:flowkv_num_failed_transfers",
+            "vllm:flowkv_num_failed_handshakes",
+            "vllm:flowkv_num_expired_leases",
+            "vllm:flowkv_num_stale_reads_refused",
+            "vllm:flowkv_num_digest_mismatches",
+        ),
+        per_second("Proxy: requests", "reqps", "penstock_proxy_requests", by="mode, status"),
+        Panel(
+            "Proxy: in flight",
+            "short",
+            [(gauge("penstock_proxy_in_flight", "role, server"), "{{role}} {{server}}")],
+        ),
+        Panel(
+            "Proxy: healthy servers",
+            "short",
+            [(gauge("penstock_proxy_server_healthy", "role"), "{{role}}")],
+        ),
+        quantiles("Proxy: time to first token", "s", "penstock_proxy_ttft_seconds"),
+        quantiles("Proxy: prefill", "s", "penstock_proxy_prefill_seconds"),
+        quantiles("Proxy: decode", "s", "penstock_proxy_decode_seconds"),
+        per_second(
+            "Proxy: faults",
+            "cps",
+            "penstock_proxy_retries",
+            "penstock_proxy_disconnects",
+            "penstock_proxy_broken_streams",
+            "penstock_proxy_prefills_without_handoff",
+            "penstock_proxy_stranded_handoffs",
+            "penstock_proxy_returned_handoffs",
+        ),
+    ],
+)
+
+REQUESTS = Dashboard(
+    "request-scheduling",
+    "Penstock: request scheduling",
+    "penstock_clients_known",
+    [
+        of_clients("Service", "short", "penstock_client_service_tokens", "Weighted tokens since the start."),
+        of_clients("Prompt tokens computed", "short", "penstock_client_extend_tokens"),
+        of_clients("Tokens generated", "short", "penstock_client_output_tokens"),
+        of_clients(
+            "Standing",
+            "short",
+            "penstock_client_standing_tokens",
+            "Deficit (dlpm, positive: may be served) or virtual counter (vtc).",
+        ),
+        of_clients("Waiting requests", "short", "penstock_client_waiting_requests"),
+        Panel(
+            "Jain index",
+            "percentunit",
+            [(f"penstock_client_jain_index{{{AT}}}", "{{instance}} {{engine}}")],
+            "1 for equal parts.",
+        ),
+        Panel(
+            "Clients",
+            "short",
+            [(gauge("penstock_clients_known", "engine, policy"), "{{policy}} {{engine}}")],
+        ),
+        Panel(
+            "Features",
+            "short",
+            [(gauge("penstock_feature_info", "feature, state"), "{{feature}} {{state}}")],
+            "How many processes say so.",
+        ),
+    ],
+)
+
+
+def growth(series: str, by: str = "engine") -> str:
+    """What a total that is shown as a gauge grows by in a second."""
+    return f"sum by ({by}) (rate({series}{{{AT}}}[$__rate_interval]))"
+
+
+def share(part: str, whole: str, by: str) -> str:
+    """What part of a total's growth another one's is."""
+    return f"{growth(part, by)} / {growth(whole, by)}"
+
+
+def totals(title: str, unit: str, *names: str, of: str = "penstock_slo_", text: str = "") -> Panel:
+    """The growth of totals that have the first part of their names in common."""
+    return Panel(title, unit, [(growth(of + name), name.replace("_", " ")) for name in names], text)
+
+
+SLO = Dashboard(
+    "slo",
+    "Penstock: latency targets",
+    "penstock_slo_plans",
+    [
+        Panel(
+            "Attainment by tier",
+            "percentunit",
+            [(share("penstock_slo_attained_requests", "penstock_slo_requests", "tier"), "{{tier}}")],
+            "Requests that met their targets, of those that ended.",
+        ),
+        Panel(
+            "Attainment by tier, by tokens",
+            "percentunit",
+            [(share("penstock_slo_attained_tokens", "penstock_slo_tokens", "tier"), "{{tier}}")],
+        ),
+        Panel(
+            "Goodput",
+            "reqps",
+            [(growth("penstock_slo_attained_requests", "tier"), "{{tier}}")],
+            "Requests a second that met their targets.",
+        ),
+        Panel(
+            "Step time, predicted to measured",
+            "percentunit",
+            [
+                (
+                    share("penstock_slo_predicted_seconds", "penstock_slo_measured_seconds", "engine"),
+                    "{{engine}}",
+                )
+            ],
+        ),
+        Panel(
+            "Error of predictions",
+            "percentunit",
+            [
+                (f"penstock_slo_step_time_error_median{{{AT}}}", "P50 {{engine}}"),
+                (f"penstock_slo_step_time_error_p99{{{AT}}}", "P99 {{engine}}"),
+            ],
+        ),
+        totals("Steps", "cps", "plans", "passive_plans", "yielded_steps"),
+        totals("Decisions on admission", "cps", "replans", "replans_past_work_bound"),
+        totals("Requests", "cps", "admitted_requests", "demoted_requests", "preempted_requests", "skipped"),
+        totals("Clock", "cps", "rejected_step_times", "clock_steps_back"),
+    ],
+)
+
+DRAFTS = "penstock_draft_tokens_"
+
+SPECULATION = Dashboard(
+    "speculation",
+    "Penstock: speculation",
+    DRAFTS + "allocated",
+    [
+        totals(
+            "Draft tokens",
+            "cps",
+            "allocated",
+            "accepted",
+            "wasted",
+            "cut_off",
+            of=DRAFTS,
+            text="Verified, right, wrong, and not worth verifying.",
+        ),
+        Panel(
+            "Accepted share",
+            "percentunit",
+            [(share(DRAFTS + "accepted", DRAFTS + "allocated", "engine"), "{{engine}}")],
+            "Of the draft tokens that were verified.",
+        ),
+        totals("Probes", "cps", "probes", of="penstock_draft_", text="Steps that ask if drafts pay again."),
+        Panel(
+            "Error of predicted step times",
+            "percentunit",
+            [(f"penstock_step_time_error_ratio{{{AT}}}", "{{engine}}")],
+            "Median, relative.",
+        ),
+    ],
+)
+
+DASHBOARDS = (FLOWKV, REQUESTS, SLO, SPECULATION)
+
+
+def as_json(board: Dashboard) -> str:
+    """The text of a dashboard's file."""
+    variables = [
+        {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"},
+        {
+            "name": "instance",
+            "label": "Server",
+            "type": "query",
+            "datasource": SOURCE,
+            "query": f"label_values({board.anchor}, instance)",
+            "refresh": 2,
+            "multi": True,
+            "includeAll": True,
+            "allValue": ".*",
+            "current": {"text": "All", "value": "$__all"},
+        },
+    ]
+    model = {
+        "uid": f"penstock-{board.name}",
+        "title": board.title,
+        "tags": ["penstock"],
+        "schemaVersion": 39,
+        "editable": True,
+        "refresh": "10s",
+        "time": {"from": "now-1h", "to": "now"},
+        "templating": {"list": variables},
+        "panels": [_panel(number, panel) for number, panel in enumerate(board.panels)],
+    }
+    return json.dumps(model, indent=1) + "\n"
+
+
+def _panel(number: int, panel: Panel) -> dict[str, Any]:
+    return {
+        "id": number + 1,
+        "type": "timeseries",
+        "title": panel.title,
+        "description": panel.text,
+        "datasource": SOURCE,
+        "gridPos": {
+            "x": number % COLUMNS * WIDTH,
+            "y": number // COLUMNS * HEIGHT,
+            "w": WIDTH,
+            "h": HEIGHT,
+        },
+        "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []},
+        "options": {"tooltip": {"mode": "multi", "sort": "desc"}},
+        "targets": [
+            {"refId": chr(ord("A") + index), "datasource": SOURCE, "expr": expression, "legendFormat": legend}
+            for index, (expression, legend) in enumerate(panel.queries)
+        ],
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the files, or with ``--check`` say which ones are not what would be written."""
+    stale = []
+    for board in DASHBOARDS:
+        file = FOLDER / f"{board.name}.json"
+        text = as_json(board)
+        if "--check" not in arguments:
+            file.write_text(text)
+        elif not file.exists() or file.read_text() != text:
+            stale.append(file.name)
+    if stale:
+        print(f"run tools/make_dashboards.py: {', '.join(stale)}", file=sys.stderr)
+    return bool(stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
