@@ -56,12 +56,12 @@ def ours(policy: str, **settings: Any) -> Policy:
 POLICIES = (
     Policy("fcfs"),
     Policy("priority", scheduling_policy="priority"),
-    ours("lpm"),
+    ours("lpm", ageing_tokens_per_s=0.0),
     ours("vtc"),
     ours("dlpm", quantum_tokens=QUANTUM),
 )
 """Peers first. ``priority`` is given each request's number at its client: round robin between clients, the
-best that stock vLLM can be made to do for fairness."""
+best that stock vLLM can be made to do for fairness. LPM is the bare one, under which prompts may starve."""
 
 PEERLESS = tuple(policy for policy in POLICIES if policy.name in {"fcfs", "lpm", "dlpm"})
 """For cases of one client, where VTC and priority are first come, first served."""

@@ -181,4 +181,4 @@ def bounded(case: Case, policy: Policy, watch: DeficitWatch) -> list[str]:
 
 def endless_quantum() -> Policy:
     """DLPM that never has to refill: it must serve as LPM does."""
-    return ours("dlpm", quantum_tokens=1e9)
+    return ours("dlpm", quantum_tokens=1e9, ageing_tokens_per_s=0.0)

@@ -30,9 +30,9 @@ QUANTA = {
 }
 """Beside the bench's own 2k."""
 AGEING = tuple(
-    with_setting(f"dlpm, ageing {tokens}", ageing_tokens_per_s=float(tokens)) for tokens in (0, 10, 200)
+    with_setting(f"dlpm, ageing {tokens}", ageing_tokens_per_s=float(tokens)) for tokens in (0, 10, 50, 200)
 )
-"""Cached tokens that a second of waiting is worth, beside the default of 50."""
+"""Cached tokens that a second of waiting is worth, beside the default of 20."""
 FREE_OUTPUT = with_setting(EXTEND_ALONE, output_weight=0.0)
 
 VARIANTS: Mapping[str, tuple[Policy, ...]] = {

@@ -48,7 +48,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """Price of a prompt token that was computed; tokens from the prefix cache or a connector are free."""
     output_weight: Price = 2.0
     """Price of a generated token."""
-    ageing_tokens_per_s: Annotated[float, msgspec.Meta(ge=0, le=LARGEST_TOKENS)] = 50.0
+    ageing_tokens_per_s: Annotated[float, msgspec.Meta(ge=0, le=LARGEST_TOKENS)] = 20.0
     """Cached tokens that a second of waiting is worth in the order by prefix, so that a cold prompt is
     served at last; 0 lets it wait for ever behind warmer ones. ``dlpm`` and ``lpm``."""
     hit_refreshes_per_step: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 64

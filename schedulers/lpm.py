@@ -31,7 +31,7 @@ class PrefixOrder(RankedOrder):
         hit_tokens: HitTokens,
         extend_weight: float = 1.0,
         output_weight: float = 2.0,
-        ageing_tokens_per_s: float = 50.0,
+        ageing_tokens_per_s: float = 20.0,
         refreshes_per_step: int = 64,
         idle_s: float = 3600.0,
         max_clients: int = 10_000,
