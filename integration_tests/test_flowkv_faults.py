@@ -230,14 +230,19 @@ def test_queued_past_the_lease_then_killed(servers, logs, pair):
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
             url = f"{doomed.url}/v1/completions"
             body = victim.body(tokens(550, 50), max_tokens=8000, ignore_eos=True, stream=True)
-            with httpx.Client(timeout=120) as client, client.stream("POST", url, json=body) as busy:
+            with (
+                httpx.Client(timeout=120) as client,
+                client.stream("POST", url, json=body) as busy,
+                # Takes the one seat when the first has said its 8000 tokens.
+                client.stream("POST", url, json=body),
+            ):
                 lines = busy.iter_lines()  # httpx hangs up when the iterator is dropped
                 next(lines)
                 jobs = [pool.submit(victim.decode_with, p, h) for p, h in zip(prompts, handed, strict=True)]
                 waiting = "vllm:num_requests_waiting"
-                eventually("five requests wait", lambda: samples(doomed.url)[waiting] == 5)
+                eventually("five requests wait", lambda: samples(doomed.url)[waiting] >= 5)
                 time.sleep(LEASE_S + 5)
-                assert samples(doomed.url)[waiting] == 5
+                assert samples(doomed.url)[waiting] >= 5
             assert token_ids(jobs[0].result()) == expected
             os.killpg(doomed.pid, signal.SIGKILL)
             for job in jobs[1:]:
