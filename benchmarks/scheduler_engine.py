@@ -24,20 +24,11 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from penstock.simulation.vllm_engine import MODEL_CONFIG
+
 BLOCK_TOKENS = 16
 LONGEST = 2_048
-MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "vocab_size": 32000,
-    "max_position_embeddings": LONGEST,
-    "torch_dtype": "float16",
-}
+MODEL = MODEL_CONFIG | {"max_position_embeddings": LONGEST}
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
