@@ -67,24 +67,26 @@ def churn_asks(count: int = 48, *, seed: int = 0) -> list[Ask]:
 
 
 def ask_together(url: str, model: str, asks: Sequence[Ask], *, at_once: int = 6) -> list[Answer]:
-    """As ``ask_all``, with ``at_once`` requests under way at any moment; answers in the order of ``asks``."""
+    """As ``ask_all``, with ``at_once`` requests under way at any moment; answers in the order of ``asks``.
+    They wear a pool and are not timed, so each is asked again when it is turned away."""
     pool = ThreadPoolExecutor(at_once)
     try:
-        return [answers[0] for answers in pool.map(lambda ask: ask_all(url, model, [ask]), asks)]
+        return [answers[0] for answers in pool.map(lambda ask: ask_all(url, model, [ask], retries=5), asks)]
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def ask_all(
-    url: str, model: str, asks: Sequence[Ask], *, done: Callable[[int], None] | None = None
+    url: str, model: str, asks: Sequence[Ask], *, done: Callable[[int], None] | None = None, retries: int = 0
 ) -> list[Answer]:
-    """Send the requests one after the other. ``done`` hears how many are answered.
+    """Send the requests one after the other. ``done`` hears how many are answered. ``retries`` are for
+    requests whose time does not count: a server that a busy machine keeps from answering is asked again.
 
     Raises:
         AskError: the server answered with an error, or not at all.
     """
     answers = []
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=180) as client:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=retries, timeout=180) as client:
         for ask in asks:
             try:
                 answers.append(_send(client, model, ask))
