@@ -66,12 +66,15 @@ def churn_asks(count: int = 48, *, seed: int = 0) -> list[Ask]:
     return asks
 
 
-def ask_together(url: str, model: str, asks: Sequence[Ask], *, at_once: int = 6) -> list[Answer]:
-    """As ``ask_all``, with ``at_once`` requests under way at any moment; answers in the order of ``asks``.
-    They wear a pool and are not timed, so each is asked again when it is turned away."""
+def ask_together(
+    url: str, model: str, asks: Sequence[Ask], *, at_once: int = 6, retries: int = 0
+) -> list[Answer]:
+    """As ``ask_all``, with ``at_once`` requests under way at any moment; answers in the order of ``asks``."""
     pool = ThreadPoolExecutor(at_once)
     try:
-        return [answers[0] for answers in pool.map(lambda ask: ask_all(url, model, [ask], retries=5), asks)]
+        return [
+            answers[0] for answers in pool.map(lambda ask: ask_all(url, model, [ask], retries=retries), asks)
+        ]
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -85,7 +85,7 @@ class Stage:
         """Wear the block pool as traffic does; an engine that has just started hands out blocks in order."""
         asks = churn_asks()
         with self._narrator.step(f"{what}: {len(asks)} mixed requests to wear the block pool"):
-            ask_together(url, self._template.model, asks)
+            ask_together(url, self._template.model, asks, retries=5)
 
     def _ask(self, what: str, url: str, asks: Sequence[Ask]) -> list[Answer]:
         with self._narrator.step(f"{what}: the {len(asks)} requests that are compared") as tell:

@@ -98,7 +98,7 @@ def wear(pair: Pair, connector: str, model: str, seed: int, tell: Tell) -> None:
     for attempt in range(1, WEARINGS + 1):
         tell(f"{connector}: wearing the block pools")
         try:
-            ask_together(pair.url, model, churn_asks(seed=seed))
+            ask_together(pair.url, model, churn_asks(seed=seed), retries=5)
         except AskError as error:
             tell(f"{connector}: {error}")
             if attempt == WEARINGS:
