@@ -31,6 +31,7 @@ POLL_S = 0.25
 LOG_TAIL_LINES = 20
 LOG_ERRORS = 5
 _ERROR_LINE = re.compile(r"\b(?:\w+\.)*\w*(?:Error|Exception|error): .*")
+_COMPLAINT = re.compile(r"^.*\b(?:WARNING|ERROR|CRITICAL)\b.*$", re.MULTILINE)
 
 
 class ServerError(RuntimeError):
@@ -139,6 +140,17 @@ class Server:
         tail = text.splitlines()[-LOG_TAIL_LINES:]
         return "\n".join([f"{self.log} says:", *errors, "...", *tail])
 
+    def said(self) -> int:
+        """Bytes of log so far: a mark for ``complaints``."""
+        return self.log.stat().st_size if self.log.exists() else 0
+
+    def complaints(self, since: int = 0) -> list[str]:
+        """Warnings and errors that the log holds from byte ``since`` on, each once and in order."""
+        with self.log.open("rb") as log:
+            log.seek(since)
+            text = log.read().decode("utf-8", errors="replace")
+        return list(dict.fromkeys(_COMPLAINT.findall(text)))
+
     def pause(self) -> None:
         """Stop the processes where they are: they answer nothing and take no processor until ``resume``."""
         signal_group(self.pid, signal.SIGSTOP)
@@ -176,6 +188,11 @@ class Server:
 _live: list[Server] = []
 _reaper = Reaper()
 _owner = os.getpid()
+
+
+def running_servers() -> tuple[Server, ...]:
+    """Servers of this process that were started and not stopped."""
+    return tuple(_live)
 
 
 def wait_until_ready(

@@ -32,6 +32,11 @@ class FlowKVConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Secret that both roles hold; with it, unsigned, altered or replayed control messages are refused."""
     allowed_hosts: tuple[Host, ...] = ()
     """Prefill hosts that a decode server may be told to pull from; empty allows any IP address, no name."""
+    pickup_s: Seconds = 60.0
+    """How long a prefill server keeps a handed-off request's blocks for the decode side's first sign of life.
+
+    Answers and requests queue in front of two busy servers meanwhile, so it is longer than ``lease_s``.
+    """
     lease_s: Seconds = 30.0
     """How long a prefill server keeps a request's blocks after the last sign of life from the decode side."""
     longest_lease_s: Seconds = 600.0

@@ -45,16 +45,18 @@ class Lease:
     ranks: int
     deadline: float
     last_deadline: float
+    renewals: int = 0
     committed: set[int] = field(default_factory=set)
     digests: dict[int, Digests] = field(default_factory=dict)
 
 
 @dataclass(slots=True, frozen=True)
 class Ended:
-    """A lease that has just ended."""
+    """A lease that has just ended, and how often its receiver had renewed it."""
 
     request_id: str
     end: LeaseEnd
+    renewals: int
 
 
 class Commit(Enum):
@@ -69,7 +71,8 @@ class LeaseTable:
     """All leases of one sender. Thread-safe: a control thread commits while the scheduler grants and sweeps.
 
     Args:
-        duration_s: life of a lease after its grant and after each renewal.
+        pickup_s: life of a lease after its grant, until it is renewed for the first time.
+        duration_s: life of a lease after each renewal.
         longest_s: bound on a lease's life whatever the receiver says.
         clock: monotonic seconds.
         epochs: live array of one allocation counter a block, or None where the pool keeps none.
@@ -82,12 +85,14 @@ class LeaseTable:
     def __init__(
         self,
         *,
+        pickup_s: float,
         duration_s: float,
         longest_s: float,
         clock: Callable[[], float],
         epochs: Epochs | None = None,
         expect_digests: bool = False,
     ) -> None:
+        self._pickup_s = pickup_s
         self._duration_s = duration_s
         self._longest_s = longest_s
         self._clock = clock
@@ -121,7 +126,7 @@ class LeaseTable:
             blocks=blocks,
             epochs=None if self._epochs is None else self._epochs[blocks].copy(),
             ranks=ranks,
-            deadline=now + min(self._duration_s, self._longest_s),
+            deadline=now + min(self._pickup_s, self._longest_s),
             last_deadline=now + self._longest_s,
         )
         with self._lock:
@@ -132,7 +137,7 @@ class LeaseTable:
         return lease.id
 
     def renew(self, lease_ids: Sequence[str]) -> list[str]:
-        """Extend the leases that are held, never past their bound; returns those that are not held."""
+        """Give held leases ``duration_s`` from now, within their bound; returns those that are not held."""
         with self._lock:
             now = self._clock()
             unknown = []
@@ -141,7 +146,8 @@ class LeaseTable:
                 if lease is None or now >= lease.deadline:
                     unknown.append(lease_id)
                 else:
-                    lease.deadline = min(lease.last_deadline, max(lease.deadline, now + self._duration_s))
+                    lease.renewals += 1
+                    lease.deadline = min(lease.last_deadline, now + self._duration_s)
             return unknown
 
     def add_digests(self, request_id: str, rank: int, digests: Digests) -> None:
@@ -216,7 +222,7 @@ class LeaseTable:
     def _end(self, lease: Lease, end: LeaseEnd) -> None:
         del self._held[lease.id]
         del self._by_request[lease.request_id]
-        self._ended.append(Ended(lease.request_id, end))
+        self._ended.append(Ended(lease.request_id, end, lease.renewals))
         self._recent[lease.id] = end
         if len(self._recent) > self.RECENT:
             self._recent.popitem(last=False)

@@ -44,6 +44,7 @@ class Sender:
         self.address = address
         self.instance = secrets.token_hex(16)
         self.leases = LeaseTable(
+            pickup_s=config.pickup_s,
             duration_s=config.lease_s,
             longest_s=config.longest_lease_s,
             clock=clock,

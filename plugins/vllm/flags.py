@@ -64,6 +64,7 @@ OPTIONS = (
     Option("host", str, "Address that FlowKV's control channel binds to."),
     Option("port", whole, "TCP port of FlowKV's control channel; 0 takes a free one."),
     Option("advertise_host", str, "Address that peers use, where it differs from --flowkv-host."),
+    Option("pickup_s", real, "Seconds that prefill keeps blocks for decode's first sign of life."),
     Option("lease_s", real, "Seconds that prefill keeps blocks after decode's last sign of life."),
     Option("digest", str, "Which blocks are hashed on both sides of a transfer.", get_args(DigestMode)),
     Option("allocation", str, "Prefer contiguous blocks, or keep vLLM's own order.", get_args(Policy)),

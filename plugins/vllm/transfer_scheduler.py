@@ -143,8 +143,9 @@ class TransferScheduler:
             if ended.end is LeaseEnd.EXPIRED:
                 self._stats.expired_leases += 1
                 logger.warning(
-                    "FlowKV lease of request %s expired before it was read; its blocks are free again",
+                    "FlowKV lease of request %s expired before it was read; its blocks are free again (%s)",
                     ended.request_id,
+                    f"renewed {ended.renewals} times" if ended.renewals else "no decode server asked for it",
                 )
         return step
 

@@ -69,9 +69,9 @@ def test_f2_no_wait_is_without_a_deadline(site, stage):
     site.check()
 
 
-def test_f3_a_hand_off_that_nobody_pulls_costs_the_blocks_for_one_lease(site):
+def test_f3_a_hand_off_that_nobody_asks_for_costs_the_blocks_until_pickup_is_over(site):
     site.prefill.prefill(KEYS)
-    site.clock.advance(CONFIG.lease_s - 0.001)
+    site.clock.advance(CONFIG.pickup_s - 0.001)
     site.prefill.sweep()
     assert not site.prefill.ends
     site.clock.advance(0.001)
@@ -152,7 +152,7 @@ def test_f6_a_wrong_byte_before_the_local_hit_is_not_our_bytes(site):
 def test_f7_a_lease_that_ran_out_in_the_decode_queue_is_not_read(digest):
     site = Site(config(digest=digest))
     hand_off = site.prefill.prefill(KEYS)
-    site.clock.advance(CONFIG.lease_s)
+    site.clock.advance(CONFIG.pickup_s)
     site.prefill.sweep()
     request_id = site.decode.pull(hand_off, KEYS)
     site.run()
@@ -167,7 +167,7 @@ def test_f7_a_lease_that_runs_out_between_the_read_and_its_end_is_refused(digest
     site = Site(config(digest=digest))
     assert site.outcome(OTHERS) is None
     request_id = site.request(KEYS)
-    site.clock.advance(CONFIG.lease_s)
+    site.clock.advance(CONFIG.pickup_s)
     site.run()
     assert isinstance(site.decode.error_of(request_id), StaleReadError)
     site.check()

@@ -17,7 +17,7 @@ from penstock.connectors.lease import Commit, LeaseEnd, LeaseTable
 from penstock.connectors.runs import Run, blocks_of
 
 BLOCKS = 40
-DURATION, LONGEST = 30.0, 100.0
+PICKUP, DURATION, LONGEST = 45.0, 30.0, 100.0
 names = st.integers(0, 2)
 """One of the three latest leases: old ones have ended, and a rule that meets none tests nothing."""
 
@@ -27,7 +27,7 @@ class Model:
 
     def __init__(self, now: float, blocks: list[int], epochs: list[int], ranks: int) -> None:
         self.blocks, self.epochs, self.ranks = blocks, epochs, ranks
-        self.deadline, self.last = min(now + DURATION, now + LONGEST), now + LONGEST
+        self.deadline, self.last = min(now + PICKUP, now + LONGEST), now + LONGEST
         self.committed: set[int] = set()
         self.hashed: dict[int, bytes] = {}
         self.end: LeaseEnd | None = None
@@ -39,6 +39,7 @@ class LeaseMachine(RuleBasedStateMachine):
         self.clock = Clock()
         self.epochs = np.zeros(BLOCKS, dtype=np.uint32)
         self.table = LeaseTable(
+            pickup_s=PICKUP,
             duration_s=DURATION,
             longest_s=LONGEST,
             clock=self.clock,
@@ -115,7 +116,7 @@ class LeaseMachine(RuleBasedStateMachine):
             if model is None or self.clock() >= model.deadline:
                 lost.append(self.lease_of(name))
             else:
-                model.deadline = min(model.last, max(model.deadline, self.clock() + DURATION))
+                model.deadline = min(model.last, self.clock() + DURATION)
         assert self.table.renew([self.lease_of(name) for name in wanted]) == lost
 
     @rule(picks=st.lists(names, max_size=3))
@@ -162,7 +163,8 @@ TestLeaseTable = LeaseMachine.TestCase
 
 
 def table(clock, **options) -> LeaseTable:
-    return LeaseTable(**{"duration_s": DURATION, "longest_s": LONGEST, "clock": clock, **options})
+    times = {"pickup_s": PICKUP, "duration_s": DURATION, "longest_s": LONGEST}
+    return LeaseTable(clock=clock, **{**times, **options})
 
 
 def test_a_lease_ends_with_the_last_of_its_ranks_and_no_rank_counts_twice():
@@ -198,7 +200,7 @@ def test_renewals_never_extend_a_lease_beyond_its_bound():
 
 def test_a_bound_below_the_duration_holds_from_the_start():
     clock = Clock()
-    leases = table(clock, duration_s=30.0, longest_s=10.0)
+    leases = table(clock, longest_s=10.0)
     lease = leases.grant("r", [Run(0, 4)], 1)
     clock.advance(10.0)
     assert leases.commit(lease, 0)[0] is Commit.STALE
@@ -248,3 +250,16 @@ def test_threads_that_commit_release_and_sweep_at_once_end_each_lease_once():
     assert leases.collect() == []
     assert sorted(ended) == sorted(f"r{i}" for i in range(count))
     leases.check_integrity()
+
+
+def test_the_first_renewal_ends_the_time_for_pickup_and_begins_the_lease():
+    clock = Clock()
+    leases = table(clock)
+    asked, forgotten = (leases.grant(name, [Run(0, 4)], 1) for name in ("asked", "forgotten"))
+    clock.advance(PICKUP - DURATION - 1)
+    assert leases.renew([asked]) == []
+    clock.advance(DURATION)
+    assert leases.renew([forgotten]) == []
+    assert [(ended.request_id, ended.renewals) for ended in leases.collect()] == [("asked", 1)]
+    clock.advance(DURATION)
+    assert [(ended.request_id, ended.renewals) for ended in leases.collect()] == [("forgotten", 1)]

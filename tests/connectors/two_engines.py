@@ -42,6 +42,7 @@ from penstock.connectors.transports.loopback import LoopbackTransport, Network
 PREFILL = Address("prefill.test", 5600)
 
 CONFIG = FlowKVConfig(
+    pickup_s=45.0,
     lease_s=30.0,
     longest_lease_s=120.0,
     handshake_timeout_s=10.0,

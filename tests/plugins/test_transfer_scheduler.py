@@ -221,7 +221,7 @@ def test_a_failed_load_gives_the_lease_back(halves):
 
 
 def test_a_lease_that_nobody_reads_runs_out_and_is_counted(halves):
-    sender = halves("kv_producer", lease_s=0.02, heartbeat_s=0.01)
+    sender = halves("kv_producer", pickup_s=0.02)
     sender.prefill("p", PROMPT)
     eventually(lambda: given_back(sender, "p"))
     assert sender.scheduler.take_stats().expired_leases == 1
