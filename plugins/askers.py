@@ -60,9 +60,7 @@ class Askers:
             extra |= self._from_headers(headers)
         keyed = self._keyed(headers)
         if keyed is not None:
-            extra[CLIENT_ID] = keyed.client
-            if keyed.weight is not None:
-                extra[WEIGHT] = keyed.weight
+            extra |= _of_key(keyed)
         asking(extra, longest_client_id=self._config.longest_client_id)
         return extra
 
@@ -84,6 +82,17 @@ class Askers:
         if not self._clients or scheme.lower() != b"bearer":
             return None
         return self._clients.get(hashlib.sha256(key).digest())
+
+
+def _of_key(keyed: KeyedClient) -> dict[str, Any]:
+    """What the table says of a key's requests."""
+    said = {
+        CLIENT_ID: keyed.client,
+        WEIGHT: keyed.weight,
+        TTFT_SLO_MS: keyed.ttft_slo_ms,
+        TPOT_SLO_MS: keyed.tpot_slo_ms,
+    }
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def digest_of(key: str) -> bytes:

@@ -25,6 +25,7 @@ COMMANDS = {
     "doctor": Entry(
         "penstock.plugins.doctor:doctor", "", "Say what works with the installed engine, and why."
     ),
+    "profile": Entry("penstock.plugins.profile:profile", "", "Measure what a step costs on this engine."),
     "proxy": Entry(
         "penstock.routers.cli:proxy", "proxy", "Send requests through prefill and decode servers."
     ),

@@ -28,6 +28,10 @@ class KeyedClient(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """The client that every request with this key counts for."""
     weight: Weight | None = None
     """Its share; None takes the one in ``weights``, or 1."""
+    ttft_slo_ms: Milliseconds | None = None
+    """Target for the first token of requests with this key; None leaves it to the request."""
+    tpot_slo_ms: Milliseconds | None = None
+    """Target for each further token of requests with this key; None leaves it to the request."""
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

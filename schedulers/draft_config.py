@@ -14,7 +14,8 @@ class SpeculationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     """All knobs of draft lengths. Worth is relative to that of a token which a request needs for its pace."""
 
     profile: str = "h100-13b"
-    """Shipped step-time profile to start from; the model corrects it online."""
+    """Step-time profile to start from, a shipped one by name or a file that ``penstock profile`` wrote; the
+    model corrects it online."""
     least_gain: Share = 0.01
     """Drafts are left out where they are expected to raise worth a second by less."""
     probe_share: Share = 0.01

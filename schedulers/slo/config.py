@@ -19,7 +19,7 @@ class SLOConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """All knobs of the SLO policy. Times are in seconds.
 
     Raises:
-        ValueError: tiers that do not ascend, or a profile that is not shipped.
+        ValueError: tiers that do not ascend, or a profile that is neither shipped nor a file that holds one.
     """
 
     tiers_s: tuple[float, ...] = (0.025, 0.05, 0.1, 0.25)
@@ -30,7 +30,8 @@ class SLOConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     rule: Rule = "moore_hodgson"
     """Which requests are admitted when not all can be served in time."""
     profile: str = "h100-13b"
-    """Shipped step-time profile to start from; the model corrects it online."""
+    """Step-time profile to start from, a shipped one by name or a file that ``penstock profile`` wrote; the
+    model corrects it online."""
     replan_s: Seconds = 0.1
     """Admission is decided anew after this time, or after so many arrivals or ends:"""
     replan_arrivals: Count = 10

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -43,13 +44,47 @@ def shipped_profiles() -> dict[str, Profile]:
     return msgspec.json.decode(FILE.read_bytes(), type=dict[str, Profile])
 
 
-def find_profile(name: str) -> Profile:
-    """A shipped profile.
+def find_profile(name_or_file: str) -> Profile:
+    """A shipped profile by name, or one from a file of ``penstock profile``.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is neither, or the file holds no profile; with what is allowed.
     """
-    found = shipped_profiles().get(name)
-    if found is None:
-        raise ValueError(f"profile: given {name!r}, allowed: {', '.join(sorted(shipped_profiles()))}")
+    found = shipped_profiles().get(name_or_file)
+    if found is not None:
+        return found
+    file = Path(name_or_file)
+    if not file.is_file():
+        names = ", ".join(sorted(shipped_profiles()))
+        raise ValueError(f"profile: given {name_or_file!r}, allowed: {names}, or a file of penstock profile")
+    return read_profile(file)
+
+
+def read_profile(file: Path) -> Profile:
+    """The profile in a JSON file.
+
+    Raises:
+        ValueError: it cannot be read, or holds no profile.
+    """
+    try:
+        found = msgspec.json.decode(file.read_bytes(), type=Profile)
+    except OSError as error:
+        raise ValueError(f"profile: {file} cannot be read: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        # Without the form in which a configuration's errors say where they are.
+        said = str(error).replace("`", "").replace(", got ", ", not ")
+        raise ValueError(f"profile: {file} is no step-time profile: {said}") from error
+    if not found.base_s + found.token_s:
+        raise ValueError(f"profile: {file} has base_s and token_s 0, allowed: one above 0")
     return found
+
+
+def write_profile(file: Path, profile: Profile) -> None:
+    """Write a profile as :func:`read_profile` takes it; a reader never sees half a file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
+    draft.replace(file)
