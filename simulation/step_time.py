@@ -11,9 +11,11 @@ import math
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
+
+from penstock.schedulers.slo.profiles import KNEES, Profile, find_profile, read_profile, shipped_profiles
 
 KV_READ_S = 8e-8
 """Seconds to read one token's KV cache: 131 kB (8B model, grouped-query, bfloat16) at about 1.6 TB/s."""
@@ -34,7 +36,7 @@ class Load(NamedTuple):
 
 
 class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One affine function; seconds for each unit."""
+    """One affine function; seconds for each unit. ``fixed_s`` may be below 0 where another piece is larger."""
 
     fixed_s: float
     per_token_s: float
@@ -53,9 +55,11 @@ class StepTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def __post_init__(self) -> None:
         if not self.pieces:
             raise ValueError("a step time needs at least one piece")
+        highest = max(self.pieces, key=lambda piece: piece.fixed_s)
         for piece in self.pieces:
             for key, value in msgspec.structs.asdict(piece).items():
-                if not (math.isfinite(value) and value >= 0):
+                may_be_negative = key == "fixed_s" and piece is not highest
+                if not math.isfinite(value) or (value < 0 and not may_be_negative):
                     raise ValueError(f"{key} of {self.name!r}: given {value}, allowed: 0 or more, finite")
 
     def __call__(self, load: Load) -> float:
@@ -81,6 +85,25 @@ class StepTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return msgspec.structs.replace(self, name=f"{self.name}+kv", pieces=pieces)
 
 
+def of_profile(name: str, profile: Profile) -> StepTime:
+    """A prior of the SLO policy as a step time: each knee, where a token begins to cost more, begins a piece."""
+    per_token_s, fixed_s, pieces = 0.0, profile.base_s, []
+    for knee, slope in zip((0, *KNEES), (profile.token_s, *profile.knees_s), strict=True):
+        per_token_s += slope
+        fixed_s -= slope * knee
+        if slope or not pieces:
+            pieces.append(
+                Piece(
+                    fixed_s=fixed_s,
+                    per_token_s=per_token_s,
+                    per_request_s=profile.request_s,
+                    per_context_token_s=profile.context_s,
+                    per_draft_step_s=profile.pass_s,
+                )
+            )
+    return StepTime(name=name, source=profile.source, pieces=tuple(pieces))
+
+
 @cache
 def shipped() -> dict[str, StepTime]:
     """Published profiles by name."""
@@ -89,18 +112,29 @@ def shipped() -> dict[str, StepTime]:
 
 
 def load_step_time(name_or_file: str) -> StepTime:
-    """A shipped profile by name, with ``+kv`` behind it for the KV-read term, or one from a JSON file.
+    """A shipped step time by name, with ``+kv`` behind it for the KV-read term; a shipped prior of the SLO
+    policy by name; or a JSON file that holds one or the other, as ``penstock profile`` writes it.
 
     Raises:
-        ValueError: there is neither, or the file is no profile; with what is allowed.
+        ValueError: there is none of these, or the file is no step time; with what is allowed.
     """
     name, plus, _ = name_or_file.partition("+kv")
     if name in shipped():
         return shipped()[name].with_kv_read() if plus else shipped()[name]
+    if name_or_file in shipped_profiles():
+        return of_profile(name_or_file, find_profile(name_or_file))
     file = Path(name_or_file)
     if not file.is_file():
-        raise ValueError(f"no step time {name_or_file!r}; allowed: {', '.join(shipped())}, or a JSON file")
+        names = ", ".join((*shipped(), *shipped_profiles()))
+        raise ValueError(f"no step time {name_or_file!r}; allowed: {names}, or a JSON file")
+    return _read(file)
+
+
+def _read(file: Path) -> StepTime:
     try:
-        return msgspec.json.decode(file.read_bytes(), type=StepTime)
-    except msgspec.DecodeError as error:
+        fields = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+        if "base_s" in fields:
+            return of_profile(file.stem, read_profile(file))
+        return msgspec.convert(fields, StepTime)
+    except (msgspec.DecodeError, ValueError) as error:
         raise ValueError(f"{file} is no step time: {error}") from error

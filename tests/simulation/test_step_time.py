@@ -6,7 +6,17 @@ import json
 
 import pytest
 
-from penstock.simulation.step_time import KV_READ_S, Load, Piece, StepTime, load_step_time, shipped
+from penstock.schedulers.slo.profiles import Profile, find_profile, write_profile
+from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
+from penstock.simulation.step_time import (
+    KV_READ_S,
+    Load,
+    Piece,
+    StepTime,
+    load_step_time,
+    of_profile,
+    shipped,
+)
 
 
 def test_the_largest_piece_counts():
@@ -50,12 +60,29 @@ def test_a_measured_profile_is_read_from_a_file(tmp_path):
     assert load_step_time(str(file))(Load(2, 0, 1, 9)) == 1.0
 
 
+@pytest.mark.parametrize("tokens", [1, 200, 512, 513, 1500, 2048, 9000])
+def test_a_prior_of_the_slo_policy_is_a_step_time(tokens, tmp_path):
+    prior = Profile(base_s=0.01, token_s=4e-5, knees_s=(3e-5, 1e-5), request_s=2e-5, context_s=6e-8)
+    seconds = StepTimeModel(prior).seconds(StepFeatures(tokens, 7, 40_000))
+    write_profile(tmp_path / "mine.json", prior)
+    for found in (of_profile("p", prior), load_step_time(str(tmp_path / "mine.json"))):
+        assert found(Load(tokens - 1, 1, 7, 40_000)) == pytest.approx(seconds)
+
+
+def test_shipped_priors_are_step_times_by_name():
+    prior = find_profile("a100-13b-tp2")
+    assert load_step_time("a100-13b-tp2")(Load(99, 1, 10, 5000)) == pytest.approx(
+        StepTimeModel(prior).seconds(StepFeatures(100, 10, 5000))
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [
         ('{"name": "x", "source": "", "pieces": []}', "at least one piece"),
         ('{"name": "x", "source": "", "pieces": [{"fixed_s": -1, "per_token_s": 0}]}', "fixed_s"),
         ('{"name": "x", "source": "", "pieces": [{"fixed_s": 0, "per_tokens": 0}]}', "per_tokens"),
+        ('{"base_s": -1, "token_s": 1}', "base_s"),
         ("[", "no step time"),
     ],
 )
