@@ -67,7 +67,9 @@ def measure(engine: Engine, seconds: float, tell: Tell, seed: int = 0) -> Measur
             left_s = until_s - time.monotonic()
             if left_s <= 0:
                 return Measured(steps=steps, missed=len(plan) - len(reached))
-            tell(f"{left_s:4.0f} s left, {len(steps):5} steps, {len(reached)} of {len(plan)} batches: {batch}")
+            tell(
+                f"{left_s:4.0f} s left, {len(steps):5} steps, {len(reached)} of {len(plan)} batches: {batch}"
+            )
             steps += engine.run(number, batch, until_s)
             if time.monotonic() < until_s:
                 reached.add(number)
@@ -121,8 +123,8 @@ def usage(output: Path) -> str:
 def profile(model: str, minutes: float, output: Path, seed: int, engine_args: Sequence[str]) -> None:
     """Measure what a step of an engine costs, and write it as a profile.
 
-    The engine is started in this process with ENGINE_ARGS, those of vllm serve (after a --): give the ones that
-    it will serve with. Batches of decodes over contexts of several lengths, alone and with prompts of several
+    The engine is started in this process with ENGINE_ARGS (after a --), those of vllm serve: give the ones
+    that it will serve with. Batches of decodes over contexts of several lengths, alone and with prompts of several
     lengths, are measured until the time is over. The file is a prior for --request-scheduler slo.
     """
     if not output.resolve().parent.is_dir():

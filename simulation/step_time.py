@@ -36,7 +36,7 @@ class Load(NamedTuple):
 
 
 class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One affine function; seconds for each unit. ``fixed_s`` may be below 0 where another piece is larger."""
+    """One affine function; seconds for each unit. ``fixed_s`` may be below 0 beside one that is not."""
 
     fixed_s: float
     per_token_s: float
@@ -86,7 +86,7 @@ class StepTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 def of_profile(name: str, profile: Profile) -> StepTime:
-    """A prior of the SLO policy as a step time: each knee, where a token begins to cost more, begins a piece."""
+    """A prior of the SLO policy as a step time: a piece begins where tokens begin to cost more."""
     per_token_s, fixed_s, pieces = 0.0, profile.base_s, []
     for knee, slope in zip((0, *KNEES), (profile.token_s, *profile.knees_s), strict=True):
         per_token_s += slope

@@ -37,7 +37,7 @@ STEPS_IN_FLIGHT = 4
 
 
 class ProfiledEngine:
-    """An engine that runs batches of a plan. ``arguments`` are those of ``vllm serve``, ``--model`` among them.
+    """An engine that runs batches of a plan. ``arguments`` are vLLM's for an engine, ``--model`` among them.
 
     Raises:
         ValueError: they name a scheduler; the engine is measured under vLLM's own.
@@ -128,7 +128,7 @@ class ProfiledEngine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        self._engine.add_request(name, {"prompt_token_ids": ids}, params)
+        self._engine.add_request(name, {"type": "token", "prompt_token_ids": ids}, params)
         self._live.add(name)
         return name
 

@@ -97,6 +97,7 @@ PLANS = (
             "num_spec_tokens",
             "num_prefill_lookahead",
             "need_mamba_block_aligned_split",
+            "lora_config",
             "block_size",
             "_pause_state",
         )
@@ -111,6 +112,7 @@ PLANS = (
         "num_output_placeholders",
         "spec_token_ids",
         "has_encoder_inputs",
+        "lora_request",
     ),
     *read(
         "vllm.v1.request:RequestStatus",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -137,6 +138,9 @@ class SLOScheduling(Stock):
     def _carry_out(self, plan: Plan, holding: list[Request]) -> None:
         if plan.preempt:
             self._throw_out(plan.preempt)
+        adapted = self._adapted_beside(plan) if self.lora_config else {}
+        if adapted:
+            self.plan = msgspec.structs.replace(plan, caps={**plan.caps, **adapted})
         places = {name: place for place, name in enumerate(plan.order)}
         # Whom the plan leaves out has its last token in flight, and must not be the one to throw out.
         self.running.sort(key=lambda request: places.get(request.request_id, -1))
@@ -145,7 +149,15 @@ class SLOScheduling(Stock):
         if self.num_spec_tokens:
             drafts = sum(len(request.spec_token_ids) for request in self.running)
             drafts += self.num_spec_tokens * (len(holding) + len(plan.waiting))
-        self.max_num_scheduled_tokens = min(self._step_tokens, plan.step_tokens + beside + drafts)
+        more = beside + drafts + len(adapted)
+        self.max_num_scheduled_tokens = min(self._step_tokens, plan.step_tokens + more)
+
+    def _adapted_beside(self, plan: Plan) -> dict[str, int]:
+        """A token for each running request with a LoRA adapter that ``plan`` passes over: vLLM admits by the
+        adapters of the requests that it schedules, and asserts later that those of all that run have room.
+        """
+        running = (request for request in self.running if request.lora_request)
+        return {one.request_id: 1 for one in running if one.request_id not in plan.caps}
 
     def _throw_out(self, names: tuple[str, ...]) -> None:
         """Preempt as vLLM does when blocks run out: what is in flight is delivered."""

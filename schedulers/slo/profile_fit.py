@@ -55,9 +55,7 @@ def warmed_up(steps: Sequence[MeasuredStep]) -> list[MeasuredStep]:
     return [step for alike in _alike(steps) for step in (alike[1:] or alike)]
 
 
-def split(
-    steps: Sequence[MeasuredStep], seed: int = 0
-) -> tuple[list[MeasuredStep], list[MeasuredStep]]:
+def split(steps: Sequence[MeasuredStep], seed: int = 0) -> tuple[list[MeasuredStep], list[MeasuredStep]]:
     """Steps to fit, and a quarter of all to judge the fit by."""
     rng = random.Random(seed)
     fitted: list[MeasuredStep] = []

@@ -156,7 +156,9 @@ async def test_with_a_table_of_keys_nobody_names_itself(key, found):
 
 async def test_a_key_s_targets_outrank_the_request_s_own():
     gold = {"client": "g", "ttft_slo_ms": 500, "tpot_slo_ms": 40}
-    site = Site({"trust_headers": True, "clients": {"gold": gold, "plain": {"client": "p", "ttft_slo_ms": 900}}})
+    site = Site(
+        {"trust_headers": True, "clients": {"gold": gold, "plain": {"client": "p", "ttft_slo_ms": 900}}}
+    )
     body = {"prompt": "x", "vllm_xargs": {"ttft_slo_ms": 5, "tpot_slo_ms": 7}}
     arrived = await site.arrived(body, headers=bearer("gold") | {TPOT: "1"})
     assert arrived == {"client_id": "g", "ttft_slo_ms": 500, "tpot_slo_ms": 40}

@@ -39,10 +39,12 @@ class Engine:
             for chunk in batch.chunks
         ] * 3
         model = StepTimeModel(TRUTH)
-        return [MeasuredStep(one, model.seconds(one), number, batch.decodes) for one in features if one.tokens]
+        return [
+            MeasuredStep(one, model.seconds(one), number, batch.decodes) for one in features if one.tokens
+        ]
 
 
-@pytest.fixture()
+@pytest.fixture
 def made_up(monkeypatch):
     engines = []
 

@@ -1,4 +1,4 @@
-"""Profiles that are measured: the plan fits into the engine, the fit finds what is true, files are checked."""
+"""Profiles that are measured: plans fit into the engine, fits find what is true, files are checked."""
 
 from __future__ import annotations
 
