@@ -124,8 +124,8 @@ def profile(model: str, minutes: float, output: Path, seed: int, engine_args: Se
     """Measure what a step of an engine costs, and write it as a profile.
 
     The engine is started in this process with ENGINE_ARGS (after a --), those of vllm serve: give the ones
-    that it will serve with. Batches of decodes over contexts of several lengths, alone and with prompts of several
-    lengths, are measured until the time is over. The file is a prior for --request-scheduler slo.
+    that it will serve with. Batches of decodes over contexts of several lengths, alone and with prompts of
+    several lengths, are measured until the time is over. The file is a prior for --request-scheduler slo.
     """
     if not output.resolve().parent.is_dir():
         raise click.BadParameter(f"{output.resolve().parent} is no folder", param_hint="--output")
