@@ -1,8 +1,9 @@
 """One trace through a real engine and through the simulation, step by step, each written down in one form.
 
 Run as a program, this starts one engine core with the tiny model, its executor and its model runner, and puts
-the trace through it under each policy in turn: ``python stepped_engine.py MODEL RESULT.json``. Time is the
-number of the step on both sides, so that arrivals and ageing mean the same.
+the trace through it under each policy in turn: ``python stepped_engine.py MODEL RESULT.json [overlap]``. Time
+is the number of the step on both sides, so that arrivals and ageing mean the same. With ``overlap`` a step is
+chosen before the one that runs has come back, as asynchronous scheduling does.
 """
 
 from __future__ import annotations
@@ -24,10 +25,15 @@ if TYPE_CHECKING:
 
     from penstock.simulation.vllm_engine import EngineShape, VllmEngine
 
-STOCK = "vllm.v1.core.sched.scheduler.Scheduler"
+STOCK = {
+    False: "vllm.v1.core.sched.scheduler.Scheduler",
+    True: "vllm.v1.core.sched.async_scheduler.AsyncScheduler",
+}
+OVERLAP = "overlap"
 OURS = "penstock.plugins.vllm.request_scheduler.make_scheduler"
 SECTION = {"penstock": {"scheduler": {"policy": "dlpm", "quantum_tokens": 400}}}
-POLICIES: dict[str, tuple[str, dict[str, Any]]] = {"fcfs": (STOCK, {}), "dlpm": (OURS, SECTION)}
+POLICIES: dict[str, dict[str, Any]] = {"fcfs": {}, "dlpm": SECTION}
+"""With the section that asks for ours, or without one."""
 
 Rows = list[tuple[str, int, int]]
 
@@ -72,7 +78,7 @@ def trace() -> list[Ask]:
     return asks
 
 
-def shape(policy: str) -> EngineShape:
+def shape(policy: str, overlap: bool) -> EngineShape:
     """Chunked prefill, six requests at once, and a KV cache in which those do not always find room."""
     from penstock.simulation.vllm_engine import EngineShape
 
@@ -82,7 +88,8 @@ def shape(policy: str) -> EngineShape:
         max_num_batched_tokens=128,
         max_num_seqs=6,
         block_size=32,
-        additional_config=POLICIES[policy][1],
+        async_scheduling=overlap,
+        additional_config=POLICIES[policy],
     )
 
 
@@ -107,21 +114,21 @@ class NotedEngine:
         return self._engine.describe()
 
 
-def scheduler_factory(policy: str, clock: VirtualClock) -> Any:
+def scheduler_factory(policy: str, overlap: bool, clock: VirtualClock) -> Any:
     """The policy's scheduler; one of ours reads ``clock``."""
     from penstock.simulation.vllm_engine import resolve
 
-    name, _ = POLICIES[policy]
-    return partial(resolve(name), clock=clock) if name == OURS else resolve(name)
+    return partial(resolve(OURS), clock=clock) if POLICIES[policy] else resolve(STOCK[overlap])
 
 
-def simulated(policy: str) -> Record:
+def simulated(policy: str, overlap: bool) -> Record:
     """The trace in the simulation, a second a step."""
     from penstock.simulation.vllm_engine import VllmEngine
 
     clock, record = VirtualClock(), Record()
-    engine = NotedEngine(VllmEngine(shape(policy), scheduler_factory(policy, clock)), record)
-    Simulation(engine, Fixed(trace()), lambda _: 1.0, clock).run()
+    made = scheduler_factory(policy, overlap, clock)
+    engine = NotedEngine(VllmEngine(shape(policy, overlap), made), record)
+    Simulation(engine, Fixed(trace()), lambda _: 1.0, clock, overlap=overlap).run()
     return record
 
 
@@ -140,12 +147,13 @@ def first_scheduler(**given: Any) -> Any:
 class RealEngine:
     """One engine core in this process, whose scheduler is made anew for every policy."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, overlap: bool) -> None:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.core import EngineCore
         from vllm.v1.executor import Executor
 
-        size = shape("fcfs")
+        self._overlap = overlap
+        size = shape("fcfs", overlap)
         config = EngineArgs(
             model=model,
             max_model_len=size.max_model_len,
@@ -155,24 +163,27 @@ class RealEngine:
             num_gpu_blocks_override=size.num_blocks,
             gpu_memory_utilization=0.25,
             enforce_eager=True,
-            async_scheduling=False,
+            async_scheduling=overlap,
             enable_prefix_caching=True,
         ).create_engine_config()
+        # The CPU platform turns it off whatever is asked for; the runner itself can do it.
+        config.scheduler_config.async_scheduling = overlap
         config.scheduler_config.scheduler_cls = first_scheduler
         self._core: EngineCore = EngineCore(config, Executor.get_class(config), log_stats=False)
+        assert (self._core.batch_queue is not None) == overlap
 
     def run(self, policy: str) -> Record:
         """The trace under a policy, from an empty prefix cache."""
         clock, record = VirtualClock(), Record()
-        GIVEN["vllm_config"].additional_config = POLICIES[policy][1]
-        self._core.scheduler = scheduler = scheduler_factory(policy, clock)(**GIVEN)
+        GIVEN["vllm_config"].additional_config = POLICIES[policy]
+        make = scheduler_factory(policy, self._overlap, clock)
+        self._core.scheduler = scheduler = make(**GIVEN)
         coming = trace()
-        while coming or scheduler.has_requests():
+        while coming or scheduler.has_requests() or self._core.batch_queue:
             while coming and coming[0].arrival_s <= clock():
                 self._core.add_request(self._request(coming.pop(0)))
-            output = self._noting(record)
-            assert output or not coming
-            clock.advance_to(clock() + 1)
+            if self._noting(record):
+                clock.advance_to(clock() + 1)
         return record
 
     def _request(self, ask: Ask) -> Any:
@@ -193,9 +204,10 @@ class RealEngine:
         )
 
     def _noting(self, record: Record) -> bool:
-        """One step of the engine core, and what its scheduler chose."""
+        """One turn of the engine core, and what its scheduler chose; whether a step came back."""
         scheduler = self._core.scheduler
-        chosen = scheduler.schedule
+        chosen, updated = scheduler.schedule, scheduler.update_from_output
+        came_back = False
 
         def schedule(*args: Any, **more: Any) -> Any:
             output = chosen(*args, **more)
@@ -206,21 +218,26 @@ class RealEngine:
             record.note(rows, sorted(output.preempted_req_ids or ()))
             return output
 
-        scheduler.schedule = schedule
+        def update_from_output(output: Any, *args: Any, **more: Any) -> Any:
+            nonlocal came_back
+            came_back = output.total_num_scheduled_tokens > 0
+            return updated(output, *args, **more)
+
+        scheduler.schedule, scheduler.update_from_output = schedule, update_from_output
         try:
-            _, executed = self._core.step()
+            self._core.step_fn()
         finally:
-            del scheduler.schedule
-        return bool(executed)
+            del scheduler.schedule, scheduler.update_from_output
+        return came_back
 
     def close(self) -> None:
         """Stop the executor."""
         self._core.shutdown()
 
 
-def main(model: str, result: Path) -> None:
+def main(model: str, result: Path, overlap: bool) -> None:
     """All policies, one after the other."""
-    engine = RealEngine(model)
+    engine = RealEngine(model, overlap)
     try:
         found = {policy: vars(engine.run(policy)) for policy in POLICIES}
     finally:
@@ -229,4 +246,4 @@ def main(model: str, result: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), OVERLAP in sys.argv[3:])

@@ -10,19 +10,25 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from stepped_engine import POLICIES, Record, simulated, trace
+from stepped_engine import OVERLAP, POLICIES, Record, simulated, trace
 
 ENGINE = Path(__file__).with_name("stepped_engine.py")
-LONGEST_S = 240
+LONGEST_S = 600
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["synchronous", "asynchronous"])
+def overlap(request: pytest.FixtureRequest) -> bool:
+    """Whether steps are chosen while the one before runs."""
+    return bool(request.param)
 
 
 @pytest.fixture(scope="module")
-def real(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
+def real(model: str, overlap: bool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     """The trace through one engine, under each policy, in a process of its own."""
     result = tmp_path_factory.mktemp("stepped") / "steps.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(
-        [sys.executable, str(ENGINE), model, str(result)],
+        [sys.executable, str(ENGINE), model, str(result), *([OVERLAP] if overlap else [])],
         env=environment,
         timeout=LONGEST_S,
         capture_output=True,
@@ -38,8 +44,8 @@ def real(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reco
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_real_engine_admits_in_the_same_order_and_computes_the_same_in_every_step(real, policy):
-    expected, found = real[policy], simulated(policy)
+def test_a_real_engine_admits_in_the_same_order_and_computes_the_same_in_every_step(real, overlap, policy):
+    expected, found = real[policy], simulated(policy, overlap)
     assert found.admissions == expected.admissions
     for number, (one, other) in enumerate(zip(found.steps, expected.steps, strict=True)):
         assert one == other, f"step {number}"

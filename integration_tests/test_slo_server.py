@@ -33,9 +33,8 @@ SECTION = {
 }
 TTFT, TPOT = "x-llm-d-slo-ttft-ms", "x-slo-tpot-ms"
 LAX = {"ttft_slo_ms": 600_000, "tpot_slo_ms": 10_000}
-RUNNING, WAITING, BLOCKS = (
-    f"vllm:{name}" for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-)
+RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
+BLOCKS, GENERATED = "vllm:kv_cache_usage_perc", "vllm:generation_tokens_total"
 HOPELESS = {"ttft_slo_ms": 0.001, "tpot_slo_ms": 10_000}
 
 
@@ -189,22 +188,21 @@ def test_a_burst_over_best_effort_requests_ends_with_every_answer(slo_server, pl
 
 @pytest.mark.parametrize("xargs", [{}, LAX], ids=["best effort", "with targets"])
 def test_a_client_that_leaves_in_the_middle_leaves_no_block(slo_server, model, xargs):
-
-    def held(*names: str) -> list[float]:
+    def nothing_held() -> bool:
         found = samples(slo_server.url)
-        return [found[name] for name in names]
+        return not any(found[name] for name in (RUNNING, WAITING, BLOCKS))
 
-    counted = ended(slo_server)
-    body = {"model": model, "prompt": tokens(41, 900), "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    counted, generated = ended(slo_server), samples(slo_server.url)[GENERATED]
+    body = {"model": model, "prompt": tokens(41, 900), "max_tokens": 3000, "ignore_eos": True, "stream": True}
     with httpx.stream(
-        "POST", f"{slo_server.url}/v1/completions", json={**body, "vllm_xargs": xargs}, timeout=120
+        "POST", f"{slo_server.url}/v1/completions", json={**body, "vllm_xargs": xargs}, timeout=300
     ) as answer:
         assert next(answer.iter_lines()).startswith("data: ")
-        eventually("it has a seat and blocks", lambda: all(held(RUNNING, BLOCKS)))
-    eventually("its seat and its blocks are free", lambda: not any(held(RUNNING, WAITING, BLOCKS)))
+    eventually("its seat and its blocks are free", nothing_held, timeout_s=120)
+    assert 0 < samples(slo_server.url)[GENERATED] - generated < 3000
     assert ended(slo_server) == counted
     ids_of(complete(slo_server, model, vllm_xargs=LAX))
-    assert ended(slo_server) == counted + 1
+    eventually("the next one is counted", lambda: ended(slo_server) == counted + 1)
 
 
 def test_the_engine_core_says_what_is_active(slo_server):

@@ -119,8 +119,15 @@ def usage(output: Path) -> str:
     help="File to write.",
 )
 @click.option("--seed", default=0, show_default=True, help="Order of the batches, and their prompts.")
+@click.option(
+    "--processor-time",
+    is_flag=True,
+    help="Count what this process computes, for one thread on a CPU that others use as well.",
+)
 @click.argument("engine_args", nargs=-1, type=click.UNPROCESSED)
-def profile(model: str, minutes: float, output: Path, seed: int, engine_args: Sequence[str]) -> None:
+def profile(
+    model: str, minutes: float, output: Path, seed: int, processor_time: bool, engine_args: Sequence[str]
+) -> None:
     """Measure what a step of an engine costs, and write it as a profile.
 
     The engine is started in this process with ENGINE_ARGS (after a --), those of vllm serve: give the ones
@@ -142,10 +149,12 @@ def profile(model: str, minutes: float, output: Path, seed: int, engine_args: Se
 
     try:
         tell(f"starting an engine of {model}")
-        with adapter.ProfiledEngine(("--model", model, *engine_args), seed) as engine:
+        arguments = ("--model", model, *engine_args)
+        with adapter.ProfiledEngine(arguments, seed, processor_time=processor_time) as engine:
             tell(f"measuring {engine.description} for {minutes:g} minutes")
             measured = measure(engine, 60 * minutes, tell, seed)
-            source = f"{engine.description}; {len(measured.steps)} steps by penstock profile"
+            clock = ", processor time" if processor_time else ""
+            source = f"{engine.description}; {len(measured.steps)} steps by penstock profile{clock}"
         fitted, held_out = split(warmed_up(measured.steps), seed)
         found = fit_profile(fitted, source)
     except ValueError as error:

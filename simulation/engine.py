@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -99,6 +99,17 @@ class Step:
     waiting: Mapping[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that was chosen and has not come back."""
+
+    batch: Batch
+    rows: list[StepRow]
+    load: Load
+    begin_s: float
+    end_s: float
+
+
 class Observer(Protocol):
     """Sees every step as it ends."""
 
@@ -138,6 +149,8 @@ class Simulation:
     step_time: Callable[[Load], float]
     clock: VirtualClock = field(default_factory=VirtualClock)
     observers: tuple[Observer, ...] = ()
+    overlap: bool = False
+    """Whether a step is chosen as the one before begins, without its result: asynchronous scheduling."""
     tell: Callable[[int, int], None] | None = None
     """Told now and then how many requests have finished, and how many have come so far."""
 
@@ -146,6 +159,7 @@ class Simulation:
     _served: dict[str, Served] = field(default_factory=dict)
     _waiting: Counter[str] = field(default_factory=Counter)
     _queued: set[str] = field(default_factory=set)
+    _in_flight: deque[Flight] = field(default_factory=deque)
     _unfinished: int = 0
     _steps: int = 0
 
@@ -159,17 +173,21 @@ class Simulation:
         for ask in self.workload.begin():
             self._expect(ask)
         idle = idle_in_a_row = 0
-        while self._unfinished or self._coming:
-            if not self._unfinished:
+        while self._unfinished or self._coming or self._in_flight:
+            if not self._unfinished and not self._in_flight:
                 self.clock.advance_to(max(self._coming[0][0], self.clock()))
             self._arrive()
-            batch = self.engine.schedule()
-            self._note_preempted(batch)
-            if batch.rows:
+            if self._unfinished:
+                self._begin()
+                if self.overlap and len(self._in_flight) == 1 and self._in_flight[0].rows:
+                    continue
+            flight = self._in_flight.popleft()
+            if flight.rows:
                 idle_in_a_row = 0
-                self._step(batch)
-            else:
-                self.engine.complete(batch)
+                self._end(flight)
+                continue
+            self.engine.complete(flight.batch)
+            if self._unfinished and not self._in_flight:
                 idle, idle_in_a_row = idle + 1, idle_in_a_row + 1
                 self._idle(idle_in_a_row)
         return Result(list(self._served.values()), self.clock(), self._steps, idle)
@@ -211,18 +229,27 @@ class Simulation:
         self._queued.add(ask.request_id)
         self._waiting[ask.client] += 1
 
-    def _step(self, batch: Batch) -> None:
-        begin = self.clock()
+    def _begin(self) -> None:
+        """Choose the next step; it begins when those in flight have ended."""
+        batch = self.engine.schedule()
+        self._note_preempted(batch)
+        begin = self._in_flight[-1].end_s if self._in_flight else self.clock()
         rows = [self._compute(row, begin) for row in batch.rows]
         load = _load_of(rows)
-        self.clock.advance_to(begin + self.step_time(load))
+        end = begin + self.step_time(load) if rows else begin
+        self._in_flight.append(Flight(batch, rows, load, begin, end))
+
+    def _end(self, flight: Flight) -> None:
+        self.clock.advance_to(flight.end_s)
         outputs = {}
-        for progress in self.engine.complete(batch):
+        for progress in self.engine.complete(flight.batch):
             outputs[progress.request_id] = progress.new_tokens
             self._progress(progress)
         self._steps += 1
         for observer in self.observers:
-            observer.stepped(Step(begin, self.clock(), load, rows, outputs, self._waiting))
+            observer.stepped(
+                Step(flight.begin_s, flight.end_s, flight.load, flight.rows, outputs, self._waiting)
+            )
         if self.tell is not None and self._steps % 100 == 0:
             self.tell(len(self._served) - self._unfinished, len(self._served))
 

@@ -87,7 +87,8 @@ class StepTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 def of_profile(name: str, profile: Profile) -> StepTime:
     """A prior of the SLO policy as a step time: a piece begins where tokens begin to cost more."""
-    per_token_s, fixed_s, pieces = 0.0, profile.base_s, []
+    pieces: list[Piece] = []
+    per_token_s, fixed_s = 0.0, profile.base_s
     for knee, slope in zip((0, *KNEES), (profile.token_s, *profile.knees_s), strict=True):
         per_token_s += slope
         fixed_s -= slope * knee

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm.config import VllmConfig
@@ -22,6 +22,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, hash_block_tokens, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
@@ -58,6 +59,8 @@ class EngineShape:
     block_size: int = 16
     prefix_caching: bool = True
     policy: str = "fcfs"
+    async_scheduling: bool = False
+    """For a simulation with ``overlap``."""
     additional_config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -80,11 +83,12 @@ def vllm_config(shape: EngineShape) -> VllmConfig:
             block_size=shape.block_size,
             enable_prefix_caching=shape.prefix_caching,
             scheduling_policy=shape.policy,
-            async_scheduling=False,
             disable_hybrid_kv_cache_manager=True,
             additional_config=dict(shape.additional_config),
         ).create_engine_config()
     made.cache_config.num_gpu_blocks = shape.num_blocks
+    # The platform of this process may have its own mind about it.
+    made.scheduler_config.async_scheduling = shape.async_scheduling
     return made
 
 
@@ -157,14 +161,15 @@ class BlockHashes:
 class VllmEngine:
     """``SteppedEngine`` over a real vLLM scheduler.
 
-    ``make`` is called as vLLM's engine core calls a scheduler class. ``prepare(scheduler, clock)`` runs
-    before the first request: the place to give a scheduler that reads time the virtual clock.
+    ``make`` is called as vLLM's engine core calls a scheduler class; None is vLLM's own.
+    ``prepare(scheduler, clock)`` runs before the first request: the place to give a scheduler that reads time
+    the virtual clock.
     """
 
     def __init__(
         self,
         shape: EngineShape,
-        make: SchedulerFactory = Scheduler,
+        make: SchedulerFactory | None = None,
         *,
         clock: Callable[[], float] = lambda: 0.0,
         prepare: Callable[[Any, Callable[[], float]], None] | None = None,
@@ -178,6 +183,8 @@ class VllmEngine:
             kv_cache_tensors=[],
             kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
         )
+        if make is None:
+            make = AsyncScheduler if shape.async_scheduling else Scheduler
         self.scheduler = make(
             vllm_config=config,
             kv_cache_config=kv_cache,
@@ -232,22 +239,25 @@ class VllmEngine:
             Row(request_id, requests[request_id].num_computed_tokens - tokens, tokens)
             for request_id, tokens in output.num_scheduled_tokens.items()
         ]
-        return Batch(rows, tuple(sorted(output.preempted_req_ids or ())), output)
+        token = (output, self._sampled(list(output.num_scheduled_tokens)))
+        return Batch(rows, tuple(sorted(output.preempted_req_ids or ())), token)
 
-    def complete(self, batch: Batch) -> list[Progress]:
-        """Give the scheduler one token for every request whose tokens are all computed."""
-        output: Any = batch.token
-        ids = [row.request_id for row in batch.rows]
+    def _sampled(self, ids: list[str]) -> ModelRunnerOutput:
+        """One token for every request whose tokens are all computed, as it stands when a step is chosen."""
         sampled = []
         for request_id in ids:
             request = self._requests[request_id]
             complete = request.num_computed_tokens >= request.num_tokens
             sampled.append([self._answers[request_id]] if complete else [])
-        made = ModelRunnerOutput(
+        return ModelRunnerOutput(
             req_ids=ids,
             req_id_to_index={request_id: index for index, request_id in enumerate(ids)},
             sampled_token_ids=sampled,
         )
+
+    def complete(self, batch: Batch) -> list[Progress]:
+        """Give the scheduler what the step's requests sampled."""
+        output, made = cast(tuple[Any, ModelRunnerOutput], batch.token)
         progress = []
         for outputs in self.scheduler.update_from_output(output, made).values():
             for one in outputs.outputs:

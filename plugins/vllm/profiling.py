@@ -39,17 +39,26 @@ STEPS_IN_FLIGHT = 4
 class ProfiledEngine:
     """An engine that runs batches of a plan. ``arguments`` are vLLM's for an engine, ``--model`` among them.
 
+    With ``processor_time`` steps are measured by what this process computes: right for one thread on a CPU
+    that others use as well.
+
     Raises:
-        ValueError: they name a scheduler; the engine is measured under vLLM's own.
+        ValueError: they name a scheduler (the engine is measured under vLLM's own), or processor time is
+            asked for where something else computes.
     """
 
-    def __init__(self, arguments: Sequence[str], seed: int = 0) -> None:
+    def __init__(self, arguments: Sequence[str], seed: int = 0, *, processor_time: bool = False) -> None:
         parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="penstock profile --"))
         config = EngineArgs.from_cli_args(parser.parse_args(list(arguments))).create_engine_config()
         if config.scheduler_config.scheduler_cls is not None:
             raise ValueError("a scheduler is given among the engine's arguments; leave it to vLLM's own")
+        in_process = config.parallel_config.distributed_executor_backend == "uni"
+        if processor_time and not (current_platform.is_cpu() and in_process):
+            raise ValueError("--processor-time is for an engine of one process on the CPU")
         self._watched: list[WatchedStep] = []
-        config.scheduler_config.scheduler_cls = partial(watched_scheduler, watched=self._watched)
+        clock = time.process_time if processor_time else time.monotonic
+        make = partial(watched_scheduler, watched=self._watched, clock=clock)
+        config.scheduler_config.scheduler_cls = make
         self._engine = LLMEngine(
             vllm_config=config,
             executor_class=Executor.get_class(config),

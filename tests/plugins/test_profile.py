@@ -23,8 +23,8 @@ class Engine:
     description = "a made-up engine"
     room = Room(16, 512, 1024, 20_000)
 
-    def __init__(self, arguments, seed):
-        self.arguments = tuple(arguments)
+    def __init__(self, arguments, seed, processor_time=False):
+        self.arguments, self.processor_time = tuple(arguments), processor_time
 
     def __enter__(self):
         return self
@@ -48,8 +48,8 @@ class Engine:
 def made_up(monkeypatch):
     engines = []
 
-    def start(arguments, seed):
-        engines.append(Engine(arguments, seed))
+    def start(*given, **more):
+        engines.append(Engine(*given, **more))
         return engines[-1]
 
     module = SimpleNamespace(ProfiledEngine=start)

@@ -8,7 +8,7 @@ import pytest
 from scripted_engine import OneAtATime, ask
 
 from penstock.simulation.engine import IDLE_TICK_S, MOST_IDLE_TICKS, Simulation, SimulationStall, VirtualClock
-from penstock.simulation.records import Batch, Served
+from penstock.simulation.records import Batch, Progress, Row, Served
 from penstock.simulation.workloads import Fixed
 
 
@@ -58,6 +58,48 @@ def test_the_clock_never_runs_backwards():
         with pytest.raises(ValueError):
             clock.advance_to(bad)
     assert clock() == 1.0
+
+
+class Ahead(OneAtATime):
+    """Chooses tokens whose predecessors are still being computed, and notes when."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock, self.chosen, self.times = clock, {}, []
+
+    def schedule(self):
+        rows = []
+        for one in self.queue:
+            tokens = self.chosen.get(one.request_id, 0)
+            if tokens < one.output_tokens:
+                start = one.prompt_tokens + tokens - 1 if tokens else 0
+                rows.append(Row(one.request_id, start, 1 if tokens else one.prompt_tokens))
+                self.chosen[one.request_id] = tokens + 1
+        self.times.append(self.clock())
+        return Batch(rows, token={row.request_id: self.chosen[row.request_id] for row in rows})
+
+    def complete(self, batch):
+        progress = []
+        for one in list(self.queue):
+            if one.request_id in (batch.token or {}):
+                finished = batch.token[one.request_id] == one.output_tokens
+                progress.append(Progress(one.request_id, 1, finished))
+                if finished:
+                    self.queue.remove(one)
+        return progress
+
+
+def test_with_overlap_a_step_is_chosen_as_the_one_before_begins():
+    clock = VirtualClock()
+    engine = Ahead(clock)
+    asks = [ask("a", output=4), ask("b", 0.5, output=2)]
+    result = run(asks, engine=engine, step_time=lambda _: 1.0, clock=clock, overlap=True)
+    a, b = result.served
+    assert list(a.token_times) == [1.0, 2.0, 3.0, 4.0]
+    # It comes while two steps are chosen already.
+    assert (b.admitted_s, list(b.token_times)) == (2.0, [3.0, 4.0])
+    assert engine.times[:4] == [0.0, 0.0, 1.0, 2.0]
+    assert (result.steps, result.makespan_s, result.idle_ticks) == (4, 4.0, 0)
 
 
 class Refuses(OneAtATime):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ pytest.importorskip("vllm")
 
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -56,6 +58,15 @@ def check_complete(result):
         assert one.extend_tokens + one.cached_tokens == one.prompt_tokens
         assert one.ask.arrival_s <= one.admitted_s < one.first_token_s <= one.finished_s
         assert list(one.token_times) == sorted(one.token_times)
+
+
+def test_with_overlap_every_request_finishes_once_as_well():
+    shape = replace(SMALL, kv_tokens=SMALL.kv_tokens // 3, async_scheduling=True)
+    result, engine = run(mixed(0), shape, make=None, overlap=True)
+    check_complete(result)
+    assert isinstance(engine.scheduler, AsyncScheduler)
+    pool = engine.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == shape.num_blocks - 1
 
 
 def test_every_request_finishes_once_and_its_tokens_add_up():
