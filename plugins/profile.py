@@ -155,7 +155,7 @@ def profile(
             measured = measure(engine, 60 * minutes, tell, seed)
             clock = ", processor time" if processor_time else ""
             source = f"{engine.description}; {len(measured.steps)} steps by penstock profile{clock}"
-        fitted, held_out = split(warmed_up(measured.steps), seed)
+        fitted, held_out = split(warmed_up(measured.steps))
         found = fit_profile(fitted, source)
     except ValueError as error:
         raise click.ClickException(f"{error}") from error

@@ -83,11 +83,12 @@ def vllm_config(shape: EngineShape) -> VllmConfig:
             block_size=shape.block_size,
             enable_prefix_caching=shape.prefix_caching,
             scheduling_policy=shape.policy,
+            async_scheduling=shape.async_scheduling,
             disable_hybrid_kv_cache_manager=True,
             additional_config=dict(shape.additional_config),
         ).create_engine_config()
     made.cache_config.num_gpu_blocks = shape.num_blocks
-    # The platform of this process may have its own mind about it.
+    # vLLM's CPU platform turns it off, whatever it is told.
     made.scheduler_config.async_scheduling = shape.async_scheduling
     return made
 

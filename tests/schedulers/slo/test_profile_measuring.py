@@ -78,6 +78,15 @@ def test_the_fit_finds_what_is_true(outliers):
     assert found.context_s == pytest.approx(TRUTH.context_s, rel=0.2)
 
 
+def test_every_kind_of_step_is_fitted_and_held_out():
+    steps = measured(TRUTH)
+    fitted, held_out = split(steps)
+    assert sorted(fitted + held_out) == sorted(steps)
+    assert len(held_out) == pytest.approx(len(steps) / 4, abs=1)
+    kinds = {step.kind for step in steps}
+    assert kinds == {step.kind for step in fitted} == {step.kind for step in held_out}
+
+
 def test_errors_are_told_for_each_kind_of_step():
     steps = measured(TRUTH, noise=0.0)
     found = errors_by_kind(TRUTH, steps)
