@@ -11,6 +11,7 @@ BENCHES = {
     "flowkv": "penstock.benchmarks.flowkv:bench",
     "scheduler": "penstock.benchmarks.scheduler:bench",
     "slo": "penstock.benchmarks.slo:bench",
+    "sparse": "penstock.benchmarks.sparse:bench",
     "speculation": "penstock.benchmarks.speculation:bench",
 }
 

@@ -1,0 +1,129 @@
+"""``penstock bench sparse``: the attention mass that selectors attain, by the tokens that they read.
+
+Every selector sees the same queries and keys, made up at three levels of peakiness or captured from a model.
+Margins are learned on layers that are not scored. Nothing here is timed: this is about accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from penstock.benchmarks.narrator import Narrator
+from penstock.benchmarks.parts import wide
+from penstock.benchmarks.report import Environment, Report, rows_table, write_plot
+from penstock.benchmarks.sparse_claims import Rows, budget_rows, claims, curve_rows, promise_rows
+from penstock.benchmarks.sparse_keys import LEVELS, Layer, load_captured, made_up
+from penstock.benchmarks.sparse_run import contenders, run_case
+from penstock.kernels.sparse.config import SparseConfig
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SHOWN = ("oracle", "hybrid", "hybrid, pages of 16", "tactic", "pruner", "quest")
+SCORED_FROM = 500
+Sets = Iterator[tuple[str, list[Layer], list[Layer]]]
+
+
+@click.command("sparse")
+@click.option("--quick", is_flag=True, help="In small, under a minute on two cores.")
+@click.option(
+    "--captured",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Layers of a model, as benchmarks/sparse_keys.py saves them, instead of made-up ones.",
+)
+@click.option("--tokens", type=click.IntRange(1024), help="Of a layer.  [default: 8192, 4096 with --quick]")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write rows and claims here.")
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(path_type=Path),
+    default=Path("sparse.svg"),
+    show_default=True,
+    help="Plots; the keys they are of go before the suffix.",
+)
+@click.option("--seed", default=0, show_default=True)
+def bench(
+    quick: bool,
+    captured: Path | None,
+    tokens: int | None,
+    json_file: Path | None,
+    plot_file: Path,
+    seed: int,
+) -> None:
+    """Measure sparse attention beside Quest, Tactic, a pruner and exact top-p.
+
+    A claim that does not hold is shown as such; the exit status is 0 all the same, since this measures.
+    """
+    if captured is None:
+        sets = _made_up(tokens or (4096 if quick else 8192), seed, quick=quick)
+    else:
+        sets = _captured(captured)
+    console = wide(Console())
+    config = SparseConfig()
+    entries = contenders(config)
+    promised: Rows = []
+    curves: Rows = []
+    budgets: Rows = []
+    with Narrator(console).step("sparse") as tell:
+        for name, calibrating, scored in sets:
+            case = run_case(name, config, calibrating, scored, tell)
+            promised += promise_rows(case, entries)
+            curves += curve_rows(case, entries)
+            budgets += budget_rows(case, entries)
+    environment, found = Environment.detect(seed), tuple(claims(promised, budgets))
+    console.print(rows_table(promised), rows_table(budgets))
+    Report(bench="sparse", environment=environment, rows=(), claims=found).show(console)
+    for name in dict.fromkeys(str(row["keys"]) for row in curves):
+        file = plot_file.with_name(f"{plot_file.stem}-{name}{plot_file.suffix}")
+        console.print(f"wrote {write_plot(file, partial(draw, rows=curves, keys=name))}")
+    if json_file is not None:
+        parts = {"promise": promised, "same budget": budgets, "curve": curves}
+        rows = tuple({"part": part, **row} for part, found_rows in parts.items() for row in found_rows)
+        Report(bench="sparse", environment=environment, rows=rows, claims=found).write_json(json_file)
+        console.print(f"wrote {json_file}")
+
+
+def _made_up(tokens: int, seed: int, *, quick: bool) -> Sets:
+    layers, steps = (1, 5) if quick else (2, 8)
+    for level in LEVELS:
+        make = partial(made_up, level, tokens=tokens, steps=steps)
+        first = 1000 * seed
+        yield (
+            level,
+            [make(seed=first + number) for number in range(layers)],
+            [make(seed=first + SCORED_FROM + number) for number in range(layers)],
+        )
+
+
+def _captured(file: Path) -> Sets:
+    try:
+        layers = load_captured(file)
+    except (ValueError, OSError) as error:
+        raise click.BadParameter(str(error), param_hint="--captured") from error
+    for layer in layers:
+        first, second = layer.halves()
+        yield layer.name, [first], [second]
+
+
+def draw(axes: Axes, rows: Sequence[Mapping[str, Any]], keys: str) -> None:
+    """Mass that nine of ten query heads and steps have at least, by budget."""
+    for name in SHOWN:
+        points = [row for row in rows if row["keys"] == keys and row["selector"] == name]
+        axes.plot(
+            [row["tokens"] for row in points],
+            [row["mass P10"] for row in points],
+            marker="o",
+            markersize=3,
+            label=name,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("share of the tokens read, mean of KV heads and steps")
+    axes.set_ylabel("attention mass, P10 of query heads and steps")
+    axes.set_title(keys)
+    axes.legend(fontsize=8)
