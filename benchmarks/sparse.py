@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHOWN = ("oracle", "hybrid", "hybrid, pages of 16", "tactic", "pruner", "quest")
-SCORED_FROM = 500
+SCORED_FROM = 700
 Sets = Iterator[tuple[str, list[Layer], list[Layer]]]
 
 

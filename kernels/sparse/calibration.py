@@ -71,7 +71,7 @@ class Calibration:
         rank = math.ceil((len(needed) + 1) * self._config.attained_share)
         if rank > len(needed):
             return max([self._config.margin, *needed[-1:]])
-        return needed[rank - 1]
+        return needed[rank - 1] + self._config.spare_margin
 
     def ask(self, layer: int) -> float:
         """The share of mass to ask a selector for."""

@@ -53,6 +53,8 @@ class SparseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Measurements a layer that the margin rests on."""
     margin: Annotated[float, msgspec.Meta(ge=-2, le=6)] = 0.25
     """Margin before anything is measured, in units of log(P / (1 - P))."""
+    spare_margin: Annotated[float, msgspec.Meta(ge=0, le=6)] = 0.08
+    """Added to the margin that was measured, for what drifts between requests; in the same units."""
     seed: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ class HybridIndex:
 
     @property
     def nbytes(self) -> int:
-        """Memory in bytes as a device keeps it: means in 16 bits, order in 32, owners by sizes of 8."""
+        """Memory in bytes as a device keeps it: means in 16 bits, order in 32."""
         clusters = self.clusters
         means = clusters.centroids.numel() + clusters.values.numel() + clusters.spreads.numel()
         return self.keys.nbytes + 2 * means + 4 * clusters.order.numel()

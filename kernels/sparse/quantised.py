@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 STEPS = {2: 0.996, 4: 0.335, 8: 0.0308}
-"""The step of least squared error for a standard normal variable, by bits (Max 1960; 8 bits by the same rule)."""
+"""The step of least squared error for a standard normal variable, by bits (Max 1960)."""
 
 
 @lru_cache(maxsize=16)

@@ -22,7 +22,7 @@ class QuestIndex:
 
 @dataclass(frozen=True, slots=True)
 class Quest:
-    """Top-k pages by the largest score that a key within the page's bounds could have (Tang et al., ICML 2024).
+    """Top-k pages by the largest score that a key within the page's bounds could have.
 
     The paper has one query head a KV head. For a group, a page counts as much as its best head says, after
     each head's bounds are put on one scale by a softmax over pages.

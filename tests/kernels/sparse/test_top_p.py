@@ -121,3 +121,11 @@ def test_block_lists_name_the_pages_and_a_partial_one_comes_last():
     assert numbers[1, :1].tolist() == [1]
     assert counts.tolist() == [3, 1, 0]
     assert lengths.tolist() == [16 + 16 + 6, 16, 0]
+
+
+def test_cover_makes_heads_cheap_that_need_little():
+    weights = torch.cat([shares(1, 1, 1, 400, sharpness=2.0), shares(2, 1, 1, 400, sharpness=1.0)], 1)
+    mass = torch.tensor([[0.7, 0.7]])
+    order = weights[0].sum(0).sort(descending=True).indices
+    equal_prices = int((weights[0][:, order].cumsum(-1) < 0.7).sum(-1).max()) + 1
+    assert int(agree("cover", weights, mass).sum()) < 0.9 * equal_prices
