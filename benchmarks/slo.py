@@ -68,7 +68,8 @@ def bench(
     json_file: Path | None,
     plot_file: Path,
 ) -> None:
-    """Measure the SLO policy beside stock chunked prefill at its best budget, and stock priority by tier.
+    """Measure the SLO policy beside stock chunked prefill, stock priority by tier and, without --quick,
+    prefill-first, each at its best budget.
 
     A claim that does not hold is shown as such; the exit status is 0 all the same, since this measures.
     """

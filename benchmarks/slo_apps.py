@@ -58,6 +58,8 @@ class App:
     tiers: tuple[Tier, ...]
     rate: float
     trace: str = ""
+    window: int = 1
+    """A window has so many times the requests: long answers take long to fill the running batch."""
     cv: float = 1.0
 
     def lengths(self, rng: random.Random, count: int, traces: Path | None) -> list[Lengths]:
@@ -109,7 +111,8 @@ APPS: Mapping[str, App] = {
             prompt=LogNormal(250, 0.8, 30, 2000),
             output=LogNormal(1200, 0.6, 200, 4000),
             tiers=(Tier("thinking", 3.0, 0.05),),
-            rate=4.0,
+            rate=2.5,
+            window=2,
         ),
         App(name="mixed tiers", prompt=CHAT_PROMPT, output=CHAT_OUTPUT, tiers=(LOOSE, TIGHT), rate=3.0),
     )

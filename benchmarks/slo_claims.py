@@ -10,11 +10,11 @@ from penstock.benchmarks.slo_capacity import Interval, capacity_interval, geomet
 from penstock.benchmarks.slo_run import ATTAINED, Score, mean_share
 from penstock.benchmarks.slo_stages import (
     KEPT,
+    OURS,
     OVERLOAD,
     PRIORITY,
     PRIORS,
     SLO,
-    SLO_GAP,
     STOCK,
     Scale,
     Scored,
@@ -23,11 +23,6 @@ from penstock.benchmarks.slo_stages import (
 from penstock.simulation.measures import TpotRule
 
 RULE_NAMES: dict[TpotRule, str] = {"deadline": "cumulative", "mean": "mean", "gap": "largest gap"}
-
-
-def ours_under(rule: TpotRule) -> str:
-    """The family that stands for the SLO policy under a rule."""
-    return SLO_GAP if rule == "gap" else SLO
 
 
 def rows(scale: Scale, scored: Scored) -> list[dict[str, Cell]]:
@@ -122,7 +117,7 @@ def claims(scale: Scale, scored: Scored) -> list[Claim]:
 def against(scale: Scale, scored: Scored, rule: TpotRule, family: str) -> list[Interval]:
     """Ratios of ours to a family by application; without those of which neither sustains any rate."""
     ratios = [
-        ratio_interval(scored.curve(app, ours_under(rule), rule), scored.curve(app, family, rule), rule)
+        ratio_interval(scored.curve(app, OURS[rule], rule), scored.curve(app, family, rule), rule)
         for app in scale.apps
     ]
     return [ratio for ratio in ratios if math.isfinite(ratio.value) and ratio.value > 0]

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from penstock.benchmarks.slo_apps import APPS, App, window
+from penstock.benchmarks.slo_prefill_first import PrefillFirst
 from penstock.schedulers.slo.config import SLOConfig
 from penstock.schedulers.slo.planner import Planner
 from penstock.schedulers.slo.profiles import Profile, find_profile
@@ -20,6 +21,9 @@ from penstock.simulation.records import Served
 from penstock.simulation.step_time import StepTime
 from penstock.simulation.workloads import Fixed
 
+PREFILL_FIRST = "prefill-first"
+PLANNED = ("slo", PREFILL_FIRST)
+"""Kinds of settings that a planner carries out."""
 ATTAINED = 0.9
 """Share of requests that must meet their targets at the capacity."""
 STEP = 1.3
@@ -132,7 +136,7 @@ def run_window(task: Task, seed: int, rate: float) -> Score:
     from penstock.simulation.vllm_engine import EngineShape, VllmEngine, resolve
 
     setting, app = task.setting, APPS[task.app]
-    asks = window(app, seed, rate, task.requests, task.step_time, task.traces)
+    asks = window(app, seed, rate, app.window * task.requests, task.step_time, task.traces)
     clock = VirtualClock()
     shape = EngineShape(
         kv_tokens=KV_TOKENS,
@@ -142,12 +146,12 @@ def run_window(task: Task, seed: int, rate: float) -> Score:
         policy="priority" if setting.kind == "priority" else "fcfs",
         additional_config=(
             {"penstock": {"scheduler": {"policy": "slo", "slo": setting.slo}}}
-            if setting.kind == "slo"
+            if setting.kind in PLANNED
             else {}
         ),
     )
     make = resolve("vllm.v1.core.sched.scheduler.Scheduler")
-    if setting.kind == "slo":
+    if setting.kind in PLANNED:
         ours = resolve("penstock.plugins.vllm.request_scheduler.make_scheduler")
         make = partial(ours, clock=clock, wall_clock=clock, planner=planner_of(setting))
     engine = VllmEngine(shape, make)
@@ -157,6 +161,8 @@ def run_window(task: Task, seed: int, rate: float) -> Score:
 
 def planner_of(setting: Setting) -> Planner:
     """A planner that starts from a shipped profile, as a user would, made wrong on purpose by ``prior``."""
+    if setting.kind == PREFILL_FIRST:
+        return PrefillFirst()
     config = msgspec.convert(setting.slo, SLOConfig)
     profile = find_profile(config.profile)
     costs = {

@@ -13,11 +13,14 @@ from pathlib import Path
 import msgspec
 
 from penstock.benchmarks.slo_capacity import capacity
-from penstock.benchmarks.slo_run import Curve, Setting, Task
+from penstock.benchmarks.slo_run import PREFILL_FIRST, Curve, Setting, Task
 from penstock.simulation.measures import TpotRule
 from penstock.simulation.step_time import StepTime
 
-STOCK, PRIORITY, SLO, SLO_GAP = "stock", "stock priority", "slo", "slo, pace gap"
+STOCK, PRIORITY = "stock", "stock priority"
+SLO, SLO_MEAN, SLO_GAP = "slo", "slo, pace mean", "slo, pace gap"
+OURS: Mapping[TpotRule, str] = {"deadline": SLO, "mean": SLO_MEAN, "gap": SLO_GAP}
+"""Who stands for the SLO policy under a rule: each deployment sets the pace that its users count."""
 OVERLOAD = 1.5
 PRIORS = (0.5, 2.0)
 KEPT = 0.9
@@ -34,25 +37,28 @@ def families(*, quick: bool) -> Families:
     budgets = (2048, 8192) if quick else (512, 1024, 2048, 8192)
     knobs: tuple[dict[str, float | str], ...] = (
         {},
-        {"pace": "cumulative"},
+        {"rule": "sustained"},
         {"longest_step_s": 0.4},
         {"long_prompt_weight": 0.0},
     )
-    return {
-        STOCK: tuple(Setting(name=f"{STOCK} {b}", kind=STOCK, budget=b) for b in budgets),
-        PRIORITY: tuple(Setting(name=f"{PRIORITY} {b}", kind="priority", budget=b) for b in budgets[-1:])
-        if quick
-        else tuple(Setting(name=f"{PRIORITY} {b}", kind="priority", budget=b) for b in budgets),
-        SLO: tuple(slo_setting(SLO, knob) for knob in (knobs[:1] if quick else knobs)),
-        SLO_GAP: tuple(
-            slo_setting(SLO_GAP, {**knob, "pace": "gap"}) for knob in knobs[: 1 if quick else None]
-        ),
-    }
+    found = {STOCK: _budgets(STOCK, STOCK, budgets), PRIORITY: _budgets(PRIORITY, "priority", budgets[-1:])}
+    if not quick:
+        found[PRIORITY] = _budgets(PRIORITY, "priority", budgets)
+        found[PREFILL_FIRST] = _budgets(PREFILL_FIRST, PREFILL_FIRST, budgets)
+    paces = ((SLO, "cumulative"), (SLO_MEAN, "mean"), (SLO_GAP, "gap"))
+    for family, pace in paces:
+        chosen = knobs[: 1 if quick else None]
+        found[family] = tuple(slo_setting(family, {**knob, "pace": pace}) for knob in chosen)
+    return found
+
+
+def _budgets(family: str, kind: str, budgets: Iterable[int]) -> tuple[Setting, ...]:
+    return tuple(Setting(name=f"{family} {budget}", kind=kind, budget=budget) for budget in budgets)
 
 
 def slo_setting(name: str, knobs: Mapping[str, float | str]) -> Setting:
     """The SLO policy with some knobs; they are in its name."""
-    shown = ", ".join(f"{key} {value}" for key, value in knobs.items() if value != "gap")
+    shown = ", ".join(f"{key} {value}" for key, value in knobs.items() if key != "pace")
     return Setting(name=f"{name}, {shown}" if shown else name, kind="slo", slo={"profile": PROFILE, **knobs})
 
 
@@ -84,16 +90,15 @@ class Scored:
 
 
 def rule_families(rule: TpotRule, all_families: Iterable[str]) -> list[str]:
-    """Who competes under a rule: the pace that a deployment would set for it."""
-    other = SLO if rule == "gap" else SLO_GAP
-    return [name for name in all_families if name != other]
+    """Who competes under a rule: all baselines, and the policy at that rule's pace."""
+    return [name for name in all_families if name not in OURS.values() or name == OURS[rule]]
 
 
 def run_stages(scale: Scale, step_time: StepTime, traces: Path | None, run: RunAll) -> Scored:
     """All four."""
     base = Task(
         app="",
-        setting=slo_setting(SLO, {}),
+        setting=scale.families[SLO][0],
         seeds=(),
         requests=scale.requests,
         step_time=step_time,

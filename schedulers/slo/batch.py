@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
+from penstock.schedulers.slo.pacing import Pacing
 from penstock.schedulers.slo.requests import Running
-from penstock.schedulers.slo.targets import Pace
 
 SPARE_S = 0.001
 """How much earlier than due a decode is planned: predictions are a little off either way (SLOs-Serve takes
@@ -34,7 +34,7 @@ class Sorted:
         start_s: float,
         late_tpots: float,
         demoted: Container[str],
-        pace: Pace = "cumulative",
+        pacing: Pacing,
     ) -> Sorted:
         """One pass over the batch, each list in the order in which it is served."""
         batch = cls()
@@ -46,7 +46,7 @@ class Sorted:
                 else:
                     batch.best_prefills.append((request.arrival_s, name, request))
                 continue
-            slack = request.due_s(targets, pace) - start_s
+            slack = pacing.slack_s(request, targets, start_s)
             if not request.decodes:
                 batch.prefills.append((slack, name, request))
                 continue

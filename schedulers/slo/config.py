@@ -9,7 +9,7 @@ import msgspec
 from penstock.schedulers.slo.profiles import find_profile
 from penstock.schedulers.slo.targets import Pace, Tiers
 
-Rule = Literal["moore_hodgson", "edf_greedy", "dynamic_program"]
+Rule = Literal["sustained", "moore_hodgson", "edf_greedy", "dynamic_program"]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -27,8 +27,14 @@ class SLOConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     pace: Pace = "mean"
     """When token ``i`` is due: ``i`` times per token after the first one came (``mean``), after the first one
     was due (``cumulative``: an early first token banks slack), or one after the token before it (``gap``)."""
+    lent_step_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 0.1
+    """Under ``mean`` a step may be so long on time that the rest of the answers it delays will make up for;
+    0: never. The rest is taken to be as long as"""
+    short_answer_quantile: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.1
+    """this quantile of the output length, by class."""
     rule: Rule = "moore_hodgson"
-    """Which requests are admitted when not all can be served in time."""
+    """Which requests are admitted when not all can be served in time. ``sustained`` admits all whose decodes
+    the engine keeps at their pace, and so lets a new prompt make an admitted one late."""
     profile: str = "h100-13b"
     """Step-time profile to start from, a shipped one by name or a file that ``penstock profile`` wrote; the
     model corrects it online."""

@@ -15,6 +15,7 @@ from penstock.schedulers.slo.backlog import Backlog
 from penstock.schedulers.slo.batch import Sorted
 from penstock.schedulers.slo.config import SLOConfig
 from penstock.schedulers.slo.lengths import OutputLengths
+from penstock.schedulers.slo.pacing import Pacing
 from penstock.schedulers.slo.plan import PASSIVE, Plan
 from penstock.schedulers.slo.profiles import find_profile
 from penstock.schedulers.slo.replan import Batch, ReplanCounters, Replanner
@@ -49,6 +50,7 @@ class Planner:
         self.model = model or StepTimeModel(find_profile(config.profile))
         self.drafts = drafts
         self.lengths = OutputLengths()
+        self.pacing = Pacing(config, self.lengths)
         self.backlog = Backlog()
         self.replanner = Replanner(config, self.model, self.lengths, self.backlog)
         self.suspensions = Suspensions(config.most_skipped_steps, config.most_skipped_s)
@@ -70,6 +72,7 @@ class Planner:
     def observe_step(self, features: StepFeatures, seconds: float) -> None:
         """A step of these features took so long."""
         self.model.observe(features, seconds)
+        self.pacing.observe_step(seconds)
 
     def observe_draft(self, request_id: str, class_name: str, drafted: int, accepted: int) -> None:
         """Verification accepted the first ``accepted`` of ``drafted`` tokens.
@@ -115,7 +118,7 @@ class Planner:
             self.suspensions.record((), now_s)
             return PASSIVE
         start_s = now_s + limits.in_flight_s
-        batch = Sorted.of(running, start_s, self.config.late_tpots, self._demoted, self.config.pace)
+        batch = Sorted.of(running, start_s, self.config.late_tpots, self._demoted, self.pacing)
         self._demote_hopeless(batch)
         if self.replanner.due(now_s):
             with_targets = Batch(
@@ -242,7 +245,6 @@ class Planner:
         ordered = chain(batch.guarded, batch.prefills, batch.late, sorted(best, key=lambda e: e[2].arrival_s))
         thrown_out = set(seats.preempted)
         waiting = tuple(name for name in served if name in self.backlog)
-        self._demoted.update(name for name in waiting if name in self.replanner.rejected)
         self.backlog.put_in_front(waiting)
         caps = step.caps
         skipped = [request.request_id for request in running if request.request_id not in caps]

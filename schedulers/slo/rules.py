@@ -1,6 +1,8 @@
 """Simple admission rules, and the choice among them and the dynamic program by name.
 
-Both walk once through the candidates by deadline. EDF greedy accepts what fits. Moore and Hodgson (1968)
+All walk once through the candidates by deadline. ``sustained`` asks only whether the decodes keep their
+pace: prompts race for the deadlines, and who cannot win any more is demoted. EDF greedy accepts what fits.
+Moore and Hodgson (1968)
 accept everything and, where a deadline breaks, evict what costs most for its profit: optimal for equal
 profits, one resource and a constant rate; here a rule of thumb that is checked against the optimum.
 """
@@ -16,6 +18,16 @@ from penstock.schedulers.slo.supply import Counts
 
 AdmissionRule = Callable[[Instance, int], Decision]
 """Decides an instance within a bound on the states it may make."""
+
+
+def sustained(instance: Instance) -> Decision:
+    """By deadline, accept each candidate whose decode all others' pace survives and whose memory is there."""
+    walk = _Walk(instance)
+    for place, candidate in enumerate(instance.candidates):
+        if candidate.mandatory or walk.sustains(candidate):
+            walk.accept(place, candidate)
+    accepted = tuple(sorted(walk.accepted))
+    return Decision(accepted, profit_of(instance, accepted), len(instance.candidates))
 
 
 def edf_greedy(instance: Instance) -> Decision:
@@ -51,6 +63,7 @@ def dynamic_program(instance: Instance, most_work: int | None) -> Decision:
 
 
 RULES: dict[str, AdmissionRule] = {
+    "sustained": lambda instance, _: sustained(instance),
     "edf_greedy": lambda instance, _: edf_greedy(instance),
     "moore_hodgson": lambda instance, _: moore_hodgson(instance),
     "dynamic_program": dynamic_program,
@@ -100,10 +113,13 @@ class _Walk:
     def fits(self, place: int, candidate: Candidate) -> bool:
         """Whether a candidate that is not accepted yet can be."""
         left = self.budget - candidate.tokens
-        enough = max(0.0, self.instance.demands.reserves[place])
+        return left >= max(0.0, self.instance.demands.reserves[place]) and self.sustains(candidate)
+
+    def sustains(self, candidate: Candidate) -> bool:
+        """Whether its decode and its memory fit beside those accepted and the mandatory behind it."""
         memory = self.memory + self.later_memory + candidate.memory_tokens
-        sustained = self.instance.supply.sustains(add(self.counts, candidate.tier))
-        return left >= enough and memory <= self.instance.demands.memory_tokens and sustained
+        fits = memory <= self.instance.demands.memory_tokens
+        return fits and self.instance.supply.sustains(add(self.counts, candidate.tier))
 
     def holds(self, place: int, candidate: Candidate) -> bool:
         """Whether what is accepted so far leaves what it must."""

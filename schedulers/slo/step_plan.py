@@ -91,8 +91,8 @@ class Step:
         """Bound the step by the tightest decode; serve those due in it, or all where no prompt waits."""
         if batch.guarded:
             self.length_s = min(self.length_s, max(0.0, batch.guarded[0][0]))
-        far_s = 2 * self.length_s if prompts else float("inf")
-        self._give_one(request for slack, _, request in batch.guarded if slack < far_s)
+        far_s = max(2 * self.length_s, self._config.longest_step_s) if prompts else float("inf")
+        self._give_one(request for slack, _, request in batch.guarded if slack <= far_s)
         near_s = self.length_s if prompts else float("inf")
         self._give_one(request for paced, _, request in batch.late if paced < near_s)
         shortest = self._model.seconds(self.features)

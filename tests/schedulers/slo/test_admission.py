@@ -12,6 +12,9 @@ from penstock.schedulers.slo import dynamic_program as program
 from penstock.schedulers.slo.admission import Candidate, Decision, Instance, feasible
 from penstock.schedulers.slo.rules import RULES, dynamic_program, edf_greedy, moore_hodgson
 
+KEEPING = sorted(RULES.keys() - {"sustained"})
+"""Rules under which every admitted prompt is computed by its deadline."""
+
 
 @pytest.mark.parametrize("block", range(6))
 def test_the_dynamic_program_is_worth_what_the_best_subset_is(block):
@@ -38,14 +41,21 @@ def test_the_inverted_rule_of_dominance_would_be_noticed(monkeypatch):
     assert lost
 
 
-@pytest.mark.parametrize("name", sorted(RULES))
-def test_every_rule_accepts_only_what_can_be_served_and_never_more_than_the_optimum(name):
+@pytest.mark.parametrize("name", KEEPING)
+def test_a_rule_that_promises_deadlines_accepts_only_what_can_be_served_and_never_more_than_the_optimum(name):
     for seed in range(600):
         instance = instances.random_instance(seed, 7)
         found = RULES[name](instance, 10)
         assert feasible(instance, found.accepted)
         assert instances.definition_feasible(instance, set(found.accepted))
         assert found.profit <= dynamic_program(instance, None).profit + 1e-9
+
+
+def test_a_race_for_deadlines_is_open_to_all_whose_decodes_and_memory_the_engine_holds():
+    supply = instances.TableSupply(1000, [1, 1], [0, 0], 3)
+    late = [Candidate(f"r{i}", 0.001 * i, 5000, 10, i % 2) for i in range(5)]
+    assert RULES["sustained"](Instance(late, 1000, supply), 10).accepted == (0, 1, 2)
+    assert RULES["sustained"](Instance(late, 25, supply), 10).accepted == (0, 1)
 
 
 def test_when_everything_fits_every_rule_accepts_everything():
@@ -87,8 +97,8 @@ def test_what_was_admitted_stays_and_new_requests_do_not_make_it_late():
         Candidate("new", 1.0, 90, 0, 0, profit=100.0),
         Candidate("old", 1.0, 50, 0, 0, mandatory=True),
     ]
-    for rule in RULES.values():
-        assert rule(Instance(candidates, 1000, supply), 1000).accepted == (1,)
+    for name in KEEPING:
+        assert RULES[name](Instance(candidates, 1000, supply), 1000).accepted == (1,)
 
 
 def test_an_admitted_request_that_is_late_anyway_blocks_nobody_behind_its_work():

@@ -1,0 +1,52 @@
+"""How long the next token of a running request may still take, under the pace that its user counts.
+
+By the mean of a whole answer a token may come late as long as the rest of the answer makes up for it. Neither
+the length of the rest nor its speed is known: the answer is taken to be as short as few of its class are, and
+steps to go on taking as long as they did lately. An engine whose steps leave no time to catch up lends none.
+"""
+
+from __future__ import annotations
+
+from penstock.schedulers.slo.config import SLOConfig
+from penstock.schedulers.slo.lengths import OutputLengths
+from penstock.schedulers.slo.requests import Running
+from penstock.schedulers.slo.targets import Targets
+
+SMOOTHING = 1 / 64
+"""Weight of the newest step in what a step takes lately."""
+
+
+class Pacing:
+    """Slack of running requests, in seconds."""
+
+    def __init__(self, config: SLOConfig, lengths: OutputLengths) -> None:
+        self._pace = config.pace
+        self._quantile = config.short_answer_quantile
+        self._lent_step_s = config.lent_step_s
+        self._lengths = lengths
+        self._step_s: float | None = None
+
+    def observe_step(self, seconds: float) -> None:
+        """A step took so long."""
+        before = seconds if self._step_s is None else self._step_s
+        self._step_s = before + SMOOTHING * (seconds - before)
+
+    def slack_s(self, request: Running, targets: Targets, start_s: float) -> float:
+        """Time from ``start_s`` until the next token of a request is due, below 0 if it was before.
+
+        Time that is lent makes a short step efficient, so it ends at ``lent_step_s``: where pace and load
+        leave longer steps anyway, lending costs tokens their pace and gains prompts little.
+        """
+        slack = request.due_s(targets, self._pace) - start_s
+        if self._pace == "mean" and slack < self._lent_step_s and request.output_tokens:
+            slack = min(self._lent_step_s, slack + self._catch_up_s(request, targets.tpot_s))
+        return slack
+
+    def _catch_up_s(self, request: Running, tpot_s: float) -> float:
+        """By how much the rest of a short answer will be faster than its pace."""
+        if self._step_s is None or self._step_s >= tpot_s:
+            return 0.0
+        left = self._lengths.remaining(
+            request.class_name, self._quantile, request.output_tokens, request.max_output_tokens
+        )
+        return (tpot_s - self._step_s) * max(0.0, left - 1.0)

@@ -1,0 +1,59 @@
+"""When the next token of a running request is due under each pace."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock.schedulers.slo.config import SLOConfig
+from penstock.schedulers.slo.lengths import OutputLengths
+from penstock.schedulers.slo.pacing import Pacing
+from penstock.schedulers.slo.requests import Running
+from penstock.schedulers.slo.targets import Targets
+
+TARGETS = Targets(0.5, 0.05)
+
+
+def pacing(*, length: int = 64, step_s: float = 0.03, **config):
+    lengths = OutputLengths()
+    for _ in range(400):
+        lengths.observe("", length)
+    found = Pacing(SLOConfig(**config), lengths)
+    for _ in range(10):
+        found.observe_step(step_s)
+    return found
+
+
+def fresh(output=1, first_token_s=0.2):
+    return Running(
+        request_id="a",
+        arrival_s=0.0,
+        tokens=100 + output,
+        computed_tokens=99 + output,
+        output_tokens=output,
+        first_token_s=first_token_s,
+        last_token_s=first_token_s,
+    )
+
+
+def test_by_the_mean_a_fresh_answer_lends_a_step_the_time_that_its_rest_makes_up_for():
+    assert pacing(pace="mean").slack_s(fresh(), TARGETS, 0.2) == pytest.approx(0.1)
+    assert pacing(pace="mean", lent_step_s=0.0).slack_s(fresh(), TARGETS, 0.2) == pytest.approx(0.05)
+
+
+def test_an_answer_about_to_end_lends_what_is_left_of_it_and_no_more():
+    rest = pacing(pace="mean", length=4, step_s=0.04).slack_s(fresh(output=2), TARGETS, 0.25)
+    assert 0.05 < rest <= 0.05 + 2 * 0.01 + 1e-9
+
+
+def test_an_engine_that_is_as_slow_as_the_pace_lends_nothing():
+    assert pacing(pace="mean", step_s=0.05).slack_s(fresh(), TARGETS, 0.2) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(("pace", "slack"), [("cumulative", 0.35), ("gap", 0.05)])
+def test_other_paces_lend_nothing(pace, slack):
+    assert pacing(pace=pace).slack_s(fresh(), TARGETS, 0.2) == pytest.approx(slack)
+
+
+def test_slack_that_was_banked_is_never_cut():
+    banked = pacing(pace="mean").slack_s(fresh(output=20), TARGETS, 0.2)
+    assert banked == pytest.approx(1.0)
