@@ -121,9 +121,11 @@ def test_the_tighter_deadline_is_served_first():
     assert order == ["soon", "late", "whenever"]
 
 
-def test_a_long_prompt_is_cut_so_that_a_decode_keeps_its_pace():
+@pytest.mark.parametrize(("lent_step_s", "least", "most"), [(0.0, 1, 320), (0.1, 320, 800)])
+def test_a_long_prompt_is_cut_so_that_a_decode_keeps_its_pace(lent_step_s, least, most):
     time = Time()
-    scheduler = ours(Settings(budget=1024, blocks=400), time)
+    settings = Settings(budget=1024, blocks=400, ours={"slo": {"lent_step_s": lent_step_s}})
+    scheduler = ours(settings, time)
     stepper = TimedStepper(scheduler, time, fixed_s=0.02, token_s=1e-4)
     for number in range(40):
         scheduler.add_request(slo_request(f"warm{number}", 10 + 20 * number, output=4))
@@ -131,7 +133,7 @@ def test_a_long_prompt_is_cut_so_that_a_decode_keeps_its_pace():
     scheduler.add_request(slo_request("decodes", 20, output=60, ttft_ms=60_000.0, tpot_ms=50.0))
     stepper.step()
     scheduler.add_request(slo_request("long", 900, ttft_ms=60_000.0))
-    assert 0 < stepper.step().num_scheduled_tokens["long"] < 320
+    assert least <= stepper.step().num_scheduled_tokens["long"] < most
     assert scheduler.max_num_scheduled_tokens == 1024
     stepper.drain()
     requests, attained, tokens, attained_tokens = scheduler._stats.payload()["slo"]["tiers"]["50 ms"]
