@@ -14,7 +14,9 @@ from penstock.benchmarks.tiny_model import corpus
 from penstock.plugins.vllm.draft_budget import DraftBudget
 from penstock.schedulers.asking import Asking
 from penstock.schedulers.draft_config import SpeculationConfig
-from penstock.schedulers.slo.step_time import StepFeatures
+from penstock.schedulers.drafts import Besides, Drafts
+from penstock.schedulers.slo.profiles import find_profile
+from penstock.schedulers.slo.step_time import StepTimeModel
 from penstock.schedulers.suffix.config import SuffixConfig
 from penstock.schedulers.suffix.drafter import SuffixDrafter
 
@@ -31,9 +33,10 @@ def time_allocation(steps: int, seed: int = 0) -> list[dict[str, Any]]:
 def _time_allocation(running: int, steps: int, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
     now = [0.0]
+    model = StepTimeModel(find_profile(SpeculationConfig().profile))
     budget = DraftBudget(
-        SpeculationConfig(),
-        DRAFT_TOKENS,
+        Drafts(SpeculationConfig(), DRAFT_TOKENS, model),
+        model,
         lambda: now[0],
         lambda request: Asking(f"c{int(request.request_id) % 8}", tpot_slo_ms=None),
     )
@@ -46,16 +49,11 @@ def _time_allocation(running: int, steps: int, seed: int) -> dict[str, Any]:
         budget.cut(requests, 8192, waits=False)
         cut.append(time.thread_time_ns() - begin)
         output = _output(requests)
-        accepted = {
-            name: rng.randint(0, len(tokens)) for name, tokens in output.scheduled_spec_decode_tokens.items()
-        }
+        result = _result(output, rng)
         now[0] += 0.01
         begin = time.thread_time_ns()
         budget.scheduled(output)
-        budget.executed(output)
-        for name, tokens in output.scheduled_spec_decode_tokens.items():
-            budget.verified(name, len(tokens), accepted[name])
-        budget.learn()
+        budget.executed(output, result)
         learn.append(time.thread_time_ns() - begin)
     cut_us, learn_us = _mean_us(cut), _mean_us(learn)
     return {
@@ -70,15 +68,13 @@ def _time_allocation(running: int, steps: int, seed: int) -> dict[str, Any]:
 
 def _time_choice(budget: DraftBudget, running: int, steps: int) -> float:
     """The part of an allocation that is no reading of requests: estimates, times and lengths, in arrays."""
-    rows = np.arange(running)
-    available, needed = np.full(running, DRAFT_TOKENS), np.zeros(running)
-    held = running + np.arange(running * DRAFT_TOKENS + 1)
-    rest = np.full(len(held), 0.5 * running)
+    rows, available = np.arange(running), np.full(running, DRAFT_TOKENS)
+    no_pace = np.full(running, np.inf)
+    besides = Besides(running, 0, 8192, 8192, running, 1000 * running)
     times = []
     for _ in range(steps):
         begin = time.thread_time_ns()
-        seconds = budget.cost.seconds(StepFeatures(0, running, 1000 * running), held)
-        budget.lengths.lengths(rows, available, needed, rest=rest, seconds=seconds)
+        budget.drafts.choose(rows, available, no_pace, no_pace, besides)
         times.append(time.thread_time_ns() - begin)
     return _mean_us(times)
 
@@ -103,6 +99,16 @@ def _output(requests: list[Any]) -> Any:
         scheduled_spec_decode_tokens=drafts,
         scheduled_new_reqs=[],
         scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
+        num_invalid_spec_tokens=None,
+    )
+
+
+def _result(output: Any, rng: random.Random) -> Any:
+    drafts = output.scheduled_spec_decode_tokens
+    names = list(output.num_scheduled_tokens)
+    sampled = [[7] * rng.randint(1, 1 + len(drafts.get(name, ()))) for name in names]
+    return SimpleNamespace(
+        sampled_token_ids=sampled, req_id_to_index={name: index for index, name in enumerate(names)}
     )
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from penstock.plugins.vllm.draft_budget import DraftBudget
 from penstock.schedulers.asking import Asking
 from penstock.schedulers.draft_config import SpeculationConfig
-from penstock.schedulers.slo.profiles import Profile
+from penstock.schedulers.drafts import Drafts
+from penstock.schedulers.slo.profiles import Profile, find_profile
 from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
 
 DRAFT_TOKENS = 5
@@ -78,7 +79,9 @@ class ByWorth:
     """Ours, with a step-time profile that is not the engine's to start from."""
 
     def __init__(self, clock: Callable[[], float], prior: str) -> None:
-        self.budget = DraftBudget(SpeculationConfig(profile=prior), DRAFT_TOKENS, clock, _asking_of)
+        model = StepTimeModel(find_profile(prior))
+        drafts = Drafts(SpeculationConfig(profile=prior), DRAFT_TOKENS, model)
+        self.budget = DraftBudget(drafts, model, clock, _asking_of)
         self.waits = False
 
     def cut(self, running: list[Live]) -> None:
@@ -164,19 +167,19 @@ class Loop:
             scheduled_spec_decode_tokens=drafts,
             scheduled_new_reqs=[],
             scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
+            num_invalid_spec_tokens=None,
         )
         self._cutter.budget.scheduled(output)  # type: ignore[union-attr]
         return output
 
     def _finish(self, tokens: dict[str, int], output: Any) -> None:
         budget = None if output is None else self._cutter.budget  # type: ignore[union-attr]
+        served = [live for live in self.running if live.request_id in tokens]
+        made = [self._progress(live, tokens[live.request_id]) for live in served]
         if budget is not None:
-            budget.executed(output)
-        for live in self.running:
-            if live.request_id in tokens:
-                self._progress(live, tokens[live.request_id], budget)
-        if budget is not None:
-            budget.learn()
+            places = {live.request_id: place for place, live in enumerate(served)}
+            sampled = [[0] * number for number in made]
+            budget.executed(output, SimpleNamespace(sampled_token_ids=sampled, req_id_to_index=places))
         ended = [live for live in self.running if live.num_output_tokens >= live.asked.output]
         for live in ended:
             self.running.remove(live)
@@ -184,11 +187,12 @@ class Loop:
             if budget is not None:
                 budget.forget(live.request_id)
 
-    def _progress(self, live: Live, tokens: int, budget: DraftBudget | None) -> None:
+    def _progress(self, live: Live, tokens: int) -> int:
+        """Returns the tokens that the request was given."""
         if live.is_prefill_chunk:
             live.num_computed_tokens += tokens
             if live.num_computed_tokens < live.num_tokens:
-                return
+                return 0
             live.is_prefill_chunk = False
             made = 1
         else:
@@ -197,8 +201,6 @@ class Loop:
                 accepted += 1
             self.outcome.drafted += drafted
             self.outcome.accepted += accepted
-            if drafted and budget is not None:
-                budget.verified(live.request_id, drafted, accepted)
             made = accepted + 1
             live.num_computed_tokens += made
         live.spec_token_ids = []
@@ -206,6 +208,7 @@ class Loop:
         live.num_output_tokens += made
         if live.first_token_s is None:
             live.first_token_s = self.now_s
+        return made
 
     def _count(self, live: Live) -> None:
         self.outcome.requests += 1

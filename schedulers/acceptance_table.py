@@ -1,8 +1,12 @@
-"""``AcceptanceEstimator`` for a whole batch at once: the same estimates, in arrays.
+"""How likely each token of a draft is to be accepted: by position, by request, shrunk to its class.
 
-With hundreds of requests in steps of milliseconds, a loop over requests and positions costs more than what it
-decides about. Requests of a class that one step verified have no order: each counts as if it came at any
-place among them.
+Token ``k`` is tried only if the ones before it were accepted, so what is learned at a position is the
+acceptance given that it was reached. Beta counts with forgetting for each class and position; a request's own
+counts move it away from its class as evidence comes in. What is unseen leans on a prior.
+
+All in arrays: with hundreds of requests in steps of milliseconds, a loop over requests and positions costs
+more than what it decides about. Requests of a class that one step verified have no order: each counts as if it
+came at any place among them.
 """
 
 from __future__ import annotations
@@ -12,18 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.schedulers.acceptance import (
-    CLASS_DECAY,
-    CLASS_WEIGHT,
-    MOST_CLASSES,
-    PRIOR_RATE,
-    PRIOR_WEIGHT,
-    REQUEST_DECAY,
-)
-
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+MOST_CLASSES = 256
+PRIOR_RATE = 0.6
+PRIOR_WEIGHT = 4.0
+CLASS_WEIGHT = 8.0
+CLASS_DECAY = 0.998
+REQUEST_DECAY = 0.98
 FIRST_ROWS = 64
 OTHERS = 0
 """The class of all classes beyond ``MOST_CLASSES``."""

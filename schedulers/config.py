@@ -93,8 +93,6 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     def __post_init__(self) -> None:
         if not self.extend_weight and not self.output_weight:
             raise ValueError("extend_weight: given 0.0 beside output_weight=0.0, allowed: one above 0")
-        if self.policy == "slo" and self.speculation is not None:
-            raise ValueError("speculation: given beside policy='slo', allowed: beside the other policies")
         for name in (*self.weights, *(keyed.client for keyed in self.clients.values())):
             if len(name.encode()) > self.longest_client_id:
                 raise ValueError(

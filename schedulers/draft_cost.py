@@ -18,9 +18,6 @@ PAIR_DECAY = 0.99
 LEVEL_DECAY = 0.8
 PRIOR_TOKENS = 4.0
 """The model's own slope counts as much as a pair of steps that differ by so many tokens."""
-FIRST_STEPS, EVERY = 64, 8
-"""The model sees all of the first steps, then one in so many: its fits take milliseconds, and slope and level
-follow at once without it."""
 LARGEST_RATIO = 20.0
 """Two steps that differ in time by more are not of one kind."""
 
@@ -32,7 +29,6 @@ class DraftCost:
         self._model = model
         self._pairs = self._spread = 0.0
         self._level_s = 0.0
-        self._steps = 0
         self._last: tuple[int, int, float] | None = None
 
     @property
@@ -46,10 +42,7 @@ class DraftCost:
         return self._model.seconds(StepFeatures(1, 0, 0)) - self._model.seconds(StepFeatures(0, 0, 0))
 
     def observe(self, features: StepFeatures, drafted: int, seconds: float) -> None:
-        """A step took ``seconds``, of its tokens ``drafted`` were drafts."""
-        self._steps += 1
-        if self._steps <= FIRST_STEPS or self._steps % EVERY == 0:
-            self._model.observe(features, seconds)
+        """A step took ``seconds``, of its tokens ``drafted`` were drafts. The model is told by its owner."""
         decodes_only = features.tokens == features.requests + drafted
         if not (decodes_only and 0 < seconds < LONGEST_STEP_S):
             self._last = None

@@ -1,9 +1,13 @@
-"""Draft lengths of a whole batch at once, and whether to draft at all.
+"""Draft lengths for one step, and whether to draft at all: the tokens that are worth most for their time.
 
-The same choice as ``drafts.fastest`` makes: the most worth a second. All draft tokens are sorted by what they
-are worth; a step with the best ``d`` of them is compared for every ``d``. Where that gains too little there
-is no draft, but a short one of one request now and then; where drafts pay and their cost is unsure, there is
-a step without them now and then. Both take at most a set share of the time.
+A draft token is worth the probability that it is reached and accepted, times what a token is worth to its
+request: more while the request is behind its pace, less once it is not. That falls along a draft, so the best
+``d`` tokens of a batch are the first ``d`` of all when sorted by worth; a step with the best ``d`` is compared
+for every ``d``. SLOs-Serve's lengths for each tier (its speculative planner) are the case in which only the
+pace counts.
+
+Where drafts gain too little there is none, but a short one of one request now and then; where they pay and
+their cost is unsure, there is a step without them now and then. Both take at most a set share of the time.
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from penstock.schedulers.acceptance_table import AcceptanceTable, Floats, Ints
-from penstock.schedulers.draft_policy import LEAST_GAIN, MOST_CREDIT_S, PROBE_SHARE, PROBE_TOKENS
 
+PROBE_TOKENS = 2
+MOST_CREDIT_S = 1.0
 Unsure = Callable[[int], bool]
 
 
@@ -68,9 +73,9 @@ class DraftLengths:
         self,
         most_tokens: int,
         *,
-        spare_worth: float = 0.5,
-        least_gain: float = LEAST_GAIN,
-        probe_share: float = PROBE_SHARE,
+        spare_worth: float,
+        least_gain: float,
+        probe_share: float,
     ) -> None:
         self.table = AcceptanceTable(most_tokens)
         self._spare_worth = spare_worth

@@ -5,40 +5,47 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from penstock.schedulers.acceptance_table import Floats, Ints
 from penstock.schedulers.asking import Asking
-from penstock.schedulers.draft_config import SpeculationConfig
-from penstock.schedulers.draft_cost import DraftCost
-from penstock.schedulers.draft_lengths import DraftLengths
-from penstock.schedulers.slo.profiles import find_profile
+from penstock.schedulers.drafts import Besides, Drafts
+from penstock.schedulers.slo.plan import Plan
 from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
 from penstock.schedulers.waiting import Clock
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
 MOST_IN_FLIGHT = 16
+FIRST_STEPS, EVERY = 64, 8
+"""The model sees all of the first steps, then one in so many: its fits take milliseconds, and slope and level
+of what drafts cost follow at once without it."""
 
 
-@dataclass(slots=True)
-class _Pace:
-    """A request with a target for each token, since its first one."""
+@dataclass(frozen=True, slots=True)
+class _Paced:
+    """A request that drafts: its row, and when its tokens are due, ``start_s + number * tpot_s``."""
 
+    row: int
     tpot_s: float
-    first_token_s: float
-    first_output_tokens: int
+    start_s: float
 
-    def needed(self, request: Request, now_s: float, step_s: float) -> float:
-        """Tokens that are due before the end of the step after this one; one more is sure."""
-        made = request.num_output_tokens - self.first_output_tokens
-        slack_s = self.first_token_s + (made + 1) * self.tpot_s - now_s
-        return 1.0 + max(0.0, 2 * step_s - slack_s) / self.tpot_s
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Requests that draft in a step, and what stays of them while they are the same."""
+
+    requests: list[Request] = field(default_factory=list)
+    rows: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    tpot_s: Floats = field(default_factory=lambda: np.zeros(0))
+    start_s: Floats = field(default_factory=lambda: np.zeros(0))
+    paced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,68 +58,78 @@ class _InFlight:
 
 
 class DraftBudget:
-    """Cuts drafts to what they are worth. Calls come in the order of a step: ``cut``, ``scheduled``,
-    ``executed``, ``verified`` for each draft, ``learn``; several steps may be in flight."""
+    """Cuts drafts to what they are worth, and learns. Calls come in the order of a step: ``cut``, or ``keep``
+    where a plan chose the lengths; ``scheduled``; ``executed``. Several steps may be in flight."""
 
     def __init__(
         self,
-        config: SpeculationConfig,
-        most_tokens: int,
+        drafts: Drafts,
+        model: StepTimeModel | None,
         clock: Clock,
         asking_of: Callable[[Request], Asking],
     ) -> None:
-        self.lengths = DraftLengths(
-            most_tokens,
-            spare_worth=config.spare_worth,
-            least_gain=config.least_gain,
-            probe_share=config.probe_share,
-        )
-        self.model = StepTimeModel(find_profile(config.profile))
-        self.cost = DraftCost(self.model)
-        self._prompt_worth = config.prompt_worth
-        self._spare_worth = config.spare_worth
+        """``model`` is told of steps; None where somebody else tells it."""
+        self.drafts = drafts
+        self._model = model
         self._clock = clock
         self._asking_of = asking_of
-        self._rows: dict[str, int] = {}
-        self._paces: dict[str, _Pace] = {}
+        self._known: dict[str, _Paced] = {}
+        self._batch = _Batch()
         self._in_flight: deque[_InFlight] = deque(maxlen=MOST_IN_FLIGHT)
-        self._padded: frozenset[str] = frozenset()
-        self._verified: tuple[list[int], list[int], list[int]] = ([], [], [])
         self._started_s = self._ended_s = -math.inf
-        self._context = self._prompt_tokens = 0
+        self._context = self._prompt_tokens = self._steps = 0
         self.allocated = self.accepted = self.cut_off = 0
 
     def cut(self, running: Sequence[Request], most_scheduled: int, *, waits: bool) -> None:
         """Shorten the drafts of ``running`` for a step of up to ``most_scheduled`` tokens."""
         self._started_s = now_s = self._clock()
         # Comprehensions, since a batch has hundreds of requests and a step lasts milliseconds.
-        decoding = [request for request in running if not request.is_prefill_chunk]
-        drafting = [request for request in decoding if request.spec_token_ids]
+        prefilling = [request for request in running if request.is_prefill_chunk]
+        drafting = [request for request in running if request.spec_token_ids]
         self._context = sum([request.num_computed_tokens for request in running])
+        if prefilling:
+            drafting = [request for request in drafting if not request.is_prefill_chunk]
         if not drafting:
             return
         prompts = self._prompt_tokens if waits else 0
-        if len(decoding) < len(running):
-            prefilling = [request for request in running if request.is_prefill_chunk]
-            prompts += sum([request.num_tokens - request.num_computed_tokens for request in prefilling])
-        known = self._rows
-        for request in drafting:
-            if request.request_id not in known:
-                self._open(request)
-        rows = np.array([known[request.request_id] for request in drafting])
+        prompts += sum([request.num_tokens - request.num_computed_tokens for request in prefilling])
+        # Lists of the same objects compare at the cost of a look at each.
+        if drafting != self._batch.requests:
+            self._batch = self._gather(drafting)
+        batch = self._batch
+        slack_s = batch.tpot_s
+        if batch.paced:
+            made = np.array([request.num_output_tokens for request in drafting])
+            with np.errstate(invalid="ignore"):
+                slack_s = batch.start_s + batch.tpot_s * made - now_s
         available = np.array([len(request.spec_token_ids) for request in drafting])
-        room = max(0, min(int(available.sum()), most_scheduled - len(decoding)))
-        # Drafts go before prompts: what finds no room any more is computed in a later step.
-        drafts = np.arange(room + 1)
-        held = np.minimum(len(decoding) + prompts + drafts, most_scheduled)
-        seconds = self.cost.seconds(StepFeatures(0, len(running), self._context), held)
-        needed = self._needed(drafting, now_s, float(seconds[0]))
-        sure = self._spare_worth * len(decoding) + (1 - self._spare_worth) * np.count_nonzero(needed)
-        rest = sure + self._prompt_worth * (held - len(decoding) - drafts)
-        lengths = self.lengths.lengths(
-            rows, available, needed, rest=rest, seconds=seconds, unsure=self.cost.unsure
+        besides = Besides(
+            decodes=len(running) - len(prefilling),
+            prompt_tokens=prompts,
+            prompts_within=most_scheduled,
+            most_tokens=most_scheduled,
+            requests=len(running),
+            context_tokens=self._context,
         )
+        lengths = self.drafts.choose(batch.rows, available, slack_s, batch.tpot_s, besides)
         self._shorten(drafting, lengths, available)
+
+    def keep(self, running: Sequence[Request], plan: Plan) -> None:
+        """Shorten drafts to those of an active plan. Who is passed over keeps a draft that is there; a place
+        for one to come is given up, since workers keep no draft for a request that leaves their batch."""
+        self._started_s = self._clock()
+        self._context = sum([request.num_computed_tokens for request in running])
+        served = plan.caps
+        drafting = [
+            request
+            for request in running
+            if (drafted := request.spec_token_ids)
+            and not request.is_prefill_chunk
+            and (drafted[0] < 0 or request.request_id in served)
+        ]
+        available = np.array([len(request.spec_token_ids) for request in drafting], dtype=np.int64)
+        kept = np.array([plan.drafts.get(request.request_id, 0) for request in drafting], dtype=np.int64)
+        self._shorten(drafting, np.minimum(kept, available), available)
 
     def _shorten(self, drafting: list[Request], lengths: Ints, available: Ints) -> None:
         shorter = np.flatnonzero(lengths < available)
@@ -121,14 +138,25 @@ class DraftBudget:
             request.spec_token_ids = request.spec_token_ids[:kept]
         self.cut_off += int(available.sum() - lengths.sum())
 
-    def _needed(self, drafting: list[Request], now_s: float, step_s: float) -> Floats:
-        needed: Floats = np.zeros(len(drafting))
-        if self._paces:
-            for index, request in enumerate(drafting):
-                pace = self._paces.get(request.request_id)
-                if pace is not None:
-                    needed[index] = pace.needed(request, now_s, step_s)
-        return needed
+    def _gather(self, drafting: list[Request]) -> _Batch:
+        known = [self._known.get(one.request_id) or self._open(one) for one in drafting]
+        tpot_s = np.array([one.tpot_s for one in known])
+        return _Batch(
+            drafting,
+            np.array([one.row for one in known]),
+            tpot_s,
+            np.array([one.start_s for one in known]),
+            bool(np.isfinite(tpot_s).any()),
+        )
+
+    def _open(self, request: Request) -> _Paced:
+        asking = self._asking_of(request)
+        tpot_s = math.inf if asking.tpot_slo_ms is None else asking.tpot_slo_ms / 1e3
+        # The pace counts from the first token, or from when the request was first seen to draft.
+        start_s = self._clock() + (1 - request.num_output_tokens) * tpot_s if tpot_s < math.inf else 0.0
+        paced = _Paced(self.drafts.row(request.request_id, asking.client), tpot_s, start_s)
+        self._known[request.request_id] = paced
+        return paced
 
     def scheduled(self, output: SchedulerOutput) -> None:
         """A step was made."""
@@ -144,51 +172,50 @@ class DraftBudget:
         features = StepFeatures(output.total_num_scheduled_tokens, len(tokens), self._context)
         self._in_flight.append(_InFlight(output, features, self._started_s, drafted, padded))
 
-    def executed(self, output: SchedulerOutput) -> None:
+    def executed(self, output: SchedulerOutput, result: ModelRunnerOutput) -> None:
         """The result of a step is there. Its time began when it was scheduled, or, where steps overlap, when
         the one before it ended."""
         now_s = self._clock()
         while self._in_flight:
             step = self._in_flight.popleft()
             if step.output is output:
-                self._padded = step.padded
                 if step.features.tokens:
-                    self.cost.observe(step.features, step.drafted, now_s - max(step.started_s, self._ended_s))
+                    self._timed(step, now_s - max(step.started_s, self._ended_s))
+                self._learn(output, result, step.padded)
                 break
         self._ended_s = now_s
 
-    def verified(self, request_id: str, drafted: int, accepted: int) -> None:
-        """The first ``accepted`` of ``drafted`` tokens were right."""
-        row = self._rows.get(request_id)
-        if row is None or request_id in self._padded or drafted <= 0:
-            return
-        rows, tried, right = self._verified
-        rows.append(row)
-        tried.append(drafted)
-        right.append(min(accepted, drafted))
+    def _timed(self, step: _InFlight, seconds: float) -> None:
+        self._steps += 1
+        if self._model is not None and (self._steps <= FIRST_STEPS or self._steps % EVERY == 0):
+            self._model.observe(step.features, seconds)
+        self.drafts.cost.observe(step.features, step.drafted, seconds)
 
-    def learn(self) -> None:
-        """All drafts of a step were reported."""
-        rows, tried, right = self._verified
-        if rows:
-            self.accepted += sum(right)
-            self.lengths.table.observe(np.array(rows), np.array(tried), np.array(right))
-            self._verified = ([], [], [])
+    def _learn(self, output: SchedulerOutput, result: ModelRunnerOutput, padded: frozenset[str]) -> None:
+        """The tokens that a step sampled for a request are its accepted drafts and one more."""
+        drafts, sampled = output.scheduled_spec_decode_tokens, result.sampled_token_ids
+        if not drafts or not sampled:
+            return
+        find, places = self.drafts.find, result.req_id_to_index
+        invalid = output.num_invalid_spec_tokens or {}
+        found = [
+            (row, len(draft) - invalid.get(name, 0), len(sampled[places[name]]) - 1)
+            for name, draft in drafts.items()
+            if (row := find(name)) is not None and name not in padded
+        ]
+        if not found:
+            return
+        rows, drafted, right = np.array(found).T
+        told = (drafted > 0) & (right >= 0)
+        right = np.minimum(right, drafted)
+        self.accepted += int(right[told].sum())
+        self.drafts.learn(rows[told], drafted[told], right[told])
 
     def forget(self, request_id: str) -> None:
         """A request is gone."""
-        self._rows.pop(request_id, None)
-        self._paces.pop(request_id, None)
-        self.lengths.table.forget(request_id)
-
-    def _open(self, request: Request) -> None:
-        asking = self._asking_of(request)
-        self._rows[request.request_id] = self.lengths.table.row(request.request_id, asking.client)
-        if asking.tpot_slo_ms is not None:
-            now_s = self._clock()
-            self._paces[request.request_id] = _Pace(
-                asking.tpot_slo_ms / 1e3, now_s, request.num_output_tokens
-            )
+        self._known.pop(request_id, None)
+        self.drafts.forget(request_id)
+        self._batch = _Batch()
 
     def counts(self) -> dict[str, float]:
         """What was drafted since the start, and how well steps are predicted; plain values."""
@@ -197,13 +224,13 @@ class DraftBudget:
             "accepted": self.accepted,
             "wasted": self.allocated - self.accepted,
             "cut_off": self.cut_off,
-            "probes": self.lengths.probes,
-            "step_time_error": self.model.error(),
+            "probes": self.drafts.lengths.probes,
+            "step_time_error": self.drafts.model.error(),
         }
 
     def check_integrity(self) -> None:
         """Assert that rows agree and that nothing was accepted that was not drafted."""
-        self.lengths.table.check_integrity()
-        assert len(self._rows) == len(self.lengths.table)
-        assert self._paces.keys() <= self._rows.keys()
+        table = self.drafts.lengths.table
+        table.check_integrity()
+        assert all(table.find(name) == one.row for name, one in self._known.items())
         assert 0 <= self.accepted <= self.allocated

@@ -7,6 +7,7 @@ and rolls back the rest as always, so that answers are those without speculation
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from penstock.patches.vllm.stat_logging import PAYLOAD_KEY
@@ -15,78 +16,75 @@ from penstock.plugins.features import require
 from penstock.plugins.vllm.draft_budget import DraftBudget
 from penstock.plugins.vllm.features import DRAFT_CONTROL
 from penstock.plugins.vllm.installation import upstream
+from penstock.schedulers.asking import Asking
+from penstock.schedulers.draft_config import SpeculationConfig
+from penstock.schedulers.drafts import Drafts
+from penstock.schedulers.slo.plan import PASSIVE, Plan
+from penstock.schedulers.slo.profiles import find_profile
+from penstock.schedulers.slo.step_time import StepTimeModel
+from penstock.schedulers.waiting import Clock
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler as Stock
     from vllm.v1.request import Request
+else:
+    Stock = object
 
 
-class DraftControlling:
-    """Mixed in before ``RequestScheduling``, whose configuration, clock and clients it reads; does nothing
-    without ``speculation`` in the configuration.
+class DraftControlling(Stock):
+    """What comes right before vLLM's own scheduler. Does nothing until ``control_drafts``."""
 
-    Raises:
-        ConfigurationError: draft lengths are asked for and nothing drafts.
-        FeatureError: this vLLM lacks a name that draft control stands on.
-    """
+    drafts: DraftBudget | None = None
+    plan: Plan = PASSIVE
+    """Of the next step; its draft lengths stand where it is active."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.drafts: DraftBudget | None = None
-        config = self.config.speculation  # type: ignore[attr-defined]
+    def control_drafts(
+        self,
+        config: SpeculationConfig | None,
+        clock: Clock,
+        asking_of: Callable[[Request], Asking],
+        model: StepTimeModel | None = None,
+    ) -> None:
+        """Control drafts if ``config`` asks for it. ``model`` is one that somebody else tells of steps.
+
+        Raises:
+            ConfigurationError: draft lengths are asked for and nothing drafts.
+            FeatureError: this vLLM lacks a name that draft control stands on.
+        """
         if config is None:
             return
-        most: int = self.num_spec_tokens  # type: ignore[attr-defined]
-        if not most:
+        if not self.num_spec_tokens:
             raise ConfigurationError("scheduler.speculation: nothing drafts; give --speculative-config, too")
         require(DRAFT_CONTROL, upstream())
-        self.drafts = DraftBudget(config, most, self.clock, self.charges.asking_of)  # type: ignore[attr-defined]
+        own = StepTimeModel(find_profile(config.profile)) if model is None else None
+        drafts = Drafts(config, self.num_spec_tokens, model or own)
+        self.drafts = DraftBudget(drafts, own, clock, asking_of)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         if self.drafts is None:
-            return super().schedule(*args, **kwargs)  # type: ignore[misc]
-        waits = bool(self.waiting) and len(self.running) < self.max_num_running_reqs  # type: ignore[attr-defined]
-        self.drafts.cut(self.running, self.max_num_scheduled_tokens, waits=waits)  # type: ignore[attr-defined]
-        output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+            return super().schedule(*args, **kwargs)
+        if self.plan.active:
+            self.drafts.keep(self.running, self.plan)
+        else:
+            waits = bool(self.waiting) and len(self.running) < self.max_num_running_reqs
+            self.drafts.cut(self.running, self.max_num_scheduled_tokens, waits=waits)
+        output = super().schedule(*args, **kwargs)
         self.drafts.scheduled(output)
         return output
 
-    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         if self.drafts is not None:
-            self.drafts.executed(scheduler_output)
-        outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
-        if self.drafts is not None:
-            self.drafts.learn()
-        return outputs
+            self.drafts.executed(scheduler_output, model_runner_output)
+        return super().update_from_output(scheduler_output, model_runner_output)
 
-    def make_spec_decoding_stats(
-        self,
-        spec_decoding_stats: Any,
-        num_draft_tokens: int,
-        num_accepted_tokens: int,
-        num_invalid_spec_tokens: dict[str, int] | None,
-        request_id: str,
-    ) -> Any:
-        # Where update_from_output says what became of a draft; called for each one, statistics on or off.
-        if self.drafts is not None:
-            invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
-            self.drafts.verified(request_id, num_draft_tokens - invalid, num_accepted_tokens)
-        return super().make_spec_decoding_stats(  # type: ignore[misc]
-            spec_decoding_stats,
-            num_draft_tokens=num_draft_tokens,
-            num_accepted_tokens=num_accepted_tokens,
-            num_invalid_spec_tokens=num_invalid_spec_tokens,
-            request_id=request_id,
-        )
-
-    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
+    def add_draft_counts(self, stats: Any) -> None:
+        """Put what was drafted beside the other statistics of ours, where they are due."""
         carried = getattr(stats, "kv_connector_stats", None) or {}
         if self.drafts is not None and PAYLOAD_KEY in carried:
             carried[PAYLOAD_KEY]["drafts"] = self.drafts.counts()
-        return stats
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if self.drafts is not None:
             self.drafts.forget(request.request_id)
-        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        return super()._free_request(request, *args, **kwargs)

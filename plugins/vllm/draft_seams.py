@@ -20,13 +20,10 @@ CONTROL = (
         _SCHEDULER,
         __init__="(self, vllm_config, *args, **kwargs)",
         schedule="(self, *args, **kwargs)",
-        update_from_output="(self, scheduler_output, *args, **kwargs)",
-        make_stats="(self, *args, **kwargs)",
-        make_spec_decoding_stats="(self, spec_decoding_stats, num_draft_tokens, num_accepted_tokens, "
-        "num_invalid_spec_tokens, request_id)",
+        update_from_output="(self, scheduler_output, model_runner_output)",
         _free_request="(self, request, *args, **kwargs)",
     ),
-    *read(_SCHEDULER, "running", "num_spec_tokens", "max_num_running_reqs", "max_num_scheduled_tokens"),
+    *read(_SCHEDULER, "running", "waiting", "num_spec_tokens", "max_num_running_reqs", "max_num_scheduled_tokens"),
     *read(
         "vllm.v1.request:Request",
         "spec_token_ids",
@@ -42,7 +39,9 @@ CONTROL = (
         "scheduled_spec_decode_tokens",
         "scheduled_new_reqs",
         "scheduled_cached_reqs",
+        "num_invalid_spec_tokens",
     ),
+    *read("vllm.v1.outputs:ModelRunnerOutput", "sampled_token_ids", "req_id_to_index"),
     *read("vllm.v1.core.sched.output:CachedRequestData", "resumed_req_ids"),
 )
 """Where drafts are cut before a step, and what is heard of them after it."""

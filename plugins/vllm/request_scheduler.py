@@ -82,7 +82,7 @@ def require_chunked_prefill(vllm_config: Any) -> None:
         raise ConfigurationError("scheduler.policy: slo plans chunks of prompts; enable chunked prefill")
 
 
-class RequestScheduling:
+class RequestScheduling(DraftControlling):
     """The part of a scheduler that is ours; mixed in before a scheduler of vLLM's.
 
     ``clock`` gives seconds and may be virtual: the order, the charges and the intervals of the statistics
@@ -107,6 +107,7 @@ class RequestScheduling:
         self._client_stats = ClientStats(
             self.config, order, clock, settle=self._charge_all_output, export=front_end_exports
         )
+        self.control_drafts(self.config.speculation, clock, self.charges.asking_of)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step in the policy's order, charged for."""
@@ -121,6 +122,7 @@ class RequestScheduling:
         if stats is not None:
             idle = not self.has_unfinished_requests()  # type: ignore[attr-defined]
             self._client_stats.add_to(stats, idle=idle)
+            self.add_draft_counts(stats)
         return stats
 
     def _reserve_prefill_lookahead(
@@ -157,9 +159,9 @@ class RequestScheduling:
         self.charges.check_integrity(self.requests)  # type: ignore[attr-defined]
 
 
-class SyncRequestScheduler(DraftControlling, RequestScheduling, Scheduler):
+class SyncRequestScheduler(RequestScheduling, Scheduler):
     """For engines that schedule a step when the one before has ended."""
 
 
-class AsyncRequestScheduler(DraftControlling, RequestScheduling, AsyncScheduler):
+class AsyncRequestScheduler(RequestScheduling, AsyncScheduler):
     """For engines that schedule a step while the one before runs."""

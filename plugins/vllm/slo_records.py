@@ -140,6 +140,8 @@ class Records:
                 running.output_tokens = tokens - request.num_prompt_tokens
                 running.tokens = tokens
             running.computed_tokens = computed
+            if self._sampled > 1:
+                running.draft_tokens = len(request.spec_token_ids)
             found.append(running)
         return found
 

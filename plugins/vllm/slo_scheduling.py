@@ -18,6 +18,7 @@ from vllm.v1.request import RequestStatus
 from penstock.plugins.configuration import scheduler_config
 from penstock.plugins.vllm.askings import Askings
 from penstock.plugins.vllm.cached_prefix import CachedPrefix
+from penstock.plugins.vllm.draft_control import DraftControlling
 from penstock.plugins.vllm.slo_queue import PlannedQueue
 from penstock.plugins.vllm.slo_records import Records
 from penstock.plugins.vllm.slo_stats import SLOStats
@@ -31,10 +32,7 @@ from penstock.schedulers.waiting import Clock
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.core.sched.scheduler import Scheduler as Stock
     from vllm.v1.request import Request
-else:
-    Stock = object
 
 PASSIVE_STEPS = 8
 """While nobody has targets the time of one step in so many is learned from."""
@@ -42,7 +40,7 @@ PASSIVE_STEPS = 8
 ENDED_BY_ITSELF = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
-class SLOScheduling(Stock):
+class SLOScheduling(DraftControlling):
     """The part of a scheduler that is ours; mixed in before a scheduler of vLLM's.
 
     ``clock`` gives seconds and may be virtual; ``wall_clock`` is the one that stamps arrivals in the front
@@ -63,11 +61,13 @@ class SLOScheduling(Stock):
         self.clock = clock
         self._cached = CachedPrefix(self)
         self.planner = planner or Planner(self.config.slo)
-        self.records = Records(
-            self.config, Askings(self.config).of, clock, wall_clock, int(self.num_spec_tokens)
-        )
+        asking_of = Askings(self.config).of
+        self.records = Records(self.config, asking_of, clock, wall_clock, int(self.num_spec_tokens))
+        self.control_drafts(self.config.speculation, clock, asking_of, self.planner.model)
+        if self.drafts is not None:
+            self.planner.drafts = self.drafts.drafts
         self.waiting = PlannedQueue(self.planner, self._job_of)
-        self.plan: Plan = PASSIVE
+        self.plan = PASSIVE
         self._steps = StepsInFlight()
         self._stats = SLOStats(self.planner, self.config.slo.tiers_s, clock, export=front_end_exports)
         self._step_tokens: int = self.max_num_scheduled_tokens
@@ -147,7 +147,10 @@ class SLOScheduling(Stock):
         beside = sum(request.request_id not in plan.caps for request in holding)
         drafts = 0
         if self.num_spec_tokens:
-            drafts = sum(len(request.spec_token_ids) for request in self.running)
+            drafts = sum(plan.drafts.values())
+            if self.drafts is None:
+                drafts = sum(len(one.spec_token_ids) for one in self.running if one.request_id in plan.caps)
+            # vLLM pads whom it admits with one token left to a whole draft.
             drafts += self.num_spec_tokens * (len(holding) + len(plan.waiting))
         more = beside + drafts + len(adapted)
         self.max_num_scheduled_tokens = min(self._step_tokens, plan.step_tokens + more)
@@ -237,6 +240,7 @@ class SLOScheduling(Stock):
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
             self._stats.add_to(stats, idle=not self.has_unfinished_requests())
+            self.add_draft_counts(stats)
         return stats
 
     def check_integrity(self) -> None:

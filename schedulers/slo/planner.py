@@ -10,7 +10,7 @@ from itertools import chain, islice
 
 import msgspec
 
-from penstock.schedulers.draft_policy import DraftPolicy
+from penstock.schedulers.drafts import Drafts
 from penstock.schedulers.slo.backlog import Backlog
 from penstock.schedulers.slo.batch import Sorted
 from penstock.schedulers.slo.config import SLOConfig
@@ -44,8 +44,9 @@ class Planner:
     """Owns the backlog of waiting requests and everything that is learned. One object an engine."""
 
     def __init__(
-        self, config: SLOConfig, model: StepTimeModel | None = None, drafts: DraftPolicy | None = None
+        self, config: SLOConfig, model: StepTimeModel | None = None, drafts: Drafts | None = None
     ) -> None:
+        """``drafts`` share the model; whoever hears of drafts tells them. Without, drafts are left alone."""
         self.config = config
         self.model = model or StepTimeModel(find_profile(config.profile))
         self.drafts = drafts
@@ -74,15 +75,6 @@ class Planner:
         self.model.observe(features, seconds)
         self.pacing.observe_step(seconds)
 
-    def observe_draft(self, request_id: str, class_name: str, drafted: int, accepted: int) -> None:
-        """Verification accepted the first ``accepted`` of ``drafted`` tokens.
-
-        Raises:
-            ValueError: more were accepted than drafted, or one is negative.
-        """
-        if self.drafts:
-            self.drafts.observe(request_id, class_name, drafted, accepted)
-
     def observe_finish(self, request_id: str, class_name: str, output_tokens: int) -> None:
         """A request ended by itself. Aborts are reported to ``leave`` only."""
         self.lengths.observe(class_name, output_tokens)
@@ -95,8 +87,6 @@ class Planner:
         self.replanner.admitted.pop(request_id, None)
         self._demoted.discard(request_id)
         self._thrown_out.pop(request_id, None)
-        if self.drafts:
-            self.drafts.forget(request_id)
         self.replanner.finished()
 
     @property
@@ -165,10 +155,16 @@ class Planner:
         step = Step(self.config, self.model, limits)
         step.force(staying, start_s, self.suspensions)
         step.decode(batch, prompts=bool(prompts))
-        drafts = draft(self.drafts, step, batch, bool(prompts)) if self.drafts and limits.draft_tokens else {}
+        best_decodes = [entry for entry in batch.best_decodes if entry[1] not in gone]
+        # Where drafts are chosen and no prompt waits, best-effort decodes may have some, too.
+        decodes_first = self.drafts is not None and not prompts
+        if decodes_first:
+            step.fill_with_decodes(best_decodes)
+        drafts = draft(self.drafts, step, batch, sum(prompt[2].missing_tokens for prompt in prompts))
         served = self._serve_patient(step, seats, patient, gone, bool(prompts))
         served += step.prefill(prompts, limits.step_tokens)
-        step.fill_with_decodes([entry for entry in batch.best_decodes if entry[1] not in gone])
+        if not decodes_first:
+            step.fill_with_decodes(best_decodes)
         best = [entry for entry in batch.best_prefills if entry[1] not in gone]
         best_effort = [*best, *self._best_effort(seats, patient)]
         served += step.prefill(best_effort, limits.step_tokens, floor=not step.caps)
@@ -253,7 +249,7 @@ class Planner:
         self.counters.preempted += len(seats.preempted)
         return Plan(
             active=True,
-            step_tokens=max(1, step.tokens),
+            step_tokens=max(1, step.tokens - step.draft_tokens),
             caps=step.caps,
             order=tuple(name for _, name, _ in ordered if name not in thrown_out),
             waiting=waiting,

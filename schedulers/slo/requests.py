@@ -26,6 +26,8 @@ class Running(msgspec.Struct, gc=False, kw_only=True):
     max_output_tokens: int = 1 << 20
     targets: Targets | None = None
     class_name: str = ""
+    draft_tokens: int = 0
+    """Draft tokens that there are for its next step, beside those counted above."""
     first_token_s: float | None = None
     last_token_s: float | None = None
 
@@ -82,10 +84,8 @@ class Limits(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """What one step of the engine may hold.
 
     ``in_flight_s`` is how long the steps before this one will still take (0 where scheduling is synchronous).
-    ``draft_tokens`` is the longest draft that the engine verifies; 0 without speculation.
     """
 
     step_tokens: int
     running_requests: int
     in_flight_s: float = 0.0
-    draft_tokens: int = 0

@@ -1,48 +1,52 @@
-"""Draft lengths of one step: what a further token is worth to each decode, from its slack."""
+"""Draft lengths of one step of the plan: what a further token is worth to each decode, from its slack."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
-from penstock.schedulers.draft_policy import DraftPolicy
-from penstock.schedulers.drafts import Drafting
+import numpy as np
+
+from penstock.schedulers.drafts import Besides, Drafts
 from penstock.schedulers.slo.batch import Sorted
 from penstock.schedulers.slo.requests import Running
 from penstock.schedulers.slo.step_plan import Step
 
-PROMPT_WORTH = 0.2
-"""A prompt token to a decode token: about how many of the former there are for each of the latter."""
-
-SPARE_WORTH = 0.5
-"""A token ahead of its pace, or of a request without targets, to one that is needed for the pace."""
+Drafting = tuple[float, float, Running]
+"""Slack and time per token in seconds, request."""
 
 
-def draft(policy: DraftPolicy, step: Step, batch: Sorted, prompts: bool) -> dict[str, int]:
-    """Add drafts to the decodes of a step and return their lengths; prompts that wait compete with them."""
-    room = step.room(step.length_s)
-    lengths = policy.lengths(
-        list(_drafting(policy, step, batch)),
-        step.seconds_with_drafts,
-        most_tokens=room,
-        other_worth=PROMPT_WORTH * room if prompts else 0.0,
-        opportunity=PROMPT_WORTH if prompts else 0.0,
-    )
-    for name, tokens in lengths.items():
-        step.add_draft(name, tokens)
-    return lengths
+def draft(drafts: Drafts | None, step: Step, batch: Sorted, prompt_tokens: int) -> dict[str, int]:
+    """Add drafts to a step that holds its decodes and return their lengths; ``prompt_tokens`` that wait for
+    room compete with them. Without ``drafts`` to choose, all that there are go along."""
+    drafting = [one for one in _decodes(step, batch) if one[2].draft_tokens]
+    if not drafting:
+        return {}
+    if drafts is None:
+        step.add_drafts(sum(request.draft_tokens for _, _, request in drafting))
+        return {}
+    rows = np.array([drafts.row(request.request_id, request.class_name) for _, _, request in drafting])
+    available = np.array([_usable(request) for _, _, request in drafting])
+    slack_s, tpot_s = np.array([one[:2] for one in drafting]).T
+    lengths = drafts.choose(rows, available, slack_s, tpot_s, step.besides(prompt_tokens))
+    step.add_drafts(int(lengths.sum()))
+    return {
+        request.request_id: length
+        for (_, _, request), length in zip(drafting, lengths.tolist(), strict=True)
+        if length
+    }
 
 
-def _drafting(policy: DraftPolicy, step: Step, batch: Sorted) -> Iterator[Drafting]:
-    """The decodes of the step. One is behind its pace by what is due before the end of the next step."""
-    for slack, name, request in (*batch.guarded, *batch.late):
-        if name in step.caps and request.targets is not None:
-            due = 1 + max(0.0, 2 * step.length_s - slack) / request.targets.tpot_s
-            yield Drafting(name, _survival(policy, request), 1.0, due, SPARE_WORTH)
-    for _, name, request in batch.best_decodes:
-        if name in step.caps:
-            yield Drafting(name, _survival(policy, request), SPARE_WORTH)
+def _decodes(step: Step, batch: Sorted) -> list[Drafting]:
+    """The decodes of the step. Best-effort ones, whose turn comes after the prompts, have no pace."""
+    caps = step.caps
+    paced = [
+        (slack, request.targets.tpot_s if request.targets else math.inf, request)
+        for slack, name, request in (*batch.guarded, *batch.late)
+        if name in caps
+    ]
+    return paced + [(math.inf, math.inf, request) for _, name, request in batch.best_decodes if name in caps]
 
 
-def _survival(policy: DraftPolicy, request: Running) -> list[float]:
-    left = max(0, request.max_output_tokens - request.output_tokens - 1)
-    return list(policy.estimator.survival(request.request_id, request.class_name))[:left]
+def _usable(request: Running) -> int:
+    """A draft that reaches beyond the last token is wasted there."""
+    return max(0, min(request.draft_tokens, request.max_output_tokens - request.output_tokens - 1))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from penstock.schedulers.drafts import Besides
 from penstock.schedulers.slo.batch import Sorted
 from penstock.schedulers.slo.config import SLOConfig
 from penstock.schedulers.slo.requests import Limits, Running, Waiting
@@ -28,13 +29,13 @@ class Step:
         self._model = model
         self._limits = limits
         self.caps: dict[str, int] = {}
-        self.tokens = self.context_tokens = self.prompt_tokens = self.draft_passes = 0
+        self.tokens = self.context_tokens = self.prompt_tokens = self.draft_tokens = 0
         self.length_s = config.longest_step_s
 
     @property
     def features(self) -> StepFeatures:
         """The step as it is now."""
-        return StepFeatures(self.tokens, len(self.caps), self.context_tokens, self.draft_passes)
+        return StepFeatures(self.tokens, len(self.caps), self.context_tokens)
 
     def give(self, request: Running | Waiting, tokens: int) -> int:
         """Add up to ``tokens`` of a request; returns how many the engine's limit and its need allow."""
@@ -56,21 +57,25 @@ class Step:
             len(self.caps) + 1,
             self.context_tokens,
             self._limits.step_tokens,
-            self.draft_passes,
         )
         return max(0, within - self.tokens)
 
-    def seconds_with_drafts(self, tokens: int, passes: int) -> float:
-        """The step's time with so many draft tokens more, the longest draft having ``passes``."""
-        return self._model.seconds(
-            StepFeatures(self.tokens + tokens, len(self.caps), self.context_tokens, passes)
+    def besides(self, prompt_tokens: int) -> Besides:
+        """The step as drafts see it, with ``prompt_tokens`` that wait for room."""
+        return Besides(
+            decodes=self.tokens,
+            prompt_tokens=prompt_tokens,
+            prompts_within=self.tokens + self.room(self.length_s),
+            most_tokens=self._limits.step_tokens,
+            requests=len(self.caps),
+            context_tokens=self.context_tokens,
         )
 
-    def add_draft(self, request_id: str, tokens: int) -> None:
-        """Verify ``tokens`` more of a request that decodes."""
-        self.caps[request_id] += tokens
+    def add_drafts(self, tokens: int) -> None:
+        """Verify so many draft tokens; the step lasts as long as they take."""
+        self.draft_tokens += tokens
         self.tokens += tokens
-        self.draft_passes = max(self.draft_passes, tokens)
+        self.length_s = max(self.length_s, self._model.seconds(self.features))
 
     def force(self, running: Iterable[Running], now_s: float, suspensions: Suspensions) -> None:
         """First of all, serve whoever may not be passed over again: one token each, more where there is

@@ -99,7 +99,6 @@ def scheduling(**keys: object) -> dict[str, object]:
 
 
 BAD_SCHEDULING = [
-    ({"policy": "slo", "speculation": {}}, ("scheduler.speculation", "policy='slo'", "the other policies")),
     ({"policy": "slow"}, ("scheduler.policy", "'slow'", "dlpm, fcfs, lpm, slo, vtc")),
     ({"quantum_tokens": 0}, ("scheduler.quantum_tokens", "0", "> 0")),
     ({"quantum_tokens": float("nan")}, ("scheduler.quantum_tokens", "nan")),

@@ -6,6 +6,7 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
@@ -23,6 +24,9 @@ from penstock.plugins.vllm.request_scheduler import (
     make_scheduler,
 )
 from penstock.schedulers.draft_config import SpeculationConfig
+from penstock.schedulers.drafts import Drafts
+from penstock.schedulers.slo.profiles import find_profile
+from penstock.schedulers.slo.step_time import StepTimeModel
 
 BOTH = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 
@@ -61,7 +65,7 @@ def expected(sent):
 
 
 @BOTH
-@pytest.mark.parametrize("policy", ["dlpm", "vtc", "lpm", "fcfs"])
+@pytest.mark.parametrize("policy", ["dlpm", "vtc", "lpm", "fcfs", "slo"])
 @pytest.mark.parametrize("rate", [0.0, 0.7, 1.0])
 def test_answers_are_those_without_speculation(policy, is_async, rate):
     stepper = engine(lambda _: rate, is_async=is_async, policy=policy, speculation={})
@@ -81,7 +85,7 @@ def test_answers_are_those_without_speculation(policy, is_async, rate):
     stepper.drain()
     assert answers(sent) == expected(sent)
     stepper.scheduler.drafts.check_integrity()
-    assert not stepper.scheduler.drafts._rows
+    assert not stepper.scheduler.drafts._known
 
 
 def test_answers_survive_preemption():
@@ -203,21 +207,20 @@ def test_statistics_carry_what_was_drafted(monkeypatch):
 
 
 def test_places_that_vllm_fills_up_itself_are_no_drafts():
-    budget = DraftBudget(
-        SpeculationConfig(), 4, lambda: 1.0, lambda _: SimpleNamespace(client="", tpot_slo_ms=None)
-    )
-    budget._rows["r"] = budget.lengths.table.row("r", "")
+    model = StepTimeModel(find_profile("h100-13b"))
+    drafts = Drafts(SpeculationConfig(), 4, model)
+    budget = DraftBudget(drafts, model, lambda: 1.0, lambda _: SimpleNamespace(client="", tpot_slo_ms=None))
+    row = np.array([drafts.row("r", "")])
     output = SimpleNamespace(
         num_scheduled_tokens={"r": 5},
         total_num_scheduled_tokens=5,
         scheduled_spec_decode_tokens={"r": [-1] * 4},
         scheduled_new_reqs=[],
         scheduled_cached_reqs=SimpleNamespace(resumed_req_ids={"r"}),
+        num_invalid_spec_tokens=None,
     )
-    before = budget.lengths.table.survival([0]).copy()
+    before = drafts.lengths.table.survival(row).copy()
     budget.scheduled(output)
-    budget.executed(output)
-    budget.verified("r", 4, 0)
-    budget.learn()
-    assert (budget.lengths.table.survival([0]) == before).all()
+    budget.executed(output, SimpleNamespace(sampled_token_ids=[[7]], req_id_to_index={"r": 0}))
+    assert (drafts.lengths.table.survival(row) == before).all()
     assert budget.counts()["allocated"] == 0

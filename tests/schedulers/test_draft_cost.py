@@ -16,10 +16,13 @@ PRIOR = Profile(base_s=0.03, token_s=4e-5)
 
 def observed(token_s, drafts, *, base_s=0.02, noise=0.0, seed=0):
     rng = random.Random(seed)
-    cost = DraftCost(StepTimeModel(PRIOR))
+    model = StepTimeModel(PRIOR)
+    cost = DraftCost(model)
     for step, drafted in enumerate(drafts):
         features = StepFeatures(16 + drafted, 16, 1000 + 16 * step)
-        cost.observe(features, drafted, (base_s + token_s * features.tokens) * (1 + noise * rng.gauss(0, 1)))
+        seconds = (base_s + token_s * features.tokens) * (1 + noise * rng.gauss(0, 1))
+        model.observe(features, seconds)
+        cost.observe(features, drafted, seconds)
     return cost
 
 

@@ -9,7 +9,8 @@ from functools import cache
 import pytest
 from slo_engine import TRUTH, Engine, Request, attainment, planner, trace
 
-from penstock.schedulers.draft_policy import DraftPolicy
+from penstock.schedulers.draft_config import SpeculationConfig
+from penstock.schedulers.drafts import Drafts
 from penstock.schedulers.slo.config import SLOConfig
 from penstock.schedulers.slo.plan import PASSIVE
 from penstock.schedulers.slo.planner import Planner
@@ -192,16 +193,37 @@ def test_a_request_that_needs_its_room_throws_out_the_last_best_effort_one_only_
     assert policy.plan(3.0, running, 150, LIMITS).preempt == ()
 
 
-def test_drafts_are_part_of_the_caps_and_end_with_the_room_of_the_step():
-    policy = Planner(SLOConfig(), StepTimeModel(TRUTH), DraftPolicy(5))
-    for _ in range(100):
-        policy.observe_draft("d0", "", 5, 5)
+def test_drafts_are_chosen_beside_the_caps_within_the_engine_s_limit():
+    model = StepTimeModel(TRUTH)
+    policy = Planner(SLOConfig(), model, Drafts(SpeculationConfig(probe_share=0.0), 5, model))
     running = [decoding(f"d{i}", Targets(1.0, 0.05), 2) for i in range(4)]
-    plan = policy.plan(1.0, running, 100_000, Limits(step_tokens=64, running_requests=64, draft_tokens=5))
+    for request in running:
+        request.draft_tokens = 5
+    plan = policy.plan(1.0, running, 100_000, Limits(step_tokens=16, running_requests=64))
     assert plan.drafts
-    assert all(plan.caps[name] == 1 + length for name, length in plan.drafts.items())
-    assert plan.step_tokens == sum(plan.caps.values()) <= 64
-    assert plan.features.draft_passes == max(plan.drafts.values())
+    assert set(plan.caps.values()) == {1}
+    assert plan.step_tokens == len(plan.caps)
+    assert plan.features.tokens == plan.step_tokens + sum(plan.drafts.values()) <= 16
+
+
+def test_drafts_that_nobody_chooses_count_in_the_step():
+    policy = planner()
+    running = [decoding(f"d{i}", Targets(1.0, 0.05), 2) for i in range(4)]
+    for request in running:
+        request.draft_tokens = 5
+    plan = policy.plan(1.0, running, 100_000, LIMITS)
+    assert not plan.drafts
+    assert plan.features.tokens == plan.step_tokens + 20
+
+
+def test_no_draft_reaches_beyond_the_last_token():
+    model = StepTimeModel(TRUTH)
+    policy = Planner(SLOConfig(), model, Drafts(SpeculationConfig(probe_share=0.0), 5, model))
+    running = [decoding(f"d{i}", Targets(1.0, 0.05), 2) for i in range(4)]
+    for left, request in enumerate(running, start=1):
+        request.draft_tokens, request.max_output_tokens = 5, request.output_tokens + left
+    plan = policy.plan(1.0, running, 100_000, LIMITS)
+    assert all(plan.drafts.get(f"d{left - 1}", 0) <= left - 1 for left in range(1, 5))
 
 
 def test_requests_leave_in_every_state():
