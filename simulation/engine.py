@@ -235,7 +235,7 @@ class Simulation:
         self._note_preempted(batch)
         begin = self._in_flight[-1].end_s if self._in_flight else self.clock()
         rows = [self._compute(row, begin) for row in batch.rows]
-        load = _load_of(rows)
+        load = _load_of(rows, batch.draft_steps)
         end = begin + self.step_time(load) if rows else begin
         self._in_flight.append(Flight(batch, rows, load, begin, end))
 
@@ -273,7 +273,7 @@ class Simulation:
                 self._expect(ask)
 
 
-def _load_of(rows: list[StepRow]) -> Load:
+def _load_of(rows: list[StepRow], draft_steps: int) -> Load:
     prefill = decode = context = 0
     for part in rows:
         row = part.row
@@ -282,4 +282,4 @@ def _load_of(rows: list[StepRow]) -> Load:
             prefill += row.tokens
         else:
             decode += row.tokens
-    return Load(prefill, decode, len(rows), context)
+    return Load(prefill, decode, len(rows), context, draft_steps)

@@ -44,6 +44,8 @@ class Ask:
     tpot_slo_ms: float | None = None
     tier: str = ""
     workflow: tuple[int, ...] = ()
+    predictable: float = 0.0
+    """Share of its output tokens that a draft foresees."""
 
     def __post_init__(self) -> None:
         if self.output_tokens < 1 or tokens_of(self.prompt) < 1:
@@ -61,7 +63,7 @@ class Served:
 
     ``extend_tokens`` are prompt tokens that were computed for the first time, ``cached_tokens`` those that
     the prefix cache held: together they are the prompt once it is prefilled. What is computed again after a
-    preemption counts in ``recomputed_tokens`` alone; ``reached`` is the position up to which anything was
+    preemption, or in place of a draft that was wrong, counts in ``recomputed_tokens`` alone; ``reached`` is the position up to which anything was
     ever computed. ``token_times[i]`` is when output token ``i`` came.
     """
 
@@ -125,8 +127,10 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What an engine chose to compute in one step. ``token`` is the engine's own, given back to it."""
+    """What an engine chose to compute in one step. ``token`` is the engine's own, given back to it;
+    ``draft_steps`` are passes that a drafter makes in it."""
 
     rows: list[Row]
     preempted: tuple[str, ...] = ()
     token: object = None
+    draft_steps: int = 0

@@ -2,13 +2,16 @@
 
 Real are ``Scheduler`` (or any class or factory in its place), ``KVCacheManager``, its block pool and prefix
 cache, ``Request`` and the block hashes. Made up are the runner's output and the token ids: token ``i`` of a
-piece is the piece's key, so that equal prompts are equal lists of tokens.
+piece is the piece's key, so that equal prompts are equal lists of tokens. With speculation drafts are made up,
+too: whether a draft foresees output token ``i`` of a request depends on these two alone, so that every way to
+choose draft lengths meets the same luck.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +28,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, hash_block_tok
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -62,6 +65,27 @@ class EngineShape:
     async_scheduling: bool = False
     """For a simulation with ``overlap``."""
     additional_config: Mapping[str, Any] = field(default_factory=dict)
+    draft_tokens: int = 0
+    draft_schedule: tuple[tuple[int, int, int], ...] = ()
+    """vLLM's schedule by batch size: first and last number of requests, draft tokens; none drafts
+    ``draft_tokens`` always."""
+
+    def __post_init__(self) -> None:
+        if self.draft_tokens and self.async_scheduling:
+            raise ValueError("async_scheduling: given beside draft_tokens, allowed: one of both")
+
+    @property
+    def speculation(self) -> dict[str, Any] | None:
+        """``--speculative-config``. Who drafts is nothing to a scheduler."""
+        if not self.draft_tokens:
+            return None
+        schedule = [list(entry) for entry in self.draft_schedule] or None
+        return {
+            "method": "ngram",
+            "num_speculative_tokens": self.draft_tokens,
+            "prompt_lookup_max": 2,
+            "num_speculative_tokens_per_batch_size": schedule,
+        }
 
     @property
     def num_blocks(self) -> int:
@@ -86,6 +110,7 @@ def vllm_config(shape: EngineShape) -> VllmConfig:
             async_scheduling=shape.async_scheduling,
             disable_hybrid_kv_cache_manager=True,
             additional_config=dict(shape.additional_config),
+            speculative_config=shape.speculation,
         ).create_engine_config()
     made.cache_config.num_gpu_blocks = shape.num_blocks
     # vLLM's CPU platform turns it off, whatever it is told.
@@ -200,7 +225,7 @@ class VllmEngine:
         self._hashes = BlockHashes(shape.block_size, hash_function) if shape.prefix_caching else None
         self._shape = shape
         self._requests: dict[str, Request] = {}
-        self._answers: dict[str, int] = {}
+        self._asks: dict[str, Ask] = {}
         if prepare is not None:
             prepare(self.scheduler, clock)
 
@@ -229,7 +254,7 @@ class VllmEngine:
             block_hasher=None if self._hashes is None else self._hashes.hasher(ask.prompt),
         )
         self._requests[ask.request_id] = request
-        self._answers[ask.request_id] = ask.answer
+        self._asks[ask.request_id] = ask
         self.scheduler.add_request(request)
 
     def schedule(self) -> Batch:
@@ -240,16 +265,20 @@ class VllmEngine:
             Row(request_id, requests[request_id].num_computed_tokens - tokens, tokens)
             for request_id, tokens in output.num_scheduled_tokens.items()
         ]
-        token = (output, self._sampled(list(output.num_scheduled_tokens)))
-        return Batch(rows, tuple(sorted(output.preempted_req_ids or ())), token)
+        token = (output, self._sampled(output))
+        passes = output.num_spec_tokens_to_schedule if rows and self._shape.draft_tokens else 0
+        return Batch(rows, tuple(sorted(output.preempted_req_ids or ())), token, passes)
 
-    def _sampled(self, ids: list[str]) -> ModelRunnerOutput:
-        """One token for every request whose tokens are all computed, as it stands when a step is chosen."""
+    def _sampled(self, output: Any) -> ModelRunnerOutput:
+        """One token for every request whose tokens are all computed, as it stands when a step is chosen, and
+        the drafts before it that foresaw theirs."""
+        ids, drafts = list(output.num_scheduled_tokens), output.scheduled_spec_decode_tokens
         sampled = []
         for request_id in ids:
             request = self._requests[request_id]
             complete = request.num_computed_tokens >= request.num_tokens
-            sampled.append([self._answers[request_id]] if complete else [])
+            foreseen = self._foreseen(request, len(drafts.get(request_id, ())))
+            sampled.append([self._asks[request_id].answer] * (1 + foreseen) if complete else [])
         return ModelRunnerOutput(
             req_ids=ids,
             req_id_to_index={request_id: index for index, request_id in enumerate(ids)},
@@ -265,8 +294,26 @@ class VllmEngine:
                 finished = one.finish_reason is not None
                 progress.append(Progress(one.request_id, len(one.new_token_ids), finished))
                 if finished:
-                    del self._requests[one.request_id], self._answers[one.request_id]
+                    del self._requests[one.request_id], self._asks[one.request_id]
+        if self._shape.draft_tokens:
+            self._draft(output)
         return progress
+
+    def _foreseen(self, request: Request, drafted: int) -> int:
+        """How many of the next ``drafted`` tokens of a request a draft foresees, up to the first it does not."""
+        ask, first = self._asks[request.request_id], request.num_output_tokens
+        places = range(first, first + drafted)
+        return next(
+            (place - first for place in places if luck(request.request_id, place) >= ask.predictable), drafted
+        )
+
+    def _draft(self, output: Any) -> None:
+        """Drafts for the step after ``output``, as workers make them: for all that are not prompts any more."""
+        live = [name for name in output.num_scheduled_tokens if name in self._requests]
+        tokens = output.num_spec_tokens_to_schedule
+        self.scheduler.update_draft_token_ids(
+            DraftTokenIds(live, [[self._asks[name].answer] * tokens for name in live])
+        )
 
     def describe(self) -> str:
         """What waits, what runs, and how many blocks are free."""
@@ -278,6 +325,11 @@ class VllmEngine:
             f"{len(self._requests) - len(scheduler.running)} wait{head}; {len(scheduler.running)} run; "
             f"{pool.get_num_free_blocks()} of {pool.num_gpu_blocks} blocks are free"
         )
+
+
+def luck(request_id: str, place: int) -> float:
+    """Evenly spread over 0 to 1, by request and place of an output token."""
+    return zlib.crc32(f"{place} {request_id}".encode()) / 2**32
 
 
 def extra_args(ask: Ask) -> dict[str, Any]:
