@@ -1,8 +1,9 @@
 """``penstock bench speculation``: the cost of draft lengths, what they bring, and what suffixes find.
 
 Costs are processor times of the code that vLLM's scheduler runs. What lengths bring is a model's answer, on a
-virtual clock, against the same engine without drafts and with vLLM's schedule by batch size. Proposals are
-replayed over texts beside vLLM's own n-gram proposer. Nothing here runs a language model.
+virtual clock, against the same engine without drafts and with vLLM's schedule by batch size; under latency
+targets vLLM's own scheduler is stepped. Proposals are replayed over texts beside vLLM's own n-gram proposer.
+Nothing here runs a language model.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 FILE_WIDTH = 200
 RATES = (12.0, 15.0, 18.0, 21.0)
+APPS = ("mixed tiers", "tool use")
+WINDOWS, WINDOW_REQUESTS = 3, 100
 Rows = list[dict[str, Any]]
 
 
@@ -51,9 +54,9 @@ def bench(quick: bool, json_file: Path | None, plot_file: Path, seed: int) -> No
     rows = _measure(quick, seed, Narrator(console))
     found = claims(rows)
     environment = Environment.detect(seed)
-    for case in ("allocation", "proposals", "batch", "mixed"):
+    for case in dict.fromkeys(row["case"] for row in rows):
         part = tuple({k: v for k, v in row.items() if k != "case"} for row in rows if row["case"] == case)
-        last = found if case == "mixed" else ()
+        last = found if case == rows[-1]["case"] else ()
         Report(bench="speculation", environment=environment, rows=part, claims=tuple(last)).show(
             console, title=case
         )
@@ -67,7 +70,7 @@ def bench(quick: bool, json_file: Path | None, plot_file: Path, seed: int) -> No
 
 
 def _measure(quick: bool, seed: int, narrator: Narrator) -> Rows:
-    from penstock.benchmarks import speculation_cases, speculation_cost
+    from penstock.benchmarks import slo_speculation, speculation_cases, speculation_cost
 
     with narrator.step("speculation cost"):
         rows = speculation_cost.time_allocation(300 if quick else 3000, seed)
@@ -78,16 +81,21 @@ def _measure(quick: bool, seed: int, narrator: Narrator) -> Rows:
     with narrator.step("speculation mixed paces"):
         seeds = range(seed, seed + (1 if quick else 5))
         rows += speculation_cases.mixed_rows(RATES, 20 if quick else 60, seeds)
+    if not quick:
+        with narrator.step("speculation under latency targets"), slo_speculation.workers() as run:
+            rows += slo_speculation.speculation_rows(APPS, WINDOWS, WINDOW_REQUESTS, run)
     return rows
 
 
 def claims(rows: Rows) -> list[Claim]:
     """What is promised of draft lengths and of the suffix drafter."""
+    from penstock.benchmarks.slo_speculation import speculation_claims
     from penstock.benchmarks.speculation_cases import capacity
 
     (busiest,) = [row for row in rows if row["case"] == "allocation" and row["running"] == 256]
     batches = [row["ours_to_off"] for row in rows if row["case"] == "batch"]
     mixed = [row for row in rows if row["case"] == "mixed"]
+    targets = [row for row in rows if row["case"] == "latency targets"]
     ours, peer = capacity(mixed, "ours"), capacity(mixed, "schedule")
     texts = {(row["text"], row["drafter"]): row for row in rows if row["case"] == "proposals"}
     beside = [
@@ -103,6 +111,7 @@ def claims(rows: Rows) -> list[Claim]:
         Claim.of("capacity at 90 % attained, to the best schedule by batch", ours / peer, ">=", 1.2),
         Claim.of("suffix drafter to vLLM's n-grams, tokens a step, worst text", min(beside), ">=", 0.98),
         Claim.of("the same, best text", max(beside), ">=", 1.5),
+        *(speculation_claims(targets) if targets else ()),
     ]
 
 

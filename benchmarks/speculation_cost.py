@@ -36,7 +36,6 @@ def _time_allocation(running: int, steps: int, seed: int) -> dict[str, Any]:
     model = StepTimeModel(find_profile(SpeculationConfig().profile))
     budget = DraftBudget(
         Drafts(SpeculationConfig(), DRAFT_TOKENS, model),
-        model,
         lambda: now[0],
         lambda request: Asking(f"c{int(request.request_id) % 8}", tpot_slo_ms=None),
     )

@@ -81,7 +81,7 @@ class ByWorth:
     def __init__(self, clock: Callable[[], float], prior: str) -> None:
         model = StepTimeModel(find_profile(prior))
         drafts = Drafts(SpeculationConfig(profile=prior), DRAFT_TOKENS, model)
-        self.budget = DraftBudget(drafts, model, clock, _asking_of)
+        self.budget = DraftBudget(drafts, clock, _asking_of)
         self.waits = False
 
     def cut(self, running: list[Live]) -> None:

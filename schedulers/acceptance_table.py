@@ -5,8 +5,8 @@ acceptance given that it was reached. Beta counts with forgetting for each class
 counts move it away from its class as evidence comes in. What is unseen leans on a prior.
 
 All in arrays: with hundreds of requests in steps of milliseconds, a loop over requests and positions costs
-more than what it decides about. Requests of a class that one step verified have no order: each counts as if it
-came at any place among them.
+more than what it decides about. Requests of a class that one step verified have no order: each counts as if
+it came at any place among them.
 """
 
 from __future__ import annotations

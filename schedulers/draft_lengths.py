@@ -2,9 +2,9 @@
 
 A draft token is worth the probability that it is reached and accepted, times what a token is worth to its
 request: more while the request is behind its pace, less once it is not. That falls along a draft, so the best
-``d`` tokens of a batch are the first ``d`` of all when sorted by worth; a step with the best ``d`` is compared
-for every ``d``. SLOs-Serve's lengths for each tier (its speculative planner) are the case in which only the
-pace counts.
+``d`` tokens of a batch are the first ``d`` of all when sorted by worth; a step with the best ``d`` is
+compared for every ``d``. SLOs-Serve's lengths for each tier (its speculative planner) are the case in which
+only the pace counts.
 
 Where drafts gain too little there is none, but a short one of one request now and then; where they pay and
 their cost is unsure, there is a step without them now and then. Both take at most a set share of the time.

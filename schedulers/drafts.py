@@ -13,6 +13,9 @@ from penstock.schedulers.draft_config import SpeculationConfig
 from penstock.schedulers.draft_cost import DraftCost
 from penstock.schedulers.draft_lengths import DraftLengths
 from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
+from penstock.schedulers.slo.supply import PLAIN, Yield
+
+RECENT_DECAY = 0.98
 
 
 class Besides(NamedTuple):
@@ -44,6 +47,8 @@ class Drafts:
             least_gain=config.least_gain,
             probe_share=config.probe_share,
         )
+        self._recent = np.zeros(3)
+        """Decodes, draft tokens and accepted ones of recent steps."""
 
     def row(self, request_id: str, class_name: str) -> int:
         """The request's place in what is learned, from its first draft until ``forget``."""
@@ -81,9 +86,12 @@ class Drafts:
         spare, prompt = self._config.spare_worth, self._config.prompt_worth
         sure = spare * besides.decodes + (1 - spare) * np.count_nonzero(needed)
         rest = sure + prompt * (held - besides.decodes - drafts)
-        return self.lengths.lengths(
+        lengths = self.lengths.lengths(
             rows, available, needed, rest=rest, seconds=seconds, unsure=self.cost.unsure
         )
+        self._recent *= RECENT_DECAY
+        self._recent[:2] += len(rows), lengths.sum()
+        return lengths
 
     def learn(self, rows: Ints, drafted: Ints, accepted: Ints) -> None:
         """One step verified drafts: of ``drafted`` tokens of each row the first ``accepted`` were right.
@@ -92,10 +100,17 @@ class Drafts:
             ValueError: more were accepted than drafted, or one is negative.
         """
         self.lengths.table.observe(rows, drafted, accepted)
+        self._recent[2] += accepted.sum()
+
+    @property
+    def yields(self) -> Yield:
+        """What decodes lately got of a step and took there, all that might have drafted."""
+        decodes, drafted, accepted = self._recent.tolist()
+        return Yield(1.0 + accepted / decodes, 1.0 + drafted / decodes) if decodes else PLAIN
 
 
 def needed_tokens(slack_s: Floats, tpot_s: Floats, step_s: float) -> Floats:
-    """Tokens that are due before the end of the step after this one, the sure one included; 0 without a pace."""
+    """Tokens due before the end of the step after this one, the sure one included; 0 without a pace."""
     needed: Floats = 1.0 + np.maximum(0.0, 2 * step_s - slack_s) / tpot_s
     needed[np.isinf(tpot_s)] = 0.0
     return needed

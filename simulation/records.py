@@ -63,8 +63,8 @@ class Served:
 
     ``extend_tokens`` are prompt tokens that were computed for the first time, ``cached_tokens`` those that
     the prefix cache held: together they are the prompt once it is prefilled. What is computed again after a
-    preemption, or in place of a draft that was wrong, counts in ``recomputed_tokens`` alone; ``reached`` is the position up to which anything was
-    ever computed. ``token_times[i]`` is when output token ``i`` came.
+    preemption, or in place of a draft that was wrong, counts in ``recomputed_tokens`` alone; ``reached`` is
+    the position up to which anything was ever computed. ``token_times[i]`` is when output token ``i`` came.
     """
 
     ask: Ask

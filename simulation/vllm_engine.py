@@ -2,9 +2,9 @@
 
 Real are ``Scheduler`` (or any class or factory in its place), ``KVCacheManager``, its block pool and prefix
 cache, ``Request`` and the block hashes. Made up are the runner's output and the token ids: token ``i`` of a
-piece is the piece's key, so that equal prompts are equal lists of tokens. With speculation drafts are made up,
-too: whether a draft foresees output token ``i`` of a request depends on these two alone, so that every way to
-choose draft lengths meets the same luck.
+piece is the piece's key, so that equal prompts are equal lists of tokens. Drafts are made up, too: whether
+one foresees output token ``i`` of a request depends on these two alone, so that every way to choose draft
+lengths meets the same luck.
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ class VllmEngine:
         return progress
 
     def _foreseen(self, request: Request, drafted: int) -> int:
-        """How many of the next ``drafted`` tokens of a request a draft foresees, up to the first it does not."""
+        """Of the next ``drafted`` tokens of a request, those up to the first that no draft foresees."""
         ask, first = self._asks[request.request_id], request.num_output_tokens
         places = range(first, first + drafted)
         return next(
@@ -308,7 +308,7 @@ class VllmEngine:
         )
 
     def _draft(self, output: Any) -> None:
-        """Drafts for the step after ``output``, as workers make them: for all that are not prompts any more."""
+        """Drafts for the step after ``output``, as workers make them."""
         live = [name for name in output.num_scheduled_tokens if name in self._requests]
         tokens = output.num_spec_tokens_to_schedule
         self.scheduler.update_draft_token_ids(

@@ -14,7 +14,7 @@ from penstock.schedulers.acceptance_table import Floats, Ints
 from penstock.schedulers.asking import Asking
 from penstock.schedulers.drafts import Besides, Drafts
 from penstock.schedulers.slo.plan import Plan
-from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
+from penstock.schedulers.slo.step_time import StepFeatures
 from penstock.schedulers.waiting import Clock
 
 if TYPE_CHECKING:
@@ -64,13 +64,14 @@ class DraftBudget:
     def __init__(
         self,
         drafts: Drafts,
-        model: StepTimeModel | None,
         clock: Clock,
         asking_of: Callable[[Request], Asking],
+        *,
+        tell_model: bool = True,
     ) -> None:
-        """``model`` is told of steps; None where somebody else tells it."""
+        """``tell_model`` False leaves it to somebody else to tell the step-time model of steps."""
         self.drafts = drafts
-        self._model = model
+        self._tell_model = tell_model
         self._clock = clock
         self._asking_of = asking_of
         self._known: dict[str, _Paced] = {}
@@ -187,8 +188,8 @@ class DraftBudget:
 
     def _timed(self, step: _InFlight, seconds: float) -> None:
         self._steps += 1
-        if self._model is not None and (self._steps <= FIRST_STEPS or self._steps % EVERY == 0):
-            self._model.observe(step.features, seconds)
+        if self._tell_model and (self._steps <= FIRST_STEPS or self._steps % EVERY == 0):
+            self.drafts.model.observe(step.features, seconds)
         self.drafts.cost.observe(step.features, step.drafted, seconds)
 
     def _learn(self, output: SchedulerOutput, result: ModelRunnerOutput, padded: frozenset[str]) -> None:

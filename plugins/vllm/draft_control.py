@@ -57,9 +57,9 @@ class DraftControlling(Stock):
         if not self.num_spec_tokens:
             raise ConfigurationError("scheduler.speculation: nothing drafts; give --speculative-config, too")
         require(DRAFT_CONTROL, upstream())
-        own = StepTimeModel(find_profile(config.profile)) if model is None else None
-        drafts = Drafts(config, self.num_spec_tokens, model or own)
-        self.drafts = DraftBudget(drafts, own, clock, asking_of)
+        own = model or StepTimeModel(find_profile(config.profile))
+        drafts = Drafts(config, self.num_spec_tokens, own)
+        self.drafts = DraftBudget(drafts, clock, asking_of, tell_model=model is None)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         if self.drafts is None:

@@ -23,7 +23,14 @@ CONTROL = (
         update_from_output="(self, scheduler_output, model_runner_output)",
         _free_request="(self, request, *args, **kwargs)",
     ),
-    *read(_SCHEDULER, "running", "waiting", "num_spec_tokens", "max_num_running_reqs", "max_num_scheduled_tokens"),
+    *read(
+        _SCHEDULER,
+        "running",
+        "waiting",
+        "num_spec_tokens",
+        "max_num_running_reqs",
+        "max_num_scheduled_tokens",
+    ),
     *read(
         "vllm.v1.request:Request",
         "spec_token_ids",

@@ -98,7 +98,7 @@ class RequestScheduling(DraftControlling):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.config = scheduler_config(self.vllm_config.additional_config)  # type: ignore[attr-defined]
+        self.config = scheduler_config(self.vllm_config.additional_config)
         self.clock = clock
         self._cached = CachedPrefix(self)
         order = order_of(self.config, clock, self._cached_prefix)
@@ -111,16 +111,16 @@ class RequestScheduling(DraftControlling):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step in the policy's order, charged for."""
-        self.charges.begin_step(self.running)  # type: ignore[attr-defined]
+        self.charges.begin_step(self.running)
         self.waiting.begin_step()
-        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        self.charges.settle(output.num_scheduled_tokens, self.requests)  # type: ignore[attr-defined]
+        output = super().schedule(*args, **kwargs)
+        self.charges.settle(output.num_scheduled_tokens, self.requests)
         return output
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
+        stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            idle = not self.has_unfinished_requests()  # type: ignore[attr-defined]
+            idle = not self.has_unfinished_requests()
             self._client_stats.add_to(stats, idle=idle)
             self.add_draft_counts(stats)
         return stats
@@ -129,9 +129,7 @@ class RequestScheduling(DraftControlling):
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         # The last call before a waiting request is admitted, and the only one with its number of tokens.
-        tokens: int = super()._reserve_prefill_lookahead(  # type: ignore[misc]
-            request, num_computed_tokens, num_new_tokens
-        )
+        tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if request.status is not RequestStatus.RUNNING:
             self.charges.offer(request, num_computed_tokens, tokens)
         return tokens
@@ -139,16 +137,16 @@ class RequestScheduling(DraftControlling):
     def _update_request_as_session(self, session: Request, *args: Any, **kwargs: Any) -> None:
         # The output of a turn becomes prompt of the next one, computed already.
         self.charges.charge_output_of(session, then=0)
-        super()._update_request_as_session(session, *args, **kwargs)  # type: ignore[misc]
+        super()._update_request_as_session(session, *args, **kwargs)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         # Every request ends here, whatever it was doing.
-        result = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        result = super()._free_request(request, *args, **kwargs)
         self.charges.close(request)
         return result
 
     def _charge_all_output(self) -> None:
-        self.charges.charge_output(self.running)  # type: ignore[attr-defined]
+        self.charges.charge_output(self.running)
 
     def _cached_prefix(self, request_id: str) -> int:
         return self._cached.tokens_of(self.waiting.get(request_id))
@@ -156,7 +154,7 @@ class RequestScheduling(DraftControlling):
     def check_integrity(self) -> None:
         """Assert that queue, order, bills and vLLM's own tables agree."""
         self.waiting.check_integrity()
-        self.charges.check_integrity(self.requests)  # type: ignore[attr-defined]
+        self.charges.check_integrity(self.requests)
 
 
 class SyncRequestScheduler(RequestScheduling, Scheduler):

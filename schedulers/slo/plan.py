@@ -14,9 +14,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     A request that is not in ``caps`` is passed over in this step. ``order`` are running requests, those to
     throw out first at the end; ``waiting`` those to take from the queue, in order; ``preempt`` running
-    best-effort ones to throw out before the step. ``drafts`` are draft lengths,
-    beside the caps and ``step_tokens``.
-    ``best_effort`` are the requests of the step that no target protects.
+    best-effort ones to throw out before the step. ``drafts`` are draft lengths, beside the caps
+    and ``step_tokens``. ``best_effort`` are the requests of the step that no target protects.
     """
 
     active: bool = False

@@ -24,6 +24,7 @@ from penstock.schedulers.slo.seats import Seats
 from penstock.schedulers.slo.step_drafts import draft
 from penstock.schedulers.slo.step_plan import Prompt, Step
 from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
+from penstock.schedulers.slo.supply import PLAIN
 from penstock.schedulers.slo.suspension import Suspensions
 
 BEST_EFFORT_WINDOW = 16
@@ -111,6 +112,7 @@ class Planner:
         batch = Sorted.of(running, start_s, self.config.late_tpots, self._demoted, self.pacing)
         self._demote_hopeless(batch)
         if self.replanner.due(now_s):
+            self.replanner.yields = self.drafts.yields if self.drafts else PLAIN
             with_targets = Batch(
                 [entry[2] for entry in chain(batch.guarded, batch.late)], [e[2] for e in batch.prefills]
             )

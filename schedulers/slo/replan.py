@@ -18,7 +18,7 @@ from penstock.schedulers.slo.lengths import OutputLengths
 from penstock.schedulers.slo.requests import Limits, Running, Waiting
 from penstock.schedulers.slo.rules import RULES
 from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
-from penstock.schedulers.slo.supply import ModelledSupply
+from penstock.schedulers.slo.supply import PLAIN, ModelledSupply
 from penstock.schedulers.slo.targets import Tiers
 
 LATEST_S = 3600.0
@@ -61,6 +61,8 @@ class Replanner:
         """Ids, in the order of their deadlines."""
         self.rejected: dict[str, None] = {}
         """Ids that the last decision passed over, in the order of their deadlines."""
+        self.yields = PLAIN
+        """Of the decodes, as long as speculation goes on as it does."""
         self.counters = ReplanCounters()
 
     def arrived(self, tokens: int) -> None:
@@ -159,6 +161,7 @@ class Replanner:
             context_tokens=context / len(decodes) if decodes else self._mean_prompt,
             longest_step_s=self._config.longest_step_s,
             most_tokens=limits.step_tokens,
+            yields=self.yields,
         )
         return supply, growth
 

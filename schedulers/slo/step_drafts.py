@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from penstock.schedulers.drafts import Besides, Drafts
+from penstock.schedulers.drafts import Drafts
 from penstock.schedulers.slo.batch import Sorted
 from penstock.schedulers.slo.requests import Running
 from penstock.schedulers.slo.step_plan import Step

@@ -9,13 +9,23 @@ combination.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
 from penstock.schedulers.slo.targets import Tiers
 
 Counts = tuple[int, ...]
 """Accepted requests in each tier."""
+
+
+class Yield(NamedTuple):
+    """Tokens that a decode gets of a step that serves it, and takes there; drafts make both more."""
+
+    gets: float = 1.0
+    takes: float = 1.0
+
+
+PLAIN = Yield()
 
 
 class Supply(Protocol):
@@ -36,7 +46,8 @@ class ModelledSupply:
     """The supply of an engine as a step-time model sees it.
 
     ``running`` are decodes that are served already, by tier; fractions stand for those that end soon.
-    ``context_tokens`` is what a decode attends to on average, ``most_tokens`` what a step may hold.
+    ``context_tokens`` is what a decode attends to on average, ``most_tokens`` what a step may hold. A step
+    may last as long as what decodes get of it pays for.
     """
 
     def __init__(
@@ -48,6 +59,7 @@ class ModelledSupply:
         context_tokens: float,
         longest_step_s: float,
         most_tokens: int,
+        yields: Yield = PLAIN,
     ) -> None:
         self._model = model
         self._tpots = tiers.tpots_s
@@ -55,6 +67,7 @@ class ModelledSupply:
         self._context = context_tokens
         self._longest = longest_step_s
         self._most = most_tokens
+        self._yields = yields
         self._rates: dict[Counts, tuple[float, bool]] = {}
 
     @property
@@ -77,20 +90,22 @@ class ModelledSupply:
         return found[1]
 
     def _compute(self, counts: Counts) -> tuple[float, bool]:
+        gets, takes = self._yields
         step, decodes = self._longest, 0.0
         tightest = True
         for tpot, running, count in zip(self._tpots, self._running, counts, strict=True):
             load = running + count
             if load > 0:
                 if tightest:
-                    step, tightest = min(step, tpot), False
-                decodes += load * min(1.0, step / tpot)
+                    step, tightest = min(step, gets * tpot), False
+                decodes += load * min(1.0, step / (gets * tpot))
         requests = int(decodes) + 1
         context = int(decodes * self._context)
+        verified = decodes * takes
         tokens = self._model.tokens_within(step / self._model.margin, requests, context, self._most)
-        sustained = tokens >= decodes
+        sustained = tokens >= verified
         if tokens >= self._most:
             full = self._model.margin * self._model.seconds(StepFeatures(tokens, requests, context))
-            decodes *= full / step
+            verified *= full / step
             step = full
-        return max(0.0, (tokens - decodes) / step), sustained
+        return max(0.0, (tokens - verified) / step), sustained

@@ -88,6 +88,45 @@ def test_answers_are_those_without_speculation(policy, is_async, rate):
     assert not stepper.scheduler.drafts._known
 
 
+@BOTH
+def test_with_targets_the_plan_chooses_lengths_and_answers_are_the_same(is_async):
+    stepper = engine(
+        lambda name: 0.9 if name < "r5" else 0.2, is_async=is_async, policy="slo", speculation={}
+    )
+    rng = random.Random(3)
+    sent = []
+    for number in range(20):
+        targets = (
+            {"ttft_slo_ms": 2000.0, "tpot_slo_ms": rng.choice((15.0, 40.0, 200.0))} if number % 4 else {}
+        )
+        sent.append(request(f"r{number}", [number] * rng.randrange(1, 300), rng.randrange(2, 50), **targets))
+        stepper.scheduler.add_request(sent[-1])
+        stepper.step()
+    stepper.drain()
+    assert answers(sent) == expected(sent)
+    scheduler = stepper.scheduler
+    scheduler.check_integrity()
+    scheduler.drafts.check_integrity()
+    counts = scheduler.drafts.counts()
+    assert counts["allocated"] == stepper.heard.drafted > 0
+    assert scheduler.planner.counters.plans > scheduler.planner.counters.passive
+    assert not len(scheduler.drafts.drafts.lengths.table)
+
+
+def test_under_the_plan_a_request_without_slack_gets_the_longer_drafts():
+    clock = Clock(base_s=0.035, token_s=1.5e-3)
+    stepper = engine(lambda _: 0.6, clock=clock, policy="slo", speculation={})
+    for number in range(12):
+        tpot_ms = 55.0 if number < 4 else 2000.0
+        targets = {"ttft_slo_ms": 60_000.0, "tpot_slo_ms": tpot_ms, "client_id": "c"}
+        stepper.scheduler.add_request(request(f"r{number}", [number] * 20, 150, **targets))
+    for _ in range(40):
+        stepper.step()
+    pressed = sum(sum(stepper.heard.by_request.get(f"r{i}", [])) for i in range(4)) / 4
+    others = sum(sum(stepper.heard.by_request.get(f"r{i}", [])) for i in range(4, 12)) / 8
+    assert pressed > 1.5 * others
+
+
 def test_answers_survive_preemption():
     stepper = engine(lambda _: 0.8, blocks=40, policy="fcfs", speculation={"least_gain": 0.0})
     sent = send(stepper, 12, output=60)
@@ -209,7 +248,7 @@ def test_statistics_carry_what_was_drafted(monkeypatch):
 def test_places_that_vllm_fills_up_itself_are_no_drafts():
     model = StepTimeModel(find_profile("h100-13b"))
     drafts = Drafts(SpeculationConfig(), 4, model)
-    budget = DraftBudget(drafts, model, lambda: 1.0, lambda _: SimpleNamespace(client="", tpot_slo_ms=None))
+    budget = DraftBudget(drafts, lambda: 1.0, lambda _: SimpleNamespace(client="", tpot_slo_ms=None))
     row = np.array([drafts.row("r", "")])
     output = SimpleNamespace(
         num_scheduled_tokens={"r": 5},

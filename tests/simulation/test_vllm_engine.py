@@ -210,3 +210,25 @@ def test_a_scheduler_is_found_by_its_dotted_path_or_the_missing_part_is_named():
         resolve("vllm.v1.core.sched.scheduler.no_such")
     with pytest.raises(ImportError):
         resolve("vllm.no_such.Scheduler")
+
+
+def asked(number, output_tokens, predictable):
+    return Ask(
+        request_id=f"r{number}",
+        arrival_s=0.0,
+        prompt=(Piece(number + 1, 50),),
+        output_tokens=output_tokens,
+        predictable=predictable,
+    )
+
+
+def test_drafts_that_foresee_every_token_end_an_answer_in_fewer_steps():
+    asks = [asked(number, 31, float(number % 2)) for number in range(4)]
+    result, _ = run(Fixed(asks), replace(SMALL, draft_tokens=5))
+    assert [len(set(one.token_times)) for one in result.served] == [31, 6, 31, 6]
+
+
+def test_vllm_s_own_schedule_by_batch_size_decides_how_many_are_drafted():
+    asks = [asked(number, 30, 1.0) for number in range(4)]
+    result, _ = run(Fixed(asks), replace(SMALL, draft_tokens=5, draft_schedule=((1, 2, 5), (3, 16, 0))))
+    assert [len(set(one.token_times)) for one in result.served] == [30] * 4
