@@ -30,11 +30,22 @@ NGRAM = {
 }
 CONTROLLED = {"penstock": {"scheduler": {"policy": "fcfs", "speculation": {}}}}
 FAIR = {"penstock": {"scheduler": {"policy": "dlpm", "speculation": {"least_gain": 0.0}}}}
+PLANNED = {
+    "penstock": {
+        "scheduler": {
+            "policy": "slo",
+            "speculation": {},
+            "default_ttft_slo_ms": 20_000,
+            "default_tpot_slo_ms": 200,
+        }
+    }
+}
 
 SETUPS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "suffix": (SUFFIX, None),
     "suffix-controlled": (SUFFIX, CONTROLLED),
     "ngram-fair": (NGRAM, FAIR),
+    "suffix-planned": (SUFFIX, PLANNED),
 }
 
 

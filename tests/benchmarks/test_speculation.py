@@ -8,7 +8,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from penstock.benchmarks import slo_speculation
 from penstock.benchmarks import speculation_cases as cases
+from penstock.benchmarks.slo_run import Score
 from penstock.benchmarks.speculation_cost import suffix_proposer, texts, time_allocation
 from penstock.benchmarks.speculation_model import Asked, Loop
 
@@ -47,3 +49,25 @@ def test_proposals_are_replayed_to_the_end_of_a_text():
     assert propose("r", prompt + output[:1], 1) is not None
     assert len(prompt) == 400
     assert len(output) == 200
+
+
+def score(window):
+    """Of an engine that sustains twice as much with drafts as without, with ours half as much again."""
+    app = slo_speculation.APPS[window.app]
+    drafts = {"off": 1.0, "": 3.0}.get(window.way.schedule, 2.0)
+    good = 100 if window.rate < 0.6 * drafts * app.rate else 50
+    rules = dict.fromkeys(("deadline", "mean", "gap"), good)
+    return Score(requests=100, tokens=100, attained=rules, attained_tokens=rules, tiers={}, seconds=1.0)
+
+
+def test_capacities_under_targets_are_searched_from_both_sides_and_compared():
+    def run(windows):
+        return [score(window) for window in windows]
+
+    rows = slo_speculation.speculation_rows(["chat"], 2, 10, run)
+    found = {row["way"]: row for row in rows}
+    assert found[slo_speculation.OURS]["to stock"] == pytest.approx(1.5, rel=0.15)
+    assert found[slo_speculation.PAPER]["to stock"] == pytest.approx(0.5, rel=0.15)
+    assert found[slo_speculation.SCHEDULED]["schedule"] != "off"
+    claims = slo_speculation.speculation_claims(rows)
+    assert [claim.holds for claim in claims] == [True, True, True, True]
