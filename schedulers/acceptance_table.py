@@ -11,6 +11,8 @@ it came at any place among them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ CLASS_WEIGHT = 8.0
 CLASS_DECAY = 0.998
 REQUEST_DECAY = 0.98
 FIRST_ROWS = 64
+NOBODY = -1
 OTHERS = 0
 """The class of all classes beyond ``MOST_CLASSES``."""
 
@@ -60,9 +63,9 @@ class AcceptanceTable:
             self._class[row] = self._class_of(class_name)
         return row
 
-    def find(self, request_id: str) -> int | None:
-        """The request's row, if it has one."""
-        return self._rows.get(request_id)
+    def find(self, request_ids: Sequence[str]) -> Ints:
+        """Rows of requests, ``NOBODY`` where one has none."""
+        return np.array(list(map(self._rows.get, request_ids, repeat(NOBODY))), dtype=np.int64)
 
     def forget(self, request_id: str) -> None:
         """A request is gone."""

@@ -4,6 +4,7 @@ ones should be. The one core of draft lengths, for a waiting order of any kind a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,9 +55,9 @@ class Drafts:
         """The request's place in what is learned, from its first draft until ``forget``."""
         return self.lengths.table.row(request_id, class_name)
 
-    def find(self, request_id: str) -> int | None:
-        """The same of a request that may have none."""
-        return self.lengths.table.find(request_id)
+    def find(self, request_ids: Sequence[str]) -> Ints:
+        """The same of several, ``NOBODY`` where a request has none."""
+        return self.lengths.table.find(request_ids)
 
     def forget(self, request_id: str) -> None:
         """A request is gone."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from penstock.schedulers.acceptance_table import Floats, Ints
+from penstock.schedulers.acceptance_table import NOBODY, Floats, Ints
 from penstock.schedulers.asking import Asking
 from penstock.schedulers.drafts import Besides, Drafts
 from penstock.schedulers.slo.plan import Plan
@@ -197,20 +197,20 @@ class DraftBudget:
         drafts, sampled = output.scheduled_spec_decode_tokens, result.sampled_token_ids
         if not drafts or not sampled:
             return
-        find, places = self.drafts.find, result.req_id_to_index
-        invalid = output.num_invalid_spec_tokens or {}
-        found = [
-            (row, len(draft) - invalid.get(name, 0), len(sampled[places[name]]) - 1)
-            for name, draft in drafts.items()
-            if (row := find(name)) is not None and name not in padded
-        ]
-        if not found:
-            return
-        rows, drafted, right = np.array(found).T
-        told = (drafted > 0) & (right >= 0)
-        right = np.minimum(right, drafted)
-        self.accepted += int(right[told].sum())
-        self.drafts.learn(rows[told], drafted[told], right[told])
+        names, places = list(drafts), result.req_id_to_index
+        rows = self.drafts.find(names)
+        drafted = np.array(list(map(len, drafts.values())))
+        right = np.array([len(sampled[places[name]]) - 1 for name in names])
+        if padded or output.num_invalid_spec_tokens:
+            # Nobody drafted what vLLM filled up, and a grammar refused the rest.
+            invalid = output.num_invalid_spec_tokens or {}
+            drafted -= np.array([invalid.get(name, 0) for name in names])
+            rows[[name in padded for name in names]] = NOBODY
+        told = (rows != NOBODY) & (drafted > 0) & (right >= 0)
+        rows, drafted = rows[told], drafted[told]
+        right = np.minimum(right[told], drafted)
+        self.accepted += int(right.sum())
+        self.drafts.learn(rows, drafted, right)
 
     def forget(self, request_id: str) -> None:
         """A request is gone."""
@@ -233,5 +233,5 @@ class DraftBudget:
         """Assert that rows agree and that nothing was accepted that was not drafted."""
         table = self.drafts.lengths.table
         table.check_integrity()
-        assert all(table.find(name) == one.row for name, one in self._known.items())
+        assert table.find(list(self._known)).tolist() == [one.row for one in self._known.values()]
         assert 0 <= self.accepted <= self.allocated
