@@ -18,7 +18,6 @@ _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 CONTROL = (
     *override(
         _SCHEDULER,
-        __init__="(self, vllm_config, *args, **kwargs)",
         schedule="(self, *args, **kwargs)",
         update_from_output="(self, scheduler_output, model_runner_output)",
         _free_request="(self, request, *args, **kwargs)",
