@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from penstock.schedulers.config import LARGEST_WEIGHT, LEAST_WEIGHT
@@ -57,23 +57,17 @@ def forgiving(
     extra_args: Mapping[str, Any], *, longest_client_id: int
 ) -> tuple[Asking, tuple[AskingError, ...]]:
     """As ``asking``, but a bad value becomes the default, and the errors come back beside the rest."""
-    readers: dict[str, tuple[str, Callable[[str, Any], Any]]] = {
-        CLIENT_ID: ("client", lambda field, value: client_id(field, value, longest_client_id)),
-        WEIGHT: ("weight", weight),
-        TTFT_SLO_MS: ("ttft_slo_ms", target_ms),
-        TPOT_SLO_MS: ("tpot_slo_ms", target_ms),
-    }
     values: dict[str, Any] = {}
     errors: list[AskingError] = []
-    for field, (attribute, read) in readers.items():
+    for field, (attribute, read) in READERS.items():
         value = extra_args.get(field)
         if value is None:
             continue
         try:
-            values[attribute] = read(field, value)
+            values[attribute] = read(field, value, longest_client_id)
         except AskingError as error:
             errors.append(error)
-    return (replace(NOTHING_ASKED, **values) if values else NOTHING_ASKED), tuple(errors)
+    return (Asking(**values) if values else NOTHING_ASKED), tuple(errors)
 
 
 NOTHING_ASKED = Asking()
@@ -109,6 +103,15 @@ def target_ms(field: str, value: object) -> float:
         AskingError: it is no positive number of at most a day.
     """
     return _number(field, value, math.ulp(0.0), LARGEST_SLO_MS)
+
+
+READERS: dict[str, tuple[str, Callable[[str, Any, int], Any]]] = {
+    CLIENT_ID: ("client", client_id),
+    WEIGHT: ("weight", lambda field, value, _: weight(field, value)),
+    TTFT_SLO_MS: ("ttft_slo_ms", lambda field, value, _: target_ms(field, value)),
+    TPOT_SLO_MS: ("tpot_slo_ms", lambda field, value, _: target_ms(field, value)),
+}
+"""By key: the attribute that it sets, and how its value is read; the last argument is the longest client id."""
 
 
 def number_of(field: str, text: str) -> float:

@@ -7,8 +7,8 @@ newcomers, and a share of every step goes round all that wait, which finds what 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterator, Sequence
 
 from penstock.schedulers.client_queue import Entry
 
@@ -52,28 +52,24 @@ class Relatives:
             if len(group) == 1:
                 (self._groups[key],) = group.values()
 
-    def of(self, samples: Sequence[Hashable], most: int) -> list[Entry]:
-        """Up to ``most`` requests that share a prefix, the closest first; calls take turns in a group."""
-        found: dict[str, Entry] = {}
+    def of(self, samples: Sequence[Hashable], most: int) -> Iterator[Entry]:
+        """Up to ``most`` requests that share a prefix, the closest first; calls take turns in a group. Others
+        may come and go meanwhile."""
+        found: set[str] = set()
         for key in reversed(samples):
             group = self._groups.get(key)
-            if group is None:
-                continue
-            if isinstance(group, Entry):
-                found.setdefault(group.job.request_id, group)
-                continue
+            size = 0 if group is None else 1 if isinstance(group, Entry) else len(group)
             # A group lies in those of shallower samples, so one of the same size is the same.
-            if len(group) == len(found):
-                continue
-            for _ in range(min(most - len(found), len(group))):
-                entry = self._turn(group)
-                found.setdefault(entry.job.request_id, entry)
-            if len(found) >= most:
-                break
-        return list(found.values())
+            for _ in range(min(most - len(found), size) if size > len(found) else 0):
+                entry = self._turn(key)
+                if entry is not None and entry.job.request_id not in found:
+                    found.add(entry.job.request_id)
+                    yield entry
 
-    @staticmethod
-    def _turn(group: OrderedDict[str, Entry]) -> Entry:
+    def _turn(self, key: Hashable) -> Entry | None:
+        group = self._groups.get(key)
+        if group is None or isinstance(group, Entry):
+            return group
         request_id, entry = next(iter(group.items()))
         group.move_to_end(request_id)
         return entry
@@ -92,6 +88,11 @@ class Relatives:
         assert all(isinstance(g, Entry) or len(g) > 1 for g in self._groups.values())
 
 
+RELATIVES, NEWCOMERS, ROUND = range(3)
+TURNS = (RELATIVES, NEWCOMERS, RELATIVES, ROUND)
+"""Who is looked up in turn. A step that runs out of time leaves its place to the next one."""
+
+
 class LookUps:
     """Chooses whose hit to look up, ``per_step`` a step: up to half for relatives of what was served, a
     quarter for the round of all, the rest for newcomers. Every operation is O(log blocks).
@@ -99,60 +100,69 @@ class LookUps:
 
     def __init__(self, per_step: int) -> None:
         self._per_step = per_step
-        self._relatives = Relatives()
-        # Relatives of what was served last first, and of these the closest.
-        self._due: OrderedDict[str, Entry] = OrderedDict()
+        everyone = (per_step + 3) // 4
+        self._most = {RELATIVES: per_step // 2, NEWCOMERS: per_step - everyone, ROUND: everyone}
+        self._place = 0
+        self._index = Relatives()
+        # Relatives of what was served last first, and of these the closest; found when their turn comes.
+        self._relatives: deque[Iterator[Entry]] = deque(maxlen=8)
         self._new: OrderedDict[str, Entry] = OrderedDict()
         # Longest not looked up first.
         self._round: OrderedDict[str, Entry] = OrderedDict()
 
     def add(self, entry: Entry) -> None:
         """A request waits whose hit is not known."""
-        self._relatives.add(entry)
+        self._index.add(entry)
         self._new[entry.job.request_id] = entry
         self._round[entry.job.request_id] = entry
 
     def remove(self, entry: Entry) -> None:
         """It waits no more."""
         request_id = entry.job.request_id
-        self._relatives.remove(entry)
+        self._index.remove(entry)
         del self._round[request_id]
         self._new.pop(request_id, None)
-        self._due.pop(request_id, None)
 
     def served(self, entry: Entry) -> None:
         """A request that was removed is going to be computed: its relatives' hits are about to grow."""
-        for relative in reversed(self._relatives.of(entry.samples, (self._per_step + 7) // 8)):
-            self._due[relative.job.request_id] = relative
-            self._due.move_to_end(relative.job.request_id, last=False)
-        while len(self._due) > self._per_step:
-            self._due.popitem()
+        self._relatives.appendleft(self._index.of(entry.samples, (self._per_step + 7) // 8))
 
     def looked_up(self, entry: Entry) -> None:
         """Its hit is known as of now."""
         request_id = entry.job.request_id
         self._round.move_to_end(request_id)
         self._new.pop(request_id, None)
-        self._due.pop(request_id, None)
 
-    def next(self) -> list[Entry]:
-        """The requests to look up in this step, each once; the caller reports them by ``looked_up``."""
-        everyone = (self._per_step + 3) // 4
-        chosen: dict[str, Entry] = {}
-        for source, most in ((self._due, self._per_step // 2), (self._new, self._per_step - everyone)):
-            for request_id, entry in source.items():
-                if len(chosen) >= most:
-                    break
-                chosen[request_id] = entry
-        for request_id, entry in self._round.items():
-            if everyone == 0:
-                break
-            everyone -= 1
-            chosen[request_id] = entry
-        return list(chosen.values())
+    def next(self) -> Iterator[Entry]:
+        """The requests to look up in this step, each once. The caller reports each by ``looked_up`` before it
+        asks for another; one that runs out of time asks for no more, and pays for no more."""
+        left, most = dict(self._most), self._per_step
+        seen: set[str] = set()
+        in_vain = 0
+        while len(seen) < most and in_vain < len(TURNS):
+            kind = TURNS[self._place]
+            self._place = (self._place + 1) % len(TURNS)
+            entry = self._draw(kind) if left[kind] else None
+            if entry is None or entry.job.request_id in seen:
+                in_vain += 1
+                continue
+            in_vain = 0
+            left[kind] -= 1
+            seen.add(entry.job.request_id)
+            yield entry
+
+    def _draw(self, kind: int) -> Entry | None:
+        """The next of a kind; ``looked_up`` moves it away."""
+        if kind == RELATIVES:
+            while self._relatives:
+                entry = next(self._relatives[0], None)
+                if entry is not None:
+                    return entry
+                self._relatives.popleft()
+            return None
+        return next(iter((self._new if kind == NEWCOMERS else self._round).values()), None)
 
     def check_integrity(self) -> None:
         """Assert that the lists name only requests that wait. O(requests)."""
         assert self._new.keys() <= self._round.keys()
-        assert self._due.keys() <= self._round.keys()
-        self._relatives.check_integrity(list(self._round.values()))
+        self._index.check_integrity(list(self._round.values()))

@@ -24,7 +24,7 @@ from penstock.schedulers.waiting import ClientService, HitTokens, Job
 
 RECHECKS = 8
 """Hits that one pick looks up at most."""
-REFRESH_S = 50e-6
+REFRESH_S = 30e-6
 """Time after which a step begins no further look-up. One may take as long, where a hundred blocks hit."""
 
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 class Bill:
     """One live request. ``paid_up_to`` is the furthest prompt position that was ever computed for it, or
     skipped because the prefix cache or a connector had it: a position is charged when it is first passed.
-    ``output_paid`` of its generated tokens are charged."""
+    ``output_paid`` of its generated tokens are charged. ``cached_tokens`` of its prompt were cached when that
+    was looked up last."""
 
     asking: Asking
     arrival_s: float
     paid_up_to: int = 0
     output_paid: int = 0
+    cached_tokens: int = 0
     job: Job | None = None
 
 
@@ -85,7 +87,7 @@ class Charges:
                 client=bill.asking.client,
                 tokens=request.num_tokens,
                 arrival_s=bill.arrival_s,
-                prefix=tuple(request.block_hashes),
+                prefix=request.block_hashes,
                 weight=bill.asking.weight,
             )
         return bill.job

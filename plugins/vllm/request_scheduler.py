@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import RequestStatus
 
 from penstock.plugins.configuration import ConfigurationError, scheduler_config
 from penstock.plugins.features import asked_for, require
@@ -103,7 +102,7 @@ class RequestScheduling(DraftControlling):
         self._cached = CachedPrefix(self)
         order = order_of(self.config, clock, self._cached_prefix)
         self.charges = Charges(order, clock, Askings(self.config).of)
-        self.waiting = OrderedQueue(order, self.charges.job_of, self.charges.popped, order.begin_step)
+        self.waiting = OrderedQueue(order, self.charges.job_of, self.charges.popped, self._begin_picks)
         self._client_stats = ClientStats(
             self.config, order, clock, settle=self._charge_all_output, export=front_end_exports
         )
@@ -113,9 +112,25 @@ class RequestScheduling(DraftControlling):
         """One step in the policy's order, charged for."""
         self.charges.begin_step(self.running)
         self.waiting.begin_step()
-        output = super().schedule(*args, **kwargs)
+        try:
+            output = super().schedule(*args, **kwargs)
+        finally:
+            self.__dict__.pop("_reserve_prefill_lookahead", None)
         self.charges.settle(output.num_scheduled_tokens, self.requests)
         return output
+
+    def _begin_picks(self) -> None:
+        """vLLM is done with those that run and looks at the queue for the first time in this step."""
+        # From here on the hook is called for waiting requests alone. Those that run, hundreds in every step,
+        # are left to vLLM's own method.
+        self._reserve_prefill_lookahead = self._offer_tokens
+        self.waiting.order.begin_step()
+
+    def _offer_tokens(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        # The last call before a waiting request is admitted, and the only one with its number of tokens.
+        tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        self.charges.offer(request, num_computed_tokens, tokens)
+        return tokens
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)
@@ -124,15 +139,6 @@ class RequestScheduling(DraftControlling):
             self._client_stats.add_to(stats, idle=idle)
             self.add_draft_counts(stats)
         return stats
-
-    def _reserve_prefill_lookahead(
-        self, request: Request, num_computed_tokens: int, num_new_tokens: int
-    ) -> int:
-        # The last call before a waiting request is admitted, and the only one with its number of tokens.
-        tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        if request.status is not RequestStatus.RUNNING:
-            self.charges.offer(request, num_computed_tokens, tokens)
-        return tokens
 
     def _update_request_as_session(self, session: Request, *args: Any, **kwargs: Any) -> None:
         # The output of a turn becomes prompt of the next one, computed already.
@@ -149,7 +155,10 @@ class RequestScheduling(DraftControlling):
         self.charges.charge_output(self.running)
 
     def _cached_prefix(self, request_id: str) -> int:
-        return self._cached.tokens_of(self.waiting.get(request_id))
+        request = self.waiting.get(request_id)
+        bill = self.charges.of(request)
+        bill.cached_tokens = self._cached.tokens_of(request, bill.cached_tokens)
+        return bill.cached_tokens
 
     def check_integrity(self) -> None:
         """Assert that queue, order, bills and vLLM's own tables agree."""
