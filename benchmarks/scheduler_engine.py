@@ -35,7 +35,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     """Steady load: whoever ends is followed by a new arrival, so that ``waiting`` wait at any time.
 
     Prompts have ``prompt_blocks``, of which a client's requests share the first ``shared_blocks``; outputs
-    are of evenly distributed lengths in ``output_tokens``.
+    are of evenly distributed lengths in ``output_tokens``. Requests ask for the ``targets_ms``, pairs of times
+    to the first and to each further token, in turn.
     """
 
     running: int = 256
@@ -44,6 +45,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     prompt_blocks: int = 64
     shared_blocks: int = 48
     output_tokens: tuple[int, int] = (64, 448)
+    targets_ms: tuple[tuple[float, float], ...] = ()
     budget_tokens: int = 8_192
     pool_blocks: int = 32_768
     seed: int = 0
@@ -69,7 +71,14 @@ class Stepped:
         )
         self._arrivals = arrivals(load)
         for _ in range(load.running + load.waiting):
-            self.scheduler.add_request(self.next_request())
+            self.arrive(self.next_request())
+
+    def arrive(self, request: Request) -> None:
+        """A request arrives."""
+        self.scheduler.add_request(request)
+
+    def follow(self, leader: Sequence[str]) -> None:
+        """Another scheduler admitted these requests in the step that this one makes next: nothing to do."""
 
     def next_request(self) -> Request:
         """The next request of the load."""
@@ -87,6 +96,22 @@ class Stepped:
         )
 
 
+class Follower(Stepped):
+    """A scheduler that knows of each request only when another one admits it, and so serves the same requests
+    in the same steps, wherever they lie in memory. All of them exist from their arrival on."""
+
+    def __init__(self, load: Load, make: Callable[..., Any], section: dict[str, Any] | None) -> None:
+        self._unserved: dict[str, Request] = {}
+        super().__init__(load, make, section)
+
+    def arrive(self, request: Request) -> None:
+        self._unserved[request.request_id] = request
+
+    def follow(self, leader: Sequence[str]) -> None:
+        for name in leader:
+            self.scheduler.add_request(self._unserved.pop(name))
+
+
 def arrivals(load: Load) -> Iterator[Request]:
     """The requests of a load, the same ones for everybody who asks."""
     rng = random.Random(load.seed)
@@ -98,11 +123,18 @@ def arrivals(load: Load) -> Iterator[Request]:
         params = SamplingParams(
             max_tokens=rng.randint(*load.output_tokens),
             ignore_eos=True,
-            extra_args={"client_id": f"c{client}"},
+            extra_args={"client_id": f"c{client}", **_targets(load, number)},
         )
         shared = _document(client, load.shared_blocks)
         yield Request(name, tokens, params, None, arrival_time=0.0, block_hasher=_hasher(name, shared))
         number += 1
+
+
+def _targets(load: Load, number: int) -> dict[str, float]:
+    if not load.targets_ms:
+        return {}
+    ttft_ms, tpot_ms = load.targets_ms[number % len(load.targets_ms)]
+    return {"ttft_slo_ms": ttft_ms, "tpot_slo_ms": tpot_ms}
 
 
 @cache

@@ -55,7 +55,7 @@ class Deficits(Standings):
         A refund may come after refills that its charge had caused: then it would end above the quantum, and
         the quanta that the client would not have got without the charge are taken back.
         """
-        if account.level <= 0:
+        if account.level <= 0 and account.epoch != self.epoch:
             self._settle(account)
         # With a deficit above zero a client is given nothing, so its level is as of any epoch.
         account.epoch = self.epoch
