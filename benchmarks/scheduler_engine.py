@@ -35,8 +35,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     """Steady load: whoever ends is followed by a new arrival, so that ``waiting`` wait at any time.
 
     Prompts have ``prompt_blocks``, of which a client's requests share the first ``shared_blocks``; outputs
-    are of evenly distributed lengths in ``output_tokens``. Requests ask for the ``targets_ms``, pairs of times
-    to the first and to each further token, in turn.
+    are of evenly distributed lengths in ``output_tokens``. Requests ask for the ``targets_ms``, pairs of
+    times to the first and to each further token, in turn.
     """
 
     running: int = 256

@@ -1,10 +1,11 @@
 """What a policy adds to a step of vLLM's scheduler, in processor time, beside vLLM's own in the same run.
 
-Three schedulers step in turn under the same load, 256 requests running and 10,000 waiting: the policy's, vLLM's
-own, and vLLM's own *told the order*: it serves the very requests that the policy admitted, step by step. The
-last one makes the same steps with the same objects, so step by step the difference is the policy's work. The
-difference to the plain one holds besides what the order itself costs vLLM: other prefix hits, and requests that
-lie apart in memory because they came apart. A policy that cuts steps otherwise (``slo``) has nobody to follow.
+Three schedulers step in turn under the same load, 256 requests running and 10,000 waiting: the policy's,
+vLLM's own, and vLLM's own *told the order*: it serves the very requests that the policy admitted, step by
+step. The last one makes the same steps with the same objects, so step by step the difference is the policy's
+work. The difference to the plain one holds besides what the order itself costs vLLM: other prefix hits, and
+requests that lie apart in memory because they came apart. A policy that cuts steps otherwise (``slo``) has
+nobody to follow.
 
 A step is ``schedule`` and ``update_from_output``, statistics included. Steps are compared by kind: those that
 admit nobody, and those that admit one request. Python's garbage collection is off.
@@ -137,8 +138,7 @@ def stepped(side: str, load: Load) -> Stepped:
 
 
 class SteadyClock:
-    """Seconds that go on by ``STEP_S`` with every step, so that the deadlines of the ``slo`` policy do not depend
-    on who else uses the machine."""
+    """Seconds that go on by ``STEP_S`` with every step, so that deadlines depend on nobody else's load."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -230,7 +230,8 @@ def draw(rows: Sequence[dict[str, Any]], axes: Axes) -> None:
         found = [row for row in rows if row["policy"] == policy]
         clients = [row["clients"] for row in found]
         for kind, line in (("decode", "-"), ("admission", "--")):
-            extra = [row.get(f"{kind}: own ms", row.get(f"{kind}: beyond stock ms")) for row in found]
+            beyond = [row.get(f"{kind}: beyond stock ms", float("nan")) for row in found]
+            extra = [row.get(f"{kind}: own ms", other) for row, other in zip(found, beyond, strict=True)]
             axes.plot(clients, extra, line, color=f"C{number}", marker="o", label=f"{policy}, {kind}")
     axes.axhline(ALLOWED_MS, color="0.5", linewidth=1, label="3 % of 10 ms")
     axes.set_xscale("log")

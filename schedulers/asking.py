@@ -111,7 +111,7 @@ READERS: dict[str, tuple[str, Callable[[str, Any, int], Any]]] = {
     TTFT_SLO_MS: ("ttft_slo_ms", lambda field, value, _: target_ms(field, value)),
     TPOT_SLO_MS: ("tpot_slo_ms", lambda field, value, _: target_ms(field, value)),
 }
-"""By key: the attribute that it sets, and how its value is read; the last argument is the longest client id."""
+"""By key: the attribute that it sets, and its reader, whose last argument is the longest client id."""
 
 
 def number_of(field: str, text: str) -> float:

@@ -20,8 +20,9 @@ class CachedPrefix:
 
     Where all layers attend to the whole context, a block is of use with all before it, and vLLM frees a
     request's blocks last one first: the cached part of a chain of hashes is its beginning, whose end is
-    found by halving, or in two steps where it is still where it was. A block that is gone from the middle all the same makes the result wrong, and so the
-    order; an admission does not notice, since vLLM itself walks. Other models are walked.
+    found by halving, or in two steps where it is still where it was. A block that is gone from the middle
+    all the same makes the result wrong, and so the order; an admission does not notice, since vLLM itself
+    walks. Other models are walked.
     """
 
     def __init__(self, scheduler: Any) -> None:

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 class PlannedQueue(OrderedQueue):
     """An ``OrderedQueue`` whose arrivals the planner hears of, since they call for a new decision."""
 
-    def __init__(self, planner: Planner, job_of: Callable[[Request], Waiting]) -> None:
-        super().__init__(planner.backlog, job_of, lambda request: None, planner.backlog.begin_step)
+    def __init__(
+        self, planner: Planner, job_of: Callable[[Request], Waiting], before_picks: Callable[[], None]
+    ) -> None:
+        super().__init__(planner.backlog, job_of, lambda request: None, before_picks)
         self._planner = planner
         self._waiting_of = job_of
 

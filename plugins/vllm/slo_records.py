@@ -24,7 +24,7 @@ LONGEST_ON_THE_WAY_S = 60.0
 class Record:
     """One live request. ``arrived`` is vLLM's time of arrival, by which a session's next turn is noticed;
     ``seen`` are generated tokens that were noted; ``ttft_met`` and ``pace_met`` say what came of the targets
-    so far."""
+    so far. After the first token, token ``i`` may come until ``start_s`` and ``i`` times ``allowed_s``."""
 
     running: Running
     client: str
@@ -33,6 +33,8 @@ class Record:
     seen: int = 0
     ttft_met: bool = True
     pace_met: bool = True
+    start_s: float = math.inf
+    allowed_s: float = 0.0
 
 
 class Records:
@@ -57,6 +59,8 @@ class Records:
         self._live: dict[str, Record] = {}
         self.with_targets = 0
         """How many live requests have targets."""
+        self.prompts = 0
+        """How many of those that ``running`` returned last have more than one token to compute."""
 
     def __len__(self) -> int:
         return len(self._live)
@@ -125,13 +129,15 @@ class Records:
         """
         found: list[Running] = []
         live = self._live
+        prompts = 0
         for request in requests:
             record = live.get(request.request_id)
             running = (record or self.of(request)).running
             tokens, computed = request.num_tokens, request.num_computed_tokens
+            prompts += tokens - computed > 1
             in_flight = request.num_output_placeholders
             if in_flight:
-                if computed + 2 - in_flight >= request.num_prompt_tokens + request.max_tokens:
+                if ends_in_flight(request):
                     continue
                 sampled = in_flight if self._sampled == 1 else -(-in_flight // self._sampled)
                 running.output_tokens = tokens + sampled - request.num_prompt_tokens
@@ -143,35 +149,57 @@ class Records:
             if self._sampled > 1:
                 running.draft_tokens = len(request.spec_token_ids)
             found.append(running)
+        self.prompts = prompts
         return found
 
-    def produced(self, request: Request, now_s: float, tolerance: float) -> None:
-        """Note tokens of a request that came at ``now_s``; the first of them is held to its deadline."""
-        record = self._live.get(request.request_id)
-        index = request.num_output_tokens
-        if record is None or index <= record.seen:
-            return
-        record.seen, index = index, record.seen
+    @staticmethod
+    def all_decode(requests: Iterable[Request]) -> bool:
+        """Whether each takes part in the next step, with one token."""
+        for request in requests:
+            in_flight = request.num_output_placeholders
+            if request.num_tokens + in_flight - request.num_computed_tokens > 1:
+                return False
+            if in_flight and ends_in_flight(request):
+                return False
+        return True
+
+    def produced(self, requests: Iterable[Request], now_s: float, tolerance: float) -> None:
+        """Note tokens of ``requests`` that came at ``now_s``; the last of each is held to its deadline."""
+        live = self._live
+        for request in requests:
+            record = live.get(request.request_id)
+            if record is None or (index := request.num_output_tokens) <= (seen := record.seen):
+                continue
+            record.seen = index
+            running = record.running
+            running.last_token_s = now_s
+            if running.first_token_s is None:
+                self._first_token(record, now_s, tolerance)
+            elif now_s > record.start_s + seen * record.allowed_s:
+                record.pace_met = False
+
+    def _first_token(self, record: Record, now_s: float, tolerance: float) -> None:
+        """From here on every further token has a time that does not change any more."""
         running = record.running
-        running.last_token_s = now_s
+        running.first_token_s = now_s
         targets = running.targets
-        first = running.first_token_s is None
-        if first:
-            running.first_token_s = now_s
-        if targets is None:
-            return
-        if first:
+        if targets is not None:
             record.ttft_met = now_s <= targets.due_s(running.arrival_s, 0)
-        elif record.pace_met:
-            due_s = targets.due_s(running.arrival_s, index, running.first_token_s)
-            allowed_s = index * tolerance * targets.tpot_s if math.isfinite(targets.tpot_s) else 0.0
-            record.pace_met = now_s <= due_s + allowed_s
+            record.allowed_s = (1 + tolerance) * targets.tpot_s
+            if math.isfinite(targets.tpot_s):
+                record.start_s = targets.due_s(running.arrival_s, 1, now_s) - targets.tpot_s
 
     def check_integrity(self, live: Sequence[str]) -> None:
         """Assert that no record outlives its request and that the count of targets holds."""
         assert self._live.keys() <= set(live)
         targets = (record.running.targets for record in self._live.values())
         assert self.with_targets == sum(one is not None for one in targets)
+
+
+def ends_in_flight(request: Request) -> bool:
+    """Whether a step in flight samples the request's last token; vLLM passes it over then."""
+    sampled = request.num_computed_tokens + 2 - request.num_output_placeholders
+    return bool(sampled >= request.num_prompt_tokens + request.max_tokens)
 
 
 def targets_of(asking: Asking, config: SchedulerConfig) -> Targets | None:

@@ -66,8 +66,11 @@ class SLOScheduling(DraftControlling):
         self.control_drafts(self.config.speculation, clock, asking_of, self.planner.model)
         if self.drafts is not None:
             self.planner.drafts = self.drafts.drafts
-        self.waiting = PlannedQueue(self.planner, self._job_of)
-        self.plan = PASSIVE
+        self.waiting = PlannedQueue(self.planner, self._job_of, self._cap_everybody)
+        self.plan: Plan = PASSIVE
+        # The last plan that was carried out, and the running batch as it ordered it.
+        self._ordered: Plan | None = None
+        self._planned: list[Request] = []
         self._steps = StepsInFlight()
         self._stats = SLOStats(self.planner, self.config.slo.tiers_s, clock, export=front_end_exports)
         self._step_tokens: int = self.max_num_scheduled_tokens
@@ -92,6 +95,7 @@ class SLOScheduling(DraftControlling):
             output = super().schedule(*args, **kwargs)
         finally:
             self.max_num_scheduled_tokens = self._step_tokens
+            self._cap_everybody()
         self._was_empty = not output.total_num_scheduled_tokens
         if self.records.with_targets or not self.planner.counters.plans % PASSIVE_STEPS:
             features = self._features(output)
@@ -106,15 +110,28 @@ class SLOScheduling(DraftControlling):
             # A plan that serves nobody is never made twice in a row.
             self._stats.yielded_steps += self._was_empty
             return PASSIVE
-        running = self.records.running(self.running)
-        if holding:
-            running += self.records.running(holding)
         limits = Limits(
             step_tokens=self._step_tokens,
             running_requests=self.max_num_active_reqs - self.num_waiting_for_streaming_input,
             in_flight_s=self._steps.left_s(now_s),
         )
+        if not holding and self._goes_on() and (again := planner.again(now_s, len(self.running), limits)):
+            return again
+        running = self.records.running(self.running)
+        if holding:
+            running += self.records.running(holding)
         return planner.plan(now_s, running, self._free_kv_tokens(), limits)
+
+    def _goes_on(self) -> bool:
+        """Whether the running batch is the one of the last plan, with a block for each should it need one.
+
+        One that lost its cache meanwhile, and came back to its place, has a prompt to compute.
+        """
+        if self.num_spec_tokens or self.running != self._planned:
+            return False
+        if not self.records.all_decode(self.running):
+            return False
+        return self._free_kv_tokens() >= len(self.running) * self.block_size
 
     def _holding(self) -> list[Request]:
         """Requests that wait with KV blocks of their own and may run: vLLM takes them in first."""
@@ -136,14 +153,20 @@ class SLOScheduling(DraftControlling):
         return int(manager.block_pool.get_num_free_blocks() * self.block_size // groups)
 
     def _carry_out(self, plan: Plan, holding: list[Request]) -> None:
+        if plan is self._ordered:
+            self.max_num_scheduled_tokens = min(self._step_tokens, plan.step_tokens)
+            self._leave_decodes(plan)
+            return
         if plan.preempt:
             self._throw_out(plan.preempt)
         adapted = self._adapted_beside(plan) if self.lora_config else {}
         if adapted:
             self.plan = msgspec.structs.replace(plan, caps={**plan.caps, **adapted})
-        places = {name: place for place, name in enumerate(plan.order)}
         # Whom the plan leaves out has its last token in flight, and must not be the one to throw out.
+        places = {name: place for place, name in enumerate(plan.order)}
         self.running.sort(key=lambda request: places.get(request.request_id, -1))
+        self._leave_decodes(plan)
+        self._ordered, self._planned = plan, list(self.running)
         beside = sum(request.request_id not in plan.caps for request in holding)
         drafts = 0
         if self.num_spec_tokens:
@@ -161,6 +184,23 @@ class SLOScheduling(DraftControlling):
         """
         running = (request for request in self.running if request.lora_request)
         return {one.request_id: 1 for one in running if one.request_id not in plan.caps}
+
+    def _leave_decodes(self, plan: Plan) -> None:
+        """Where all that run decode in this step, vLLM's own hook says the same of each as the plan's caps;
+        from the first look at the queue on, those are asked."""
+        waiting = len(plan.waiting)
+        if (
+            self.records.prompts
+            or self.num_spec_tokens
+            or self.kv_holding_waiting
+            or len(plan.caps) - waiting != len(self.running)
+        ):
+            return
+        self._reserve_prefill_lookahead = super()._reserve_prefill_lookahead  # type: ignore[method-assign]
+        self.waiting.begin_step()
+
+    def _cap_everybody(self) -> None:
+        self.__dict__.pop("_reserve_prefill_lookahead", None)
 
     def _throw_out(self, names: tuple[str, ...]) -> None:
         """Preempt as vLLM does when blocks run out: what is in flight is delivered."""
@@ -217,16 +257,15 @@ class SLOScheduling(DraftControlling):
             self._stats.stepped(flight.predicted_s, seconds)
         outputs = super().update_from_output(*args, **kwargs)
         if self.records.with_targets:
-            for name in output.num_scheduled_tokens:
-                request = self.requests.get(name)
-                if request is not None:
-                    self.records.produced(request, self._output_s, TOLERANCE)
+            requests = self.requests
+            live = [requests[name] for name in output.num_scheduled_tokens if name in requests]
+            self.records.produced(live, self._output_s, TOLERANCE)
         return outputs
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         # Every request ends here, whatever it was doing.
         result = super()._free_request(request, *args, **kwargs)
-        self.records.produced(request, self._output_s, TOLERANCE)
+        self.records.produced((request,), self._output_s, TOLERANCE)
         record = self.records.close(request.request_id)
         if record is not None and request.status in ENDED_BY_ITSELF:
             self._stats.ended(record, request.num_tokens)

@@ -60,6 +60,7 @@ class Planner:
         self._demoted: set[str] = set()
         self._thrown_out: dict[str, int] = {}
         self._now_s = float("-inf")
+        self._steady: Plan | None = None
 
     def arrive(self, request: Waiting) -> None:
         """A request arrives.
@@ -95,9 +96,26 @@ class Planner:
         """What admission did."""
         return self.replanner.counters
 
+    def again(self, now_s: float, running: int, limits: Limits) -> Plan | None:
+        """The last plan where ``plan`` would serve the same in this step, else None. Its order is that of the
+        last step, too: ask only where the same ``running`` requests go on and none can run out of blocks.
+
+        So it is while all that run decode under targets of theirs and nobody can come in: without a prompt to
+        serve every decode has its token, however much slack it has.
+        """
+        full = limits.running_requests <= running or not len(self.backlog)
+        if self._steady is None or self.drafts or not full:
+            return None
+        if now_s < self._now_s or self.replanner.due(now_s):
+            return None
+        self.counters.plans += 1
+        self._now_s = now_s
+        return self._steady
+
     def plan(self, now_s: float, running: Sequence[Running], free_kv_tokens: int, limits: Limits) -> Plan:
         """The next step. ``free_kv_tokens`` are free or held by the prefix cache alone."""
         self.counters.plans += 1
+        self._steady = None
         if now_s < self._now_s:
             self.counters.clock_steps_back += 1
             self.replanner.clock_stepped_back()
@@ -118,7 +136,10 @@ class Planner:
             )
             reclaimable = sum(request.computed_tokens for request in self._victims(batch))
             self.replanner.replan(now_s, with_targets, free_kv_tokens + reclaimable, limits)
-        return self._step(now_s, running, batch, free_kv_tokens, limits)
+        plan = self._step(now_s, running, batch, free_kv_tokens, limits)
+        if len(batch.guarded) + len(batch.late) == len(plan.caps) == len(running) == plan.step_tokens:
+            self._steady = plan
+        return plan
 
     def _demote_hopeless(self, batch: Sorted) -> None:
         """A prompt whose deadline is out of reach goes on as best effort, with what it has computed."""

@@ -99,7 +99,7 @@ class Step:
         far_s = max(2 * self.length_s, self._config.longest_step_s) if prompts else float("inf")
         self._give_one(request for slack, _, request in batch.guarded if slack <= far_s)
         near_s = self.length_s if prompts else float("inf")
-        self._give_one(request for paced, _, request in batch.late if paced < near_s)
+        self._give_one(request for paced, _, request in batch.late if paced <= near_s)
         shortest = self._model.seconds(self.features)
         self.length_s = max(self.length_s, shortest)
 

@@ -23,6 +23,7 @@ from penstock.plugins.configuration import ConfigurationError
 from penstock.plugins.vllm.request_scheduler import make_scheduler
 from penstock.plugins.vllm.slo_scheduling import AsyncSLOScheduler, SyncSLOScheduler
 from penstock.schedulers.slo.plan import Plan
+from penstock.schedulers.slo.requests import Limits
 
 BOTH = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 
@@ -90,6 +91,32 @@ def test_with_targets_no_request_is_lost_or_runs_twice(is_async, share):
     assert preempted > 5
     if share < 1:
         assert thrown_out > 0
+
+
+@BOTH
+def test_a_plan_that_stands_for_another_step_serves_what_a_new_one_would(is_async):
+    stood = 0
+    for seed in range(4):
+        time = Time()
+        scheduler = build(settings_of(seed, is_async), kind_of(is_async, seed), clock=time, wall_clock=time)
+        planner, again = scheduler.planner, scheduler.planner.again
+
+        def compared(
+            now_s: float, running: int, limits: Limits, again=again, planner=planner, scheduler=scheduler
+        ) -> Plan | None:
+            nonlocal stood
+            stands = again(now_s, running, limits)
+            if stands is not None:
+                stood += 1
+                live = scheduler.records.running(scheduler.running)
+                new = planner.plan(now_s, live, scheduler._free_kv_tokens(), limits)
+                assert new.caps == stands.caps
+                assert (new.waiting, new.preempt) == (stands.waiting, stands.preempt) == ((), ())
+            return stands
+
+        planner.again = compared
+        traffic(scheduler, seed, is_async, targets=1.0, time=time)
+    assert stood > 20
 
 
 @BOTH

@@ -199,7 +199,7 @@ def test_steps_without_time_still_look_up_newcomers_and_everybody_between_relati
         order.begin_step()
     order.add(Job("new", "ada", 999, 1.0, chain("new")))
     asked.clear()
-    for number in range(4):
+    for _ in range(4):
         order.pop()
         order.begin_step()
     assert "new" in asked
