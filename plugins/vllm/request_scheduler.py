@@ -112,21 +112,27 @@ class RequestScheduling(DraftControlling):
         """One step in the policy's order, charged for."""
         self.charges.begin_step(self.running)
         self.waiting.begin_step()
+        # Until the queue is looked at, vLLM asks for those that run, hundreds in every step: its own method
+        # answers. What is offered to requests that wait is all that a charge needs.
+        self._reserve_prefill_lookahead = super()._reserve_prefill_lookahead  # type: ignore[method-assign]
         try:
             output = super().schedule(*args, **kwargs)
         finally:
-            self.__dict__.pop("_reserve_prefill_lookahead", None)
+            self._watch_offers()
         self.charges.settle(output.num_scheduled_tokens, self.requests)
         return output
 
     def _begin_picks(self) -> None:
         """vLLM is done with those that run and looks at the queue for the first time in this step."""
-        # From here on the hook is called for waiting requests alone. Those that run, hundreds in every step,
-        # are left to vLLM's own method.
-        self._reserve_prefill_lookahead = self._offer_tokens
+        self._watch_offers()
         self.waiting.order.begin_step()
 
-    def _offer_tokens(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+    def _watch_offers(self) -> None:
+        self.__dict__.pop("_reserve_prefill_lookahead", None)
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
         # The last call before a waiting request is admitted, and the only one with its number of tokens.
         tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         self.charges.offer(request, num_computed_tokens, tokens)
