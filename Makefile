@@ -1,15 +1,19 @@
 # Everything runs from a checkout with Python 3.11+ and make; the first run makes .venv.
 # MODEL=  another model for the demo, benches and integration tests (default: a tiny one, made here)
+# WORKERS= processes that share the fast tests (default: one a core, at most 4)
 # ARGS=   more arguments for the command behind a target
 
 VENV   ?= .venv
 MODEL  ?=
 ARGS   ?=
 ENGINE ?= auto
+WORKERS ?= logical
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
 BIN := $(VENV)/bin
+# Each worker imports the engines once (10 s of processor time); stealing keeps a module's tests together.
+SHARED := -n '$(WORKERS)' --maxprocesses 4 --dist worksteal
 RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PENSTOCK_MODEL='$(MODEL)'
 
 .DEFAULT_GOAL := help
@@ -28,12 +32,12 @@ demo: env  ## two stock servers and the proxy, checked against one plain server
 
 test: env  ## everything that must hold before a change goes in
 	@$(MAKE) --no-print-directory lint types imports
-	@$(RUN) $(BIN)/python -m pytest tests $(ARGS)
+	@$(RUN) $(BIN)/python -m pytest tests $(SHARED) $(ARGS)
 	@$(RUN) $(BIN)/python -m pytest integration_tests --ignore=integration_tests/upstream $(ARGS)
 
 test-fast: env  ## the same without starting an engine (under two minutes)
 	@$(MAKE) --no-print-directory lint types imports
-	@$(RUN) $(BIN)/python -m pytest tests $(ARGS)
+	@$(RUN) $(BIN)/python -m pytest tests $(SHARED) $(ARGS)
 
 test-engine: env  ## only the tests with real engines
 	@$(RUN) $(BIN)/python -m pytest integration_tests --ignore=integration_tests/upstream $(ARGS)
