@@ -1,7 +1,8 @@
 """DLPM with other settings, on the workloads that tell them apart.
 
 The quantum buys throughput with fairness; ageing buys the wait of cold prompts with prefix hits. Charging
-extend tokens alone shows what the price of output does to Jain's index of extend tokens.
+extend tokens alone shows what the price of output does to Jain's index of extend tokens, charging output only
+as it comes what expecting it does to the service gap.
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ AGEING = tuple(
 )
 """Cached tokens that a second of waiting is worth, beside the default of 20."""
 FREE_OUTPUT = with_setting(EXTEND_ALONE, output_weight=0.0)
+AS_IT_COMES = with_setting("dlpm, output as it comes", first_output_tokens=0.0)
+"""Algorithm 1 as printed: output is charged when it is generated, and not expected before."""
 
 VARIANTS: Mapping[str, tuple[Policy, ...]] = {
     "long documents": tuple(QUANTA.values()),
-    "judge, S1": (*QUANTA.values(), FREE_OUTPUT),
+    "judge, S1": (*QUANTA.values(), FREE_OUTPUT, AS_IT_COMES),
+    "tree of thought, S1": (FREE_OUTPUT, AS_IT_COMES),
+    "mooncake": (AS_IT_COMES,),
     "chat": AGEING,
     "cold prompts": AGEING,
 }

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from penstock.schedulers.client_queue import ArrivalQueue, ClientQueue, PrefixQueue, Rank
+from penstock.schedulers.output_lengths import RunningMean
 from penstock.schedulers.waiting import UNNAMED, Clock
 
 OTHERS = "(others)"
@@ -40,16 +41,22 @@ class Account:
     """One client's service, waiting requests and standing.
 
     ``level`` and ``epoch`` belong to the policy: a deficit and the refill up to which it is worked out, or a
-    virtual counter. ``rank`` is its place among the clients that wait, None when nothing of it waits.
+    virtual counter. ``expected`` is what its running requests are taken to cost still, in weighted tokens,
+    ``ahead`` what ``level`` was charged before it was served: the same, or more where a quantum left no room
+    to give it back. ``outputs`` is what its ended requests generated. ``rank`` is its place among the clients
+    that wait, None when nothing of it waits.
     """
 
     __slots__ = (
         "active_s",
+        "ahead",
         "client",
         "epoch",
+        "expected",
         "extend_tokens",
         "level",
         "output_tokens",
+        "outputs",
         "queue",
         "rank",
         "service",
@@ -66,6 +73,9 @@ class Account:
         self.service = 0.0
         self.level = 0.0
         self.epoch = 0
+        self.expected = 0.0
+        self.ahead = 0.0
+        self.outputs: RunningMean | None = None
         self.rank: Rank | None = None
 
     def __repr__(self) -> str:

@@ -52,6 +52,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """Price of a prompt token that was computed; tokens from the prefix cache or a connector are free."""
     output_weight: Price = 2.0
     """Price of a generated token."""
+    first_output_tokens: Annotated[float, msgspec.Meta(ge=0, le=LARGEST_TOKENS)] = 128.0
+    """Tokens that a request is expected to generate before any has ended; afterwards the mean of its client.
+    They are charged when the request is admitted and put right as tokens come; 0 charges output only as it
+    comes. ``dlpm``."""
     ageing_tokens_per_s: Annotated[float, msgspec.Meta(ge=0, le=LARGEST_TOKENS)] = 20.0
     """Cached tokens that a second of waiting is worth in the order by prefix, so that a cold prompt is
     served at last; 0 lets it wait for ever behind warmer ones. ``dlpm`` and ``lpm``."""

@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection
 
 from penstock.schedulers.accounts import Account, AccountBook, Prices
+from penstock.schedulers.output_lengths import OutputLengths
 from penstock.schedulers.ranked import Newcomers, RankedOrder, Standings
 from penstock.schedulers.waiting import Clock, HitTokens
 
@@ -43,6 +44,10 @@ class Deficits(Standings):
         self._newcomers.came(known=known)
         account.level, account.epoch = 0.0, self.epoch
 
+    def joins(self, account: Account, least: float | None) -> None:
+        """Who had nothing waiting keeps no more credit than a quantum."""
+        account.ahead = account.expected
+
     def reweigh(self, account: Account, weight: float) -> None:
         if weight != account.weight:
             self._settle(account)
@@ -50,11 +55,18 @@ class Deficits(Standings):
             account.level = min(account.level, self._quantum(account))
 
     def charge(self, account: Account, service: float) -> None:
-        """Take ``service`` off the deficit.
+        """Take ``service`` off the deficit, except what was charged ahead and is not expected any more.
 
         A refund may come after refills that its charge had caused: then it would end above the quantum, and
         the quanta that the client would not have got without the charge are taken back.
         """
+        if account.ahead > account.expected and service > 0:
+            paid = min(service, account.ahead - account.expected)
+            account.ahead -= paid
+            service -= paid
+        self._take(account, service)
+
+    def _take(self, account: Account, service: float) -> None:
         if account.level <= 0 and account.epoch != self.epoch:
             self._settle(account)
         # With a deficit above zero a client is given nothing, so its level is as of any epoch.
@@ -62,6 +74,22 @@ class Deficits(Standings):
         account.level -= service
         if service < 0 and account.level > (quantum := self._quantum(account)):
             account.level = min(account.level - math.ceil(account.level / quantum - 1) * quantum, quantum)
+
+    def expect(self, account: Account, service: float) -> None:
+        """The client's running requests are to cost ``service`` more than was said before; negative: less.
+
+        It is charged ahead, and what turns out too much is given back. Credit never exceeds a quantum: what
+        finds no room stays charged and pays for the client's next service.
+        """
+        account.expected = max(0.0, account.expected + service)
+        if account.expected > account.ahead:
+            missing, account.ahead = account.expected - account.ahead, account.expected
+            self._take(account, missing)
+        elif account.expected < account.ahead:
+            self._settle(account)
+            level = min(account.level + account.ahead - account.expected, self._quantum(account))
+            account.ahead -= level - account.level
+            account.level = level
 
     def lane(self, account: Account) -> int:
         return max(self.epoch, account.epoch + self._refills_needed(account))
@@ -101,7 +129,12 @@ class Deficits(Standings):
 
 
 class DeficitOrder(RankedOrder):
-    """DLPM. Every deficit stays in ``(-U, quantum_tokens * weight]``, where U is the service that a client
+    """DLPM. A client's deficit is charged for the output that its running requests are expected to generate
+    when they are admitted, and put right as it comes (so does VTC with length prediction, arXiv 2401.00588):
+    else a client with short prompts fills the batch before its first token is charged. The mean of its ended
+    requests is expected; what a client is shown to have had is what was generated.
+
+    Every deficit stays in ``(-U, quantum_tokens * weight]``, where U is the service that a client
     may get between two picks: the tokens of its running requests in the paper (section 4).
 
     Args:
@@ -116,6 +149,8 @@ class DeficitOrder(RankedOrder):
         refreshes_per_step: prefix hits that ``begin_step`` looks up at most.
         idle_s: a client with nothing waiting, no service for so long and no debt is forgotten.
         max_clients: clients with a deficit of their own; more names share one.
+        first_output_tokens: what a request is expected to generate before any has ended; 0 charges output
+            only as it comes, as Algorithm 1 does.
         newcomers_per_refill: new names that get a deficit of their own between two refills; more share one
             until a later request. So whoever invents a name for every request gets the share of so many
             clients and one more.
@@ -139,14 +174,19 @@ class DeficitOrder(RankedOrder):
         refreshes_per_step: int = 64,
         idle_s: float = 3600.0,
         max_clients: int = 10_000,
+        first_output_tokens: float = 128.0,
         newcomers_per_refill: int = 8,
         listed: Collection[str] = (),
         unnamed_by_arrival: bool = True,
     ) -> None:
         if not 0 < quantum_tokens < math.inf:
             raise ValueError(f"quantum_tokens is {quantum_tokens}, allowed: more than 0")
+        if not 0 <= first_output_tokens < math.inf:
+            raise ValueError(f"first_output_tokens is {first_output_tokens}, allowed: 0 or more")
+        self._lengths = OutputLengths(first_output_tokens) if first_output_tokens else None
+        self._deficits = Deficits(quantum_tokens, Newcomers(newcomers_per_refill))
         super().__init__(
-            standings=Deficits(quantum_tokens, Newcomers(newcomers_per_refill)),
+            standings=self._deficits,
             book=AccountBook(
                 clock=clock,
                 idle_s=idle_s,
@@ -160,3 +200,31 @@ class DeficitOrder(RankedOrder):
             ageing_tokens_per_s=ageing_tokens_per_s,
             refreshes_per_step=refreshes_per_step,
         )
+
+    def reserve_output(self, client: str, generated: int, at_most: int) -> int:
+        account = self._book.find(client)
+        # Requests of the shared account may move to one of their own while they run.
+        if self._lengths is None or account is self._book.shared:
+            return 0
+        tokens = max(0, min(self._lengths.expected(account.outputs) - generated, at_most))
+        self._expect(account, tokens)
+        return tokens
+
+    def release_output(self, client: str, tokens: int) -> None:
+        self._expect(self._book.find(client), -tokens)
+
+    def charge_output(self, client: str, tokens: int, expected: int = 0) -> None:
+        account = self._book.find(client)
+        account.expected = max(0.0, account.expected - self._prices.output * expected)
+        super().charge_output(client, tokens)
+
+    def observe_output(self, client: str, tokens: int) -> None:
+        if self._lengths is not None:
+            account = self._book.find(client)
+            account.outputs = self._lengths.observe(account.outputs, tokens)
+
+    def _expect(self, account: Account, tokens: int) -> None:
+        """The deficit changes as by a charge, and a client that is given something back may go first."""
+        self._deficits.expect(account, self._prices.output * tokens)
+        if tokens < 0 and account.rank is not None:
+            self._seat(account)

@@ -6,10 +6,10 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from penstock.schedulers.accounts import OTHERS, Prices
-from penstock.schedulers.waiting import ClientService, Job
+from penstock.schedulers.waiting import AsItComes, ClientService, Job
 
 
-class ArrivalOrder:
+class ArrivalOrder(AsItComes):
     """Requests in order of arrival; what is put back goes to the front. Every operation is O(1).
 
     Args:
@@ -60,7 +60,7 @@ class ArrivalOrder:
     def charge_extend(self, client: str, tokens: int) -> None:
         self._record(client, tokens, 0)
 
-    def charge_output(self, client: str, tokens: int) -> None:
+    def charge_output(self, client: str, tokens: int, expected: int = 0) -> None:
         self._record(client, 0, tokens)
 
     def clients(self) -> Iterator[ClientService]:

@@ -59,6 +59,7 @@ def waiting_order(config: SchedulerConfig, clock: Clock, hit_tokens: HitTokens) 
     return DeficitOrder(
         hit_tokens=hit_tokens,
         quantum_tokens=config.quantum_tokens,
+        first_output_tokens=config.first_output_tokens,
         newcomers_per_refill=config.newcomers_per_refill,
         listed=config.listed,
         ageing_tokens_per_s=config.ageing_tokens_per_s,

@@ -20,7 +20,7 @@ from sortedcontainers import SortedList
 from penstock.schedulers.accounts import OTHERS, Account, AccountBook, Prices
 from penstock.schedulers.client_queue import Entry
 from penstock.schedulers.prefix_hits import LookUps
-from penstock.schedulers.waiting import ClientService, HitTokens, Job
+from penstock.schedulers.waiting import AsItComes, ClientService, HitTokens, Job
 
 RECHECKS = 8
 """Hits that one pick looks up at most."""
@@ -97,7 +97,7 @@ class Standings:
         return True
 
 
-class RankedOrder:
+class RankedOrder(AsItComes):
     """A ``WaitingOrder`` over the ``standings`` of a policy.
 
     Args:
@@ -192,7 +192,7 @@ class RankedOrder:
         account.extend_tokens += tokens
         self._charge(account, self._prices.extend * tokens)
 
-    def charge_output(self, client: str, tokens: int) -> None:
+    def charge_output(self, client: str, tokens: int, expected: int = 0) -> None:
         account = self._book.find(client)
         account.output_tokens += tokens
         self._charge(account, self._prices.output * tokens)

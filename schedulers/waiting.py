@@ -53,6 +53,19 @@ class ClientService:
     waiting: int
 
 
+class AsItComes:
+    """The part of a waiting order that charges output when it is generated, and reserves none."""
+
+    def reserve_output(self, client: str, generated: int, at_most: int) -> int:
+        return 0
+
+    def release_output(self, client: str, tokens: int) -> None:
+        """None was reserved."""
+
+    def observe_output(self, client: str, tokens: int) -> None:
+        """Nothing is expected, so nothing is learned."""
+
+
 class WaitingOrder(Protocol):
     """The waiting requests, in the order of a policy. Ids are unique among those that wait."""
 
@@ -97,8 +110,19 @@ class WaitingOrder(Protocol):
     def charge_extend(self, client: str, tokens: int) -> None:
         """``tokens`` of a client's prompts were computed; negative: a charge of this step is taken back."""
 
-    def charge_output(self, client: str, tokens: int) -> None:
-        """``tokens`` were generated for a client."""
+    def charge_output(self, client: str, tokens: int, expected: int = 0) -> None:
+        """``tokens`` were generated for a client; ``expected`` of them by requests that had reserved them."""
+
+    def reserve_output(self, client: str, generated: int, at_most: int) -> int:
+        """A request of this client begins to run, or goes on after it ``generated`` some tokens: how many it
+        is taken to generate from now on, up to ``at_most``. The order counts them until they are generated
+        or released; 0 where it charges output only as it comes."""
+
+    def release_output(self, client: str, tokens: int) -> None:
+        """Reserved tokens that will not come, or not before their request runs again."""
+
+    def observe_output(self, client: str, tokens: int) -> None:
+        """A request of this client is over and generated ``tokens`` in all."""
 
     def clients(self) -> Iterable[ClientService]:
         """Every client that is remembered."""

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 class Bill:
     """One live request. ``paid_up_to`` is the furthest prompt position that was ever computed for it, or
     skipped because the prefix cache or a connector had it: a position is charged when it is first passed.
-    ``output_paid`` of its generated tokens are charged. ``cached_tokens`` of its prompt were cached when that
-    was looked up last."""
+    ``output_paid`` of its generated tokens are charged; ``reserved`` more are expected while it runs.
+    ``cached_tokens`` of its prompt were cached when that was looked up last."""
 
     asking: Asking
     arrival_s: float
     paid_up_to: int = 0
     output_paid: int = 0
     cached_tokens: int = 0
+    reserved: int = 0
     job: Job | None = None
 
 
@@ -81,6 +82,7 @@ class Charges:
         bill = self.of(request)
         self._unpaid.discard(request.request_id)
         self.charge_output_of(request)
+        self._release(bill)
         if bill.job is None or bill.job.tokens != request.num_tokens:
             bill.job = Job(
                 request_id=request.request_id,
@@ -95,8 +97,11 @@ class Charges:
     def close(self, request: Request) -> None:
         """The request is over."""
         self.charge_output_of(request)
-        self._bills.pop(request.request_id, None)
+        bill = self._bills.pop(request.request_id, None)
         self._unpaid.discard(request.request_id)
+        if bill is not None:
+            self._release(bill)
+            self._order.observe_output(bill.asking.client, bill.output_paid)
 
     def begin_step(self, running: Sequence[Request]) -> None:
         """What was offered in the last step and not taken is off the table; some that run are charged."""
@@ -120,6 +125,8 @@ class Charges:
         before = bill.paid_up_to
         charged = self._extend(bill, start, start + tokens, request.num_prompt_tokens)
         self._admitted[request.request_id] = Span(start, start + tokens, charged, before)
+        left = max(0, request.max_tokens - bill.output_paid)
+        bill.reserved = self._order.reserve_output(bill.asking.client, bill.output_paid, left)
 
     def settle(self, scheduled: Mapping[str, int], requests: Mapping[str, Request]) -> None:
         """Charge for the prompt tokens of a step. ``scheduled`` are its tokens by request id;
@@ -145,16 +152,22 @@ class Charges:
     def charge_output(self, requests: Iterable[Request]) -> None:
         """Charge for what was generated for ``requests`` since it was charged last."""
         tokens: dict[str, int] = {}
+        expected: dict[str, int] = {}
         bills = self._bills
         for request in requests:
             bill = bills.get(request.request_id)
             if bill is None or bill.output_paid == (generated := request.num_output_tokens):
                 continue
             client = bill.asking.client
-            tokens[client] = tokens.get(client, 0) + generated - bill.output_paid
+            new = generated - bill.output_paid
+            tokens[client] = tokens.get(client, 0) + new
             bill.output_paid = generated
+            if bill.reserved:
+                foreseen = min(new, bill.reserved)
+                bill.reserved -= foreseen
+                expected[client] = expected.get(client, 0) + foreseen
         for client, generated in tokens.items():
-            self._order.charge_output(client, generated)
+            self._order.charge_output(client, generated, expected.get(client, 0))
 
     def charge_output_of(self, request: Request, *, then: int | None = None) -> None:
         """The same for one request, whose count of generated tokens goes on from ``then``, if given."""
@@ -173,8 +186,14 @@ class Charges:
 
     def _take_back(self, bill: Bill, span: Span) -> None:
         bill.paid_up_to = span.paid_before
+        self._release(bill)
         if span.charged:
             self._order.charge_extend(bill.asking.client, -span.charged)
+
+    def _release(self, bill: Bill) -> None:
+        if bill.reserved:
+            self._order.release_output(bill.asking.client, bill.reserved)
+            bill.reserved = 0
 
     def check_integrity(self, live: Mapping[str, Request]) -> None:
         """Assert that no bill outlives its request."""

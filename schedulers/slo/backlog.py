@@ -14,7 +14,7 @@ from itertools import islice
 from sortedcontainers import SortedDict, SortedList
 
 from penstock.schedulers.slo.requests import Waiting
-from penstock.schedulers.waiting import ClientService, Job
+from penstock.schedulers.waiting import AsItComes, ClientService, Job
 
 Key = tuple[float, int]
 
@@ -27,7 +27,7 @@ class _Entry:
     best_effort: bool
 
 
-class Backlog:
+class Backlog(AsItComes):
     """Implements ``WaitingOrder``; every change costs O(log n)."""
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ class Backlog:
     def charge_extend(self, client: str, tokens: int) -> None:
         """Service is not counted by client."""
 
-    def charge_output(self, client: str, tokens: int) -> None:
+    def charge_output(self, client: str, tokens: int, expected: int = 0) -> None:
         """Service is not counted by client."""
 
     def clients(self) -> Iterable[ClientService]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 
 from penstock.schedulers.waiting import ClientService, Job
 
 
 class ArrivalOrder:
-    """Serves in order of arrival, whoever asks, and notes every call that changes anything."""
+    """Serves in order of arrival, whoever asks, and notes every call that changes anything.
 
-    def __init__(self) -> None:
+    ``expected`` is the output that it reserves for a request; ``observed`` what each ended one generated.
+    """
+
+    def __init__(self, expected: int = 0) -> None:
+        self.expected = expected
+        self.reserved: Counter[str] = Counter()
+        self.observed: dict[str, list[int]] = defaultdict(list)
         self.jobs: deque[Job] = deque()
         self.extend: Counter[str] = Counter()
         self.output: Counter[str] = Counter()
@@ -50,8 +56,20 @@ class ArrivalOrder:
         self.extend[client] += tokens
         self.calls.append(("extend", client, tokens))
 
-    def charge_output(self, client: str, tokens: int) -> None:
+    def charge_output(self, client: str, tokens: int, expected: int = 0) -> None:
         self.output[client] += tokens
+        self.reserved[client] -= expected
+
+    def reserve_output(self, client: str, generated: int, at_most: int) -> int:
+        tokens = max(0, min(self.expected - generated, at_most))
+        self.reserved[client] += tokens
+        return tokens
+
+    def release_output(self, client: str, tokens: int) -> None:
+        self.reserved[client] -= tokens
+
+    def observe_output(self, client: str, tokens: int) -> None:
+        self.observed[client].append(tokens)
 
     def clients(self) -> Iterable[ClientService]:
         waiting = Counter(job.client for job in self.jobs)

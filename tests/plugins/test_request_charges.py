@@ -57,7 +57,7 @@ def computed_first(steps: list[dict[str, tuple[int, int]]], prompts: dict[str, i
 def test_charges_are_the_tokens_computed_for_the_first_time(is_async):
     preempted = 0
     for seed in range(8):
-        order = ArrivalOrder()
+        order = ArrivalOrder(expected=12)
         spans: list[dict[str, tuple[int, int]]] = []
         kind = watched(AsyncRequestScheduler if is_async else SyncRequestScheduler, spans)
         settings = settings_of(seed)
@@ -73,6 +73,9 @@ def test_charges_are_the_tokens_computed_for_the_first_time(is_async):
             output[client] += sample.num_output_tokens
         assert order.extend == extend
         assert order.output == output
+        assert not any(order.reserved.values())
+        lengths = sorted(sample.num_output_tokens for sample in sent)
+        assert sorted(tokens for ended in order.observed.values() for tokens in ended) == lengths
         preempted += sum(sample.num_preemptions for sample in sent)
     assert preempted > 5
 
@@ -98,6 +101,40 @@ def test_a_long_prompt_is_charged_chunk_by_chunk():
         stepper.step()
         charged.append(order.extend["a"])
     assert charged == [32, 64, 80, 80]
+
+
+def test_output_is_reserved_while_a_request_runs_and_no_more_than_it_may_generate():
+    order = ArrivalOrder(expected=6)
+    scheduler = ours(Settings(budget=64), order)
+    stepper = Stepper(scheduler)
+    for name, most in (("short", 2), ("long", 9)):
+        scheduler.add_request(request(name, [len(name)] * 20, output=most, client_id=name))
+    assert not order.reserved
+    left = []
+    for _ in range(4):
+        stepper.step()
+        scheduler._charge_all_output()
+        left.append((order.reserved["short"], order.reserved["long"]))
+    assert left == [(1, 5), (0, 4), (0, 3), (0, 2)]
+    scheduler.finish_requests("long", RequestStatus.FINISHED_ABORTED)
+    assert not any(order.reserved.values())
+    assert order.observed == {"short": [2], "long": [4]}
+
+
+def test_a_preempted_request_reserves_nothing_until_it_runs_again():
+    order = ArrivalOrder(expected=6)
+    scheduler = ours(Settings(budget=64), order)
+    scheduler.add_request(request("r", [1] * 20, output=9, client_id="a"))
+    stepper = Stepper(scheduler)
+    stepper.step()
+    stepper.step()
+    (running,) = scheduler.running
+    scheduler.running.remove(running)
+    scheduler._preempt_request(running, 0.0)
+    assert order.reserved["a"] == 0
+    stepper.step()
+    scheduler._charge_all_output()
+    assert order.reserved["a"] == 6 - 3
 
 
 def test_an_admission_is_charged_before_the_next_one_is_chosen():

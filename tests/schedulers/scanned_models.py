@@ -165,6 +165,20 @@ class DeficitModel(Model):
     def __init__(self, *arguments, quantum, **keywords):
         super().__init__(*arguments, **keywords)
         self.quantum = quantum
+        self.expected, self.ahead = {}, {}
+
+    def expect(self, client, service):
+        """Running requests are to cost ``service`` more: paid at once, and given back up to a quantum."""
+        account = self.account(client)
+        self.expected[account] = self.expected.get(account, 0) + service
+        missing = self.expected[account] - self.ahead.get(account, 0)
+        room = self.quantum * self.weight[account] - self.level[account]
+        paid = max(missing, -room)
+        self.level[account] -= paid
+        self.ahead[account] = self.ahead.get(account, 0) + paid
+
+    def joins(self, account):
+        self.ahead[account] = self.expected.get(account, 0)
 
     def refill(self):
         while all(self.level[account] <= 0 for account in self.accounts()):
@@ -180,8 +194,13 @@ class DeficitModel(Model):
         super().reweigh(account, weight)
         self.level[account] = min(self.level[account], self.quantum * weight)
 
-    def charge(self, client, service):
+    def charge(self, client, service, expected=0):
         account = self.account(client)
+        self.expected[account] = self.expected.get(account, 0) - expected
+        unused = self.ahead.get(account, 0) - self.expected[account]
+        if service > 0 < unused:
+            self.ahead[account] -= min(unused, service)
+            service -= min(unused, service)
         self.level[account] -= service
         while self.level[account] > self.quantum * self.weight[account]:
             self.level[account] -= self.quantum * self.weight[account]

@@ -58,6 +58,63 @@ def test_deficits_stay_between_the_running_tokens_and_the_quantum():
     assert all(level < 0 for level in lowest.values())
 
 
+def largest_gap(order, *, requests, slots, prompt, output):
+    """Range of the difference of service between two clients that always wait, on an engine of so many slots
+    that generates a token a step for each."""
+    for number in range(requests):
+        for name in ("ada", "bob"):
+            order.add(Job(f"{name}{number}", name, prompt, number / 10))
+    running, difference = [], [0.0]
+    while all(clients(order)[name].waiting >= slots for name in ("ada", "bob")):
+        order.begin_step()
+        while len(running) < slots:
+            client = order.pop().client
+            order.charge_extend(client, prompt)
+            running.append([client, order.reserve_output(client, 0, 1000), 0])
+        for one in running:
+            order.charge_output(one[0], 1, min(1, one[1]))
+            one[1], one[2] = max(0, one[1] - 1), one[2] + 1
+        for client, reserved, _ in [one for one in running if one[2] == output]:
+            order.release_output(client, reserved)
+            order.observe_output(client, output)
+        running = [one for one in running if one[2] < output]
+        difference.append(clients(order)["ada"].service - clients(order)["bob"].service)
+    return max(difference) - min(difference)
+
+
+def test_charging_expected_output_ahead_keeps_a_client_from_filling_the_batch():
+    """Ada's prefixes are warm and her prompts short: a quantum would admit a batch of hers before the first
+    generated token is charged."""
+    run = {"requests": 200, "slots": 32, "prompt": 20, "output": 60}
+    hits = {"hit_tokens": lambda request_id: 1000 if request_id.startswith("ada") else 0}
+    as_it_comes = largest_gap(make_order(first_output_tokens=0, **hits), **run)
+    assert largest_gap(make_order(**hits), **run) <= 2 * QUANTUM < as_it_comes
+
+
+def test_output_that_does_not_come_is_given_back_up_to_a_quantum_and_pays_for_what_comes_next():
+    order = make_order(first_output_tokens=3000)
+    for number in range(3):
+        order.add(Job(f"r{number}", "ada", 10, 0.0))
+    order.pop()
+    order.charge_extend("ada", 10)
+    assert order.reserve_output("ada", 0, 9999) == 3000
+    assert clients(order)["ada"].standing == QUANTUM - 10 - 6000
+    order.pop()
+    assert clients(order)["ada"].standing == 4 * QUANTUM - 10 - 6000
+    order.release_output("ada", 3000)
+    assert clients(order)["ada"].standing == QUANTUM
+    order.charge_extend("ada", 5900)
+    assert clients(order)["ada"].standing == QUANTUM
+    order.charge_extend("ada", 190)
+    assert clients(order)["ada"].standing == QUANTUM - 100
+    assert clients(order)["ada"].service == 6100
+
+
+def test_requests_of_the_shared_account_reserve_nothing():
+    order = make_order(max_clients=0)
+    assert order.reserve_output("ada", 0, 9999) == 0
+
+
 def test_service_follows_the_weights_of_backlogged_clients():
     order = make_order()
     weights = {"ada": 1.0, "bob": 2.0, "cyd": 4.0}
@@ -177,6 +234,7 @@ def test_a_cold_prompt_is_overtaken_only_by_hits_that_arrive_soon_after_it():
         ({"quantum_tokens": math.nan}, "quantum_tokens"),
         ({"ageing_tokens_per_s": -1.0}, "ageing_tokens_per_s"),
         ({"ageing_tokens_per_s": math.inf}, "ageing_tokens_per_s"),
+        ({"first_output_tokens": -1.0}, "first_output_tokens"),
         ({"extend_weight": -1.0}, "extend_weight"),
         ({"output_weight": math.nan}, "output_weight"),
         ({"refreshes_per_step": -1}, "refreshes_per_step"),

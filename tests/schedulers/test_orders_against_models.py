@@ -11,6 +11,7 @@ import random
 import pytest
 from scanned_models import ALL, CounterModel, DeficitModel, Model
 
+from penstock.schedulers.accounts import OTHERS
 from penstock.schedulers.dlpm import DeficitOrder
 from penstock.schedulers.lpm import PrefixOrder
 from penstock.schedulers.vtc import CounterOrder
@@ -137,6 +138,59 @@ class Traffic:
         return dict.fromkeys(model.level, 0.0) if type(model) is Model else model.level
 
 
+class ForeseenTraffic(Traffic):
+    """The same, where running requests reserve output. Ended ones generated what is expected, so that the
+    model need not learn it."""
+
+    EXPECTED = 40
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.reserved: dict[str, int] = {}
+        self.over: set[str] = set()
+
+    def serve(self, order, model, number):
+        before = len(self.running)
+        super().serve(order, model, number)
+        for job in self.running[before:]:
+            generated = self.random.choice((0, 0, 0, 16, 64))
+            tokens = order.reserve_output(job.client, generated, self.random.choice((8, 1000)))
+            if model.account(job.client) != OTHERS:
+                assert 0 <= tokens <= max(0, self.EXPECTED - generated)
+            self.reserved[job.request_id] = tokens
+            model.expect(job.client, 2 * tokens)
+
+    def charge(self, order, model, number):
+        if not self.running or self.random.random() < 0.5:
+            super().charge(order, model, number)
+            return
+        job = self.random.choice(self.running)
+        output = self.random.randrange(1, 64)
+        foreseen = min(output, self.reserved[job.request_id])
+        self.reserved[job.request_id] -= foreseen
+        order.charge_output(job.client, output, foreseen)
+        model.charge(job.client, 2 * output, 2 * foreseen)
+        self.service.setdefault(job.client, [0, 0])[1] += output
+
+    def put_back(self, order, model, number):
+        self.stop(order, model, super().put_back, number)
+
+    def leave(self, order, model, number):
+        self.stop(order, model, super().leave, number)
+
+    def stop(self, order, model, operation, number):
+        """``operation``, before which every request that it may take off the engine lets go of its output."""
+        for job in self.running:
+            tokens = self.reserved.pop(job.request_id)
+            order.release_output(job.client, tokens)
+            model.expect(job.client, -2 * tokens)
+            self.reserved[job.request_id] = 0
+        ended = len(self.ended)
+        operation(order, model, number)
+        for _ in self.ended[ended:]:
+            order.observe_output("ada", self.EXPECTED)
+
+
 CONDITIONS = [
     {"ageing": 0.0},
     {"ageing": 32.0},
@@ -169,6 +223,21 @@ def test_dlpm_serves_what_the_paper_s_algorithm_serves(condition, quantum):
         more = {"quantum_tokens": quantum, "newcomers_per_refill": newcomers, "listed": listed}
         order = DeficitOrder(**order_options(condition, traffic, **more))
         model = DeficitModel(traffic.hits, quantum=quantum, newcomers=newcomers, listed=listed, **condition)
+        traffic.run(order, model)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS[:2], ids=str)
+@pytest.mark.parametrize("quantum", [64.0, 2048.0])
+def test_dlpm_charges_expected_output_ahead_and_puts_it_right(condition, quantum):
+    for seed in range(12):
+        traffic = ForeseenTraffic(seed)
+        more = {
+            "quantum_tokens": quantum,
+            "first_output_tokens": traffic.EXPECTED,
+            "newcomers_per_refill": 64,
+        }
+        order = DeficitOrder(**order_options(condition, traffic, **more))
+        model = DeficitModel(traffic.hits, quantum=quantum, newcomers=64, **condition)
         traffic.run(order, model)
 
 
