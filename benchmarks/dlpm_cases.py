@@ -32,6 +32,7 @@ from penstock.simulation.workloads import (
 REQUEST_SCHEDULER = "penstock.plugins.vllm.request_scheduler.make_scheduler"
 STOCK = "vllm.v1.core.sched.scheduler.Scheduler"
 QUANTUM = 2000.0
+MOST_CLIENTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,18 @@ def ours(policy: str, **settings: Any) -> Policy:
     )
 
 
+def fair(policy: str, **settings: Any) -> Policy:
+    """DLPM or VTC with an account for each of a case's clients: they may all come in one instant, and more
+    newcomers are let in only after a refill."""
+    return ours(policy, newcomers_per_refill=MOST_CLIENTS, **settings)
+
+
 POLICIES = (
     Policy("fcfs"),
     Policy("priority", scheduling_policy="priority"),
     ours("lpm", ageing_tokens_per_s=0.0),
-    ours("vtc"),
-    ours("dlpm", quantum_tokens=QUANTUM),
+    fair("vtc"),
+    fair("dlpm", quantum_tokens=QUANTUM),
 )
 """Peers first. ``priority`` is given each request's number at its client: round robin between clients, the
 best that stock vLLM can be made to do for fairness. LPM is the bare one, under which prompts may starve."""

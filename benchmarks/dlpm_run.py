@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from penstock.benchmarks.dlpm_cases import QUANTUM, STOCK, Case, Policy, cases, ours
+from penstock.benchmarks.dlpm_cases import QUANTUM, STOCK, Case, Policy, cases, fair
 from penstock.schedulers.waiting import ClientService
 from penstock.simulation.engine import Result, Simulation, Step, VirtualClock
 from penstock.simulation.fairness import OUTPUT_WEIGHT, FairnessMeter
@@ -181,4 +181,4 @@ def bounded(case: Case, policy: Policy, watch: DeficitWatch) -> list[str]:
 
 def endless_quantum() -> Policy:
     """DLPM that never has to refill: it must serve as LPM does."""
-    return ours("dlpm", quantum_tokens=1e9, ageing_tokens_per_s=0.0)
+    return fair("dlpm", quantum_tokens=1e9, ageing_tokens_per_s=0.0)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from penstock.benchmarks.dlpm_cases import QUANTUM, Policy, ours
+from penstock.benchmarks.dlpm_cases import QUANTUM, Policy, fair
 from penstock.benchmarks.dlpm_claims import EXTEND_ALONE, KV_READ, Results, grouped, mean
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def with_setting(name: str, **settings: float) -> Policy:
     """DLPM with one setting that is not the bench's, under a name that says so."""
-    return replace(ours("dlpm", **{"quantum_tokens": QUANTUM, **settings}), name=name)
+    return replace(fair("dlpm", **{"quantum_tokens": QUANTUM, **settings}), name=name)
 
 
 QUANTA = {
