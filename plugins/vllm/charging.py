@@ -48,8 +48,8 @@ class Charges:
     what is not charged yet is what ``EVERY`` steps generate.
     """
 
-    AT_ONCE = 32
-    EVERY = 8
+    AT_ONCE = 16
+    EVERY = 16
 
     def __init__(self, order: WaitingOrder, clock: Clock, asking_of: Callable[[Request], Asking]) -> None:
         self._order = order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,10 +58,14 @@ class Records:
         self._wall_clock = wall_clock
         self._sampled = 1 + drafts
         self._live: dict[str, Record] = {}
+        self._noted = True
+        self._in_time_until_s = -math.inf
         self.with_targets = 0
         """How many live requests have targets."""
         self.prompts = 0
         """How many of those that ``running`` returned last have more than one token to compute."""
+        self.shortest = 0
+        """The fewest tokens that one of those may still have sampled, steps in flight left out."""
 
     def __len__(self) -> int:
         return len(self._live)
@@ -129,7 +134,7 @@ class Records:
         """
         found: list[Running] = []
         live = self._live
-        prompts = 0
+        prompts, shortest = 0, sys.maxsize
         for request in requests:
             record = live.get(request.request_id)
             running = (record or self.of(request)).running
@@ -148,24 +153,40 @@ class Records:
             running.computed_tokens = computed
             if self._sampled > 1:
                 running.draft_tokens = len(request.spec_token_ids)
+            if (left := request.max_tokens - running.output_tokens) < shortest:
+                shortest = left
             found.append(running)
-        self.prompts = prompts
+        self.prompts, self.shortest = prompts, shortest
         return found
 
-    @staticmethod
-    def all_decode(requests: Iterable[Request]) -> bool:
-        """Whether each takes part in the next step, with one token."""
-        for request in requests:
-            in_flight = request.num_output_placeholders
-            if request.num_tokens + in_flight - request.num_computed_tokens > 1:
-                return False
-            if in_flight and ends_in_flight(request):
-                return False
+    def produced(self, requests: Iterable[Request], now_s: float, tolerance: float) -> None:
+        """Note the tokens that a step gave to ``requests``, all that it served, at ``now_s``."""
+        self._in_time_until_s = self._note(requests, now_s, tolerance)
+        self._noted = True
+
+    def produced_one_each(self, now_s: float) -> bool:
+        """Whether nothing need be noted of a step that gave a token to each request of the last ``produced``:
+        none can have missed its deadline. ``catch_up`` notes the tokens before anybody asks for them."""
+        if now_s > self._in_time_until_s:
+            return False
+        self._noted = False
         return True
 
-    def produced(self, requests: Iterable[Request], now_s: float, tolerance: float) -> None:
-        """Note tokens of ``requests`` that came at ``now_s``; the last of each is held to its deadline."""
-        live = self._live
+    def catch_up(self, requests: Iterable[Request], now_s: float, tolerance: float) -> None:
+        """Note what steps gave that were not noted; the last one came back at ``now_s``."""
+        if not self._noted:
+            self.produced(requests, now_s, tolerance)
+
+    def ended(self, request: Request, now_s: float, tolerance: float) -> Record | None:
+        """Note the last tokens of a request, forget it and return its record."""
+        self._note((request,), now_s, tolerance)
+        return self.close(request.request_id)
+
+    def _note(self, requests: Iterable[Request], now_s: float, tolerance: float) -> float:
+        """Hold the first token that came at ``now_s`` to its deadline, for each of ``requests``. Returns the
+        earliest deadline of a token that comes next."""
+        live, drafting = self._live, self._sampled > 1
+        next_s = math.inf
         for request in requests:
             record = live.get(request.request_id)
             if record is None or (index := request.num_output_tokens) <= (seen := record.seen):
@@ -175,8 +196,12 @@ class Records:
             running.last_token_s = now_s
             if running.first_token_s is None:
                 self._first_token(record, now_s, tolerance)
-            elif now_s > record.start_s + seen * record.allowed_s:
+            # Without drafts tokens come one by one: those before the last one came earlier, and in time.
+            elif now_s > record.start_s + (seen if drafting else index - 1) * record.allowed_s:
                 record.pace_met = False
+            if (due_s := record.start_s + index * record.allowed_s) < next_s:
+                next_s = due_s
+        return next_s
 
     def _first_token(self, record: Record, now_s: float, tolerance: float) -> None:
         """From here on every further token has a time that does not change any more."""

@@ -68,9 +68,11 @@ class SLOScheduling(DraftControlling):
             self.planner.drafts = self.drafts.drafts
         self.waiting = PlannedQueue(self.planner, self._job_of, self._cap_everybody)
         self.plan: Plan = PASSIVE
-        # The last plan that was carried out, and the running batch as it ordered it.
+        # The last plan that was carried out, the running batch as it ordered it, and how often it can be
+        # carried out before one of that batch has its last token in flight.
         self._ordered: Plan | None = None
         self._planned: list[Request] = []
+        self._steps_left = 0
         self._steps = StepsInFlight()
         self._stats = SLOStats(self.planner, self.config.slo.tiers_s, clock, export=front_end_exports)
         self._step_tokens: int = self.max_num_scheduled_tokens
@@ -89,6 +91,7 @@ class SLOScheduling(DraftControlling):
         now_s = self.clock()
         holding = self._holding() if self.records.with_targets else []
         self.plan = self._make_plan(now_s, holding)
+        as_before = self.plan.active and self.plan is self._ordered
         if self.plan.active:
             self._carry_out(self.plan, holding)
         try:
@@ -99,7 +102,8 @@ class SLOScheduling(DraftControlling):
         self._was_empty = not output.total_num_scheduled_tokens
         if self.records.with_targets or not self.planner.counters.plans % PASSIVE_STEPS:
             features = self._features(output)
-            self._steps.begin(output, features, self.planner.model.seconds(features), now_s)
+            predicted_s = self.planner.model.seconds(features)
+            self._steps.begin(output, features, predicted_s, now_s, as_before=as_before)
         return output
 
     def _make_plan(self, now_s: float, holding: list[Request]) -> Plan:
@@ -117,19 +121,18 @@ class SLOScheduling(DraftControlling):
         )
         if not holding and self._goes_on() and (again := planner.again(now_s, len(self.running), limits)):
             return again
+        self.records.catch_up(self.running, self._output_s, TOLERANCE)
         running = self.records.running(self.running)
+        self._steps_left = self.records.shortest
         if holding:
             running += self.records.running(holding)
         return planner.plan(now_s, running, self._free_kv_tokens(), limits)
 
     def _goes_on(self) -> bool:
-        """Whether the running batch is the one of the last plan, with a block for each should it need one.
-
-        One that lost its cache meanwhile, and came back to its place, has a prompt to compute.
-        """
-        if self.num_spec_tokens or self.running != self._planned:
-            return False
-        if not self.records.all_decode(self.running):
+        """Whether the running batch is the one of the last plan, with a block for each should it need one and
+        none that has its last token in flight."""
+        self._steps_left -= 1
+        if self.num_spec_tokens or self._steps_left <= 0 or self.running != self._planned:
             return False
         return self._free_kv_tokens() >= len(self.running) * self.block_size
 
@@ -211,6 +214,11 @@ class SLOScheduling(DraftControlling):
                 self.running.remove(request)
                 self._preempt_request(request, now_s, drop_stale_output=self.requires_kv_delivery)
 
+    def _preempt_request(self, *args: Any, **kwargs: Any) -> None:
+        # Should it come back to its place, it has a prompt to compute.
+        self._planned = []
+        super()._preempt_request(*args, **kwargs)
+
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
@@ -256,7 +264,8 @@ class SLOScheduling(DraftControlling):
             self.planner.observe_step(flight.features, seconds)
             self._stats.stepped(flight.predicted_s, seconds)
         outputs = super().update_from_output(*args, **kwargs)
-        if self.records.with_targets:
+        as_before = ended is not None and ended[0].as_before
+        if self.records.with_targets and not (as_before and self.records.produced_one_each(self._output_s)):
             requests = self.requests
             live = [requests[name] for name in output.num_scheduled_tokens if name in requests]
             self.records.produced(live, self._output_s, TOLERANCE)
@@ -265,8 +274,7 @@ class SLOScheduling(DraftControlling):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         # Every request ends here, whatever it was doing.
         result = super()._free_request(request, *args, **kwargs)
-        self.records.produced((request,), self._output_s, TOLERANCE)
-        record = self.records.close(request.request_id)
+        record = self.records.ended(request, self._output_s, TOLERANCE)
         if record is not None and request.status in ENDED_BY_ITSELF:
             self._stats.ended(record, request.num_tokens)
             class_name = record.running.class_name

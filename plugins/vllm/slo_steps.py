@@ -16,12 +16,13 @@ MOST_IN_FLIGHT = 64
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """One step of the model."""
+    """One step of the model; ``as_before`` serves the same requests as the one before it, a token each."""
 
     output: SchedulerOutput
     features: StepFeatures
     predicted_s: float
     scheduled_s: float
+    as_before: bool
 
 
 class StepsInFlight:
@@ -35,11 +36,17 @@ class StepsInFlight:
         return len(self._flights)
 
     def begin(
-        self, output: SchedulerOutput, features: StepFeatures, predicted_s: float, now_s: float
+        self,
+        output: SchedulerOutput,
+        features: StepFeatures,
+        predicted_s: float,
+        now_s: float,
+        *,
+        as_before: bool = False,
     ) -> None:
         """A step was scheduled. One without tokens runs no model and is not followed."""
         if features.tokens:
-            self._flights.append(Flight(output, features, predicted_s, now_s))
+            self._flights.append(Flight(output, features, predicted_s, now_s, as_before))
 
     def end(self, output: SchedulerOutput, now_s: float) -> tuple[Flight, float] | None:
         """The step of ``output`` came back; returns it with its seconds, from the end of the one before.

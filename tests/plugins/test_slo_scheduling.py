@@ -378,6 +378,28 @@ def test_what_came_of_the_targets_reaches_the_front_end_s_series():
     assert set(payload["slo"]["totals"]) == set(TOTALS)
 
 
+@BOTH
+def test_a_late_token_counts_although_later_ones_catch_up(is_async):
+    """Of a batch that goes on as planned, tokens are noted only when one may have been late."""
+    time = Time()
+    scheduler = ours(Settings(budget=256, blocks=400, is_async=is_async), time)
+    stepper = TimedStepper(scheduler, time, fixed_s=0.02, token_s=0.0)
+    scheduler.add_request(slo_request("stalled", 40, output=200, ttft_ms=30.0, tpot_ms=22.0))
+    scheduler.add_request(slo_request("patient", 40, output=200, ttft_ms=5_000.0, tpot_ms=500.0))
+    noted = []
+    note = scheduler.records.produced
+    scheduler.records.produced = lambda *args: (noted.append(time()), note(*args))
+    for _ in range(6):
+        stepper.step()
+    time.now += 0.05
+    stepper.step()
+    stepper.fixed_s = 0.001
+    stepper.drain()
+    tiers = scheduler._stats.payload()["slo"]["tiers"]
+    assert [tier[:2] for tier in tiers.values() if tier[0]] == [[1, 0], [1, 1]]
+    assert len(noted) < len(stepper.steps) / 4
+
+
 def test_the_factory_follows_the_engine():
     assert type(ours()) is SyncSLOScheduler
     assert type(ours(Settings(is_async=True))) is AsyncSLOScheduler
