@@ -83,25 +83,19 @@ def claims(scale: Scale, scored: Scored) -> list[Claim]:
     for rule in scale.rules:
         ratios = against(scale, scored, rule, STOCK)
         if rule == "deadline":
-            mean = geometric_mean(ratios) if ratios else Interval(math.nan, math.nan, math.nan)
+            mean = _mean(ratios)
             found.append(
                 Claim.of("capacity to the best stock setting, geometric mean", mean.value, ">=", 1.2)
             )
             found.append(Claim.of("the same, lower end of 95 %", mean.low, ">=", 1.2))
             others = against(scale, scored, rule, PRIORITY)
-            found.append(Claim.of("capacity to stock priority, geometric mean", _mean(others), ">=", 1.2))
+            name = "capacity to stock priority, geometric mean"
+            found.append(Claim.of(name, _mean(others).value, ">=", 1.2))
         worst = min((ratio.value for ratio in ratios), default=math.nan)
         found.append(Claim.of(f"capacity to stock, {RULE_NAMES[rule]}: lowest", worst, ">=", 0.98))
     gains = [gain(scored, app) for app in scale.apps if (app, SLO) in scored.overload]
-    logs = [math.log(value) for value in gains if value > 0]
-    found.append(
-        Claim.of(
-            f"attained requests at {OVERLOAD:g}x overload to stock, geometric mean",
-            math.exp(sum(logs) / len(logs)) if logs else math.nan,
-            ">=",
-            1.3,
-        )
-    )
+    name = f"attained requests at {OVERLOAD:g}x overload to stock, geometric mean"
+    found.append(Claim.of(name, math.prod(gains) ** (1 / len(gains)) if gains else math.nan, ">=", 1.3))
     for prior in PRIORS:
         shares = [
             mean_share(scores, "deadline")
@@ -115,12 +109,12 @@ def claims(scale: Scale, scored: Scored) -> list[Claim]:
 
 
 def against(scale: Scale, scored: Scored, rule: TpotRule, family: str) -> list[Interval]:
-    """Ratios of ours to a family by application; without those of which neither sustains any rate."""
-    ratios = [
+    """Ratios of ours to a family by application: infinite where the family sustains no rate, 0 where ours does
+    not, 1 where neither does."""
+    return [
         ratio_interval(scored.curve(app, OURS[rule], rule), scored.curve(app, family, rule), rule)
         for app in scale.apps
     ]
-    return [ratio for ratio in ratios if math.isfinite(ratio.value) and ratio.value > 0]
 
 
 def gain(scored: Scored, app: str) -> float:
@@ -133,5 +127,9 @@ def _attained(curve: dict[float, list[Score]]) -> int:
     return sum(score.attained["deadline"] for scores in curve.values() for score in scores)
 
 
-def _mean(ratios: Sequence[Interval]) -> float:
-    return geometric_mean(ratios).value if ratios else math.nan
+def _mean(ratios: Sequence[Interval]) -> Interval:
+    """Geometric; one that is infinite counts for nothing, one of 0 is the end of it."""
+    finite = [ratio for ratio in ratios if ratio.value < math.inf]
+    if not finite:
+        return Interval(*[math.inf if ratios else math.nan] * 3)
+    return geometric_mean(finite) if all(ratio.value for ratio in finite) else Interval(0.0, 0.0, 0.0)

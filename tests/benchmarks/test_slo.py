@@ -103,3 +103,24 @@ def test_what_is_scored_was_tuned_on_other_windows_and_the_best_of_each_family_w
     assert ratio.value == pytest.approx(1.47, abs=0.1)
     assert {row["setting"] for row in rows(scale, scored)} >= {"stock 8192", SLO}
     assert {row["setting"] for row in overload_rows(scored)} == {"stock", "stock priority", "slo"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "stock", "mean", "lowest"), [(2.0, 0.0, math.inf, math.inf), (0.0, 2.0, 0.0, 0.0)]
+)
+def test_a_family_that_sustains_no_rate_is_not_left_out(ours, stock, mean, lowest):
+    def run(tasks):
+        return [curve_of(task) for task in tasks]
+
+    def curve_of(task: Task) -> dict[float, list[Score]]:
+        sustained = ours if task.setting.kind == "slo" else stock
+        rates = task.rates or (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+        return {r: [score(0.95 if r <= sustained else 0.7)] * len(task.seeds) for r in rates}
+
+    scale = Scale(
+        apps=("chat",), requests=100, tuning=2, scoring=3, rules=("deadline",), families=families(quick=True)
+    )
+    found = {claim.name: claim for claim in claims(scale, run_stages(scale, STEP_TIME, None, run))}
+    assert found["capacity to the best stock setting, geometric mean"].value == mean
+    assert found["capacity to stock, cumulative: lowest"].value == lowest
+    assert found["capacity to stock, cumulative: lowest"].holds == (ours > stock)
