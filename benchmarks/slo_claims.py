@@ -109,8 +109,8 @@ def claims(scale: Scale, scored: Scored) -> list[Claim]:
 
 
 def against(scale: Scale, scored: Scored, rule: TpotRule, family: str) -> list[Interval]:
-    """Ratios of ours to a family by application: infinite where the family sustains no rate, 0 where ours does
-    not, 1 where neither does."""
+    """Ratios of ours to a family by application: infinite where the family sustains no rate, 0 where ours
+    does not, 1 where neither does."""
     return [
         ratio_interval(scored.curve(app, OURS[rule], rule), scored.curve(app, family, rule), rule)
         for app in scale.apps
