@@ -12,6 +12,7 @@ BENCHES = {
     "scheduler": "penstock.benchmarks.scheduler:bench",
     "slo": "penstock.benchmarks.slo:bench",
     "sparse": "penstock.benchmarks.sparse:bench",
+    "sparse-kernel": "penstock.benchmarks.sparse_kernel:bench",
     "speculation": "penstock.benchmarks.speculation:bench",
 }
 

@@ -11,6 +11,7 @@ import msgspec
 import msgspec.inspect
 
 from penstock.connectors.config import FlowKVConfig
+from penstock.kernels.sparse.serving import ServingConfig
 from penstock.schedulers.config import SchedulerConfig
 from penstock.schedulers.suffix.config import SuffixConfig
 
@@ -18,7 +19,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 NAMESPACE = "penstock"
 SECRETS = frozenset({"shared_key", "clients"})
-SECTIONS = ("flowkv", "scheduler", "suffix")
+SECTIONS = ("flowkv", "scheduler", "suffix", "sparse_attention")
 
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.(?P<path>[^`]*)`)?$", re.DOTALL)
 
@@ -62,6 +63,20 @@ def suffix_config(additional_config: Mapping[str, Any] | None) -> SuffixConfig:
         ConfigurationError: an unknown key, a wrong type or an impossible value.
     """
     return convert("suffix", section(additional_config, "suffix"), SuffixConfig)
+
+
+def sparse_config(
+    additional_config: Mapping[str, Any] | None, flags: Mapping[str, Any] | None = None
+) -> ServingConfig:
+    """Sparse attention's configuration from ``--additional-config`` (under ``penstock.sparse_attention``) and
+    from flags. The two merge; a key that both give must have one value.
+
+    Raises:
+        ConfigurationError: a contradiction, an unknown key, a wrong type or an impossible value.
+    """
+    ours = section(additional_config, "sparse_attention")
+    merged = merge("sparse_attention", {"additional_config": ours, "--sparse-attention": flags or {}})
+    return convert("sparse_attention", merged, ServingConfig)
 
 
 def section(additional_config: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:

@@ -59,6 +59,11 @@ class Calibration:
         share = self._config.calibration_share
         return [head for head in range(query_heads) if self._random.random() < share]
 
+    def settled(self, layer: int) -> bool:
+        """Whether measurements of ``layer`` are enough for the quantile that its margin is."""
+        measured = len(self._needed.get(layer, ()))
+        return math.ceil((measured + 1) * self._config.attained_share) <= measured
+
     def measured(self, layer: int, attained: float, needed: float) -> None:
         """Take one measurement: the exact mass of what was read, and ``needed_margin``."""
         window = self._config.calibration_window

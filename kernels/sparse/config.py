@@ -8,7 +8,7 @@ import msgspec
 
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Tokens = Annotated[int, msgspec.Meta(ge=0, le=100_000_000)]
-GroupRule = Literal["cover", "union", "mean"]
+GroupRule = Literal["cover", "ranked", "union", "mean"]
 
 
 class SparseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

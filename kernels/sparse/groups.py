@@ -17,6 +17,8 @@ def agree(rule: GroupRule, weights: torch.Tensor, mass: torch.Tensor) -> torch.T
 
     ``union``: what any head needs (as in Tactic). ``mean``: the mean head reaches the mean mass, so
     single ones may miss it. ``cover``: every head reaches its mass, with close to the fewest tokens.
+    ``ranked``: one order for all, by the sum of the weights, followed until every head has its mass; a sort
+    and a running sum, for tables of few entries where ``cover`` takes longer than it saves.
     """
     if weights.shape[1] == 1:
         return top_p(weights[:, 0], mass[:, 0])
@@ -27,6 +29,9 @@ def agree(rule: GroupRule, weights: torch.Tensor, mass: torch.Tensor) -> torch.T
             return top_p(weights.mean(1), mass.mean(1))
         case "cover":
             return _cover(weights, mass)
+        case "ranked":
+            goal = torch.minimum(mass, weights.sum(-1))
+            return _reach(weights, weights.sum(1), goal) & (goal > 0).any(1, keepdim=True)
 
 
 def _cover(weights: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:

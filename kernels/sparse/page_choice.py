@@ -1,0 +1,56 @@
+"""Which pages a decode step reads, from the logs of their masses, and what that was worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from penstock.kernels.sparse.calibration import LEAST, MOST, needed_margin, with_margin
+from penstock.kernels.sparse.config import GroupRule
+from penstock.kernels.sparse.groups import agree
+
+MARGINS = tuple(LEAST + (MOST - LEAST) * step / 15 for step in range(16))
+"""Margins that a measurement tries."""
+
+
+def page_shares(log_masses: torch.Tensor) -> torch.Tensor:
+    """Shares of the mass [H, G, P] of pages of ``log_masses``; one that is not finite has none."""
+    return log_masses.masked_fill(~log_masses.isfinite(), -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def choose_pages(
+    rule: GroupRule, shares: torch.Tensor, kept: torch.Tensor, mass: torch.Tensor
+) -> torch.Tensor:
+    """``kept`` pages (bool [H, P]) and those with which ``shares`` [H, G, P] reach ``mass`` [H, G]; bool
+    [H, P]."""
+    had = (shares * kept[:, None]).sum(-1)
+    free = shares.masked_fill(kept[:, None], 0.0)
+    return kept | (agree(rule, free, (mass - had).clamp(min=0)) & (free > 0).any(1))
+
+
+def exact_log_masses(query: torch.Tensor, keys: torch.Tensor, tail: int) -> torch.Tensor:
+    """Logs of the sums of exponentials of ``query`` [H, G, D] on pages ``keys`` [H, P, N, D]; [H, G, P].
+
+    Of the last page, the first ``tail`` tokens count.
+    """
+    heads, pages, tokens, size = keys.shape
+    scores = query.float() @ keys.float().reshape(heads, pages * tokens, size).transpose(1, 2)
+    paged = scores.unflatten(-1, (pages, tokens))
+    paged[..., -1, tail:] = -torch.inf
+    return paged.logsumexp(-1)
+
+
+def measure(
+    rule: GroupRule, mass: float, shares: torch.Tensor, exact: torch.Tensor, kept: torch.Tensor
+) -> Sequence[float]:
+    """The margins with which each query head of one KV head attains ``mass``.
+
+    ``shares`` estimated and ``exact`` ones are [G, P]; ``kept`` is bool [P].
+    """
+    asked = [with_margin(mass, margin) for margin in MARGINS]
+    many = len(asked)
+    wanted = torch.tensor(asked)[:, None].expand(-1, len(shares))
+    chosen = choose_pages(rule, shares.expand(many, -1, -1), kept.expand(many, -1), wanted)
+    attained = (exact * chosen[:, None]).sum(-1)
+    return [needed_margin(asked, attained[:, head].tolist(), mass) for head in range(len(shares))]

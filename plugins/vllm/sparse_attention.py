@@ -1,0 +1,34 @@
+"""Where vLLM's registry finds the backend ``CUSTOM``, and how Python code asks for it.
+
+Looking the class up is what asking for sparse attention means, as it is for FlowKV (``flowkv``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+BACKEND = "penstock.plugins.vllm.sparse_attention.SparseCPUBackend"
+
+
+def enable() -> None:
+    """Make ``attention_backend="CUSTOM"`` mean sparse attention in this process and in those that it starts.
+
+    For code that builds an engine without a command line; call it before.
+
+    Raises:
+        FeatureError: sparse attention cannot be applied to this vLLM.
+    """
+    from penstock.plugins.features import require
+    from penstock.plugins.vllm.features import SPARSE_ATTENTION
+    from penstock.plugins.vllm.installation import upstream
+
+    require(SPARSE_ATTENTION, upstream())
+
+
+def __getattr__(name: str) -> Any:
+    if name != "SparseCPUBackend":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    enable()
+    from penstock.plugins.vllm.sparse_backend import SparseCPUBackend
+
+    return SparseCPUBackend

@@ -1,0 +1,235 @@
+"""vLLM's CPU attention with decode steps that read chosen pages; everything else is stock's.
+
+A step is sparse where every request has one query row and some context is long enough; prefill and mixed
+steps are dense. Each KV head of a request becomes a request of one head, over its own pages, and one call of
+the stock kernel serves all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+from penstock.kernels.sparse.block_index import BlockIndex
+from penstock.kernels.sparse.head_rows import Read, head_rows
+from penstock.kernels.sparse.paged_decode import PagedDecode
+from penstock.plugins.configuration import sparse_config
+from penstock.plugins.vllm import sparse_blocks
+from penstock.plugins.vllm.packed_keys import PackedKeys
+from penstock.plugins.vllm.sparse_worker import SparseWorker, check, dense_reason
+
+
+class SparseCPUBackend(CPUAttentionBackend):
+    """What ``AttentionBackendEnum.CUSTOM`` stands for on CPUs."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The member of the enum."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        """The class of a layer's attention."""
+        return SparseCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
+        """The class that describes steps."""
+        return SparseCPUBuilder
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """The requests of a step with one query row each: tokens, and block numbers (int64 [P])."""
+
+    tokens: Sequence[int]
+    blocks: Sequence[torch.Tensor]
+
+
+@dataclass
+class SparseCPUMetadata(CPUAttentionMetadata):
+    """Stock's description of a step; ``decode`` is set where it may be sparse."""
+
+    decode: DecodeStep | None = None
+
+
+class SparseCPUBuilder(CPUAttentionMetadataBuilder):
+    """Describes steps, and gives the layers of its group what they share."""
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.config = sparse_config(vllm_config.additional_config)
+        worker = SparseWorker(self.config)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        for name, layer in layers.items():
+            if isinstance(layer.impl, SparseCPUImpl):
+                layer.impl.bind(worker, extract_layer_index(name))
+        worker.tell_layers({name: layer.impl.dense_reason for name, layer in layers.items()})
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> SparseCPUMetadata:
+        """As stock does, with the requests listed where the step may be sparse."""
+        stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        return SparseCPUMetadata(**vars(stock), decode=self._decode(stock))
+
+    def _decode(self, stock: CPUAttentionMetadata) -> DecodeStep | None:
+        long = stock.max_seq_len >= self.config.least_tokens
+        if (
+            not long
+            or stock.max_query_len != 1
+            or stock.causal is not True
+            or stock.dynamic_causal is not None
+        ):
+            return None
+        tokens: list[int] = stock.seq_lens.tolist()
+        table = stock.block_table.long()
+        if min(tokens) < 1 or len(tokens) != stock.num_actual_tokens:
+            # Rows that pad a batch.
+            return None
+        blocks = [row[: -(-count // self.block_size)] for row, count in zip(table, tokens, strict=False)]
+        return DecodeStep(tokens, blocks)
+
+
+class SparseCPUImpl(CPUAttentionBackendImpl):
+    """Attention of one layer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check(self.kv_cache_dtype, self.head_size, SparseCPUBackend.get_supported_head_sizes())
+        self.dense_reason = dense_reason(self)
+        self.worker: SparseWorker | None = None
+        self._number = 0
+        self.decode: PagedDecode | None = None
+        self._cache_at = 0
+
+    def bind(self, worker: SparseWorker, number: int) -> None:
+        """Share ``worker`` with other layers; this is layer ``number`` of the model."""
+        self._number = number
+        dense = self.dense_reason is not None or number < worker.config.dense_layers
+        self.worker = None if dense else worker
+        self.decode = None
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As stock's; chosen pages alone are read where ``attn_metadata`` allows and it saves something."""
+        step = None if attn_metadata is None else attn_metadata.decode
+        reads = None
+        if step is not None and self.worker is not None:
+            reads = self._reads(self.worker, layer, query, kv_cache, step)
+        if reads is None:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        self._attend(layer, query, kv_cache, reads, output)
+        return output
+
+    def _reads(
+        self, worker: SparseWorker, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, step: DecodeStep
+    ) -> list[Read] | None:
+        """What each request reads; None where all of them read everything."""
+        decode = self._bound_decode(worker, layer, kv_cache)
+        heads, block_tokens = kv_cache.shape[1:3]
+        scaled = query[: len(step.tokens)].float() * self.scale
+        rows = scaled.view(len(step.tokens), heads, -1, self.head_size)
+        reads = []
+        for row, tokens, blocks in zip(rows, step.tokens, step.blocks, strict=True):
+            pages = decode.pages(row, blocks, tokens, block_tokens)
+            reads.append(Read(blocks, pages, tokens - (len(blocks) - 1) * block_tokens))
+        worker.tell_progress()
+        return None if all(read.pages is None for read in reads) else reads
+
+    def _bound_decode(self, worker: SparseWorker, layer: Any, kv_cache: torch.Tensor) -> PagedDecode:
+        if self.decode is None or self._cache_at != kv_cache.data_ptr():
+            blocks, heads, block_tokens, _ = kv_cache.shape
+            # Steps run in inference mode; blocks are forgotten between them.
+            with torch.inference_mode(False):
+                index = BlockIndex(
+                    blocks=blocks,
+                    heads=heads,
+                    block_tokens=block_tokens,
+                    head_size=self.head_size,
+                    summary_tokens=worker.config.summary_tokens,
+                    rounds=worker.config.summary_rounds,
+                    dtype=torch.float32 if kv_cache.dtype == torch.float32 else torch.bfloat16,
+                )
+            sparse_blocks.register(index)
+            keys = PackedKeys(kv_cache, layer.isa)
+            self.decode = PagedDecode(
+                worker.config, self._number, index, keys, worker.calibration, worker.stats
+            )
+            self._cache_at = kv_cache.data_ptr()
+            worker.tell_index(index.nbytes, kv_cache.nbytes)
+        return self.decode
+
+    def _attend(
+        self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, reads: list[Read], output: torch.Tensor
+    ) -> None:
+        blocks, heads, block_tokens, width = kv_cache.shape
+        stride = kv_cache.stride(0) // kv_cache.stride(1)
+        # Heads of all blocks in one row: a layout in which layers lie between the blocks only skips more.
+        flat = kv_cache.as_strided(
+            ((blocks - 1) * stride + heads, 1, 2 * block_tokens, width // 2),
+            (kv_cache.stride(1), kv_cache.stride(1), width // 2, 1),
+            kv_cache.storage_offset(),
+        )
+        keys, values = flat.chunk(2, dim=2)
+        table, lengths = head_rows(reads, heads, block_tokens, stride)
+        count, group = len(lengths), self.num_queries_per_kv
+        starts = torch.arange(count + 1, dtype=torch.int32)
+        metadata = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=count,
+            num_heads=group,
+            num_kv_heads=1,
+            head_dim=self.head_size,
+            seq_lens=lengths,
+            dtype=query.dtype,
+            query_start_loc=starts,
+            causal=True,
+            sliding_window_size=-1,
+            isa=layer.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+        ops.cpu_attention_with_kv_cache(
+            query=query[: len(reads)].reshape(count, group, self.head_size),
+            key_cache=keys,
+            value_cache=values,
+            output=output[: len(reads)].view(count, group, self.head_size),
+            query_start_loc=starts,
+            seq_lens=lengths,
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=table,
+            softcap=0,
+            scheduler_metadata=metadata,
+            s_aux=None,
+        )

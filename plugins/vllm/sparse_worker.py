@@ -1,0 +1,85 @@
+"""What the layers of a worker share, what they are dense for, and what they tell the log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from penstock.kernels.sparse.calibration import Calibration
+from penstock.kernels.sparse.serving import ServingConfig
+from penstock.kernels.sparse.serving_stats import ServingStats, Snapshot
+from penstock.plugins.configuration import ConfigurationError
+from penstock.plugins.ledger import logger
+
+
+class SparseWorker:
+    """Configuration, margins and counts; one object for each group of layers with the same blocks."""
+
+    def __init__(self, config: ServingConfig) -> None:
+        self.config = config
+        self.calibration = Calibration(config.core())
+        self.stats = ServingStats()
+        self._told = self._index_bytes = self._cache_bytes = 0
+
+    def tell_layers(self, reasons: Mapping[str, str | None]) -> None:
+        """Say which layers stay dense whatever they hold."""
+        dense = {name: reason for name, reason in reasons.items() if reason}
+        if dense:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in dense.items())
+            logger.warning("penstock: sparse attention leaves %d layers dense: %s", len(dense), listed)
+
+    def tell_index(self, index_bytes: int, cache_bytes: int) -> None:
+        """A layer has an index of so many bytes at most, beside its KV cache."""
+        self._index_bytes += index_bytes
+        self._cache_bytes += cache_bytes
+
+    def tell_progress(self) -> None:
+        """Write a line every ``log_steps`` selections."""
+        every = self.config.log_steps
+        if every and self.stats.selections >= self._told + every:
+            self._told = self.stats.selections
+            logger.info("penstock: sparse attention: %s", self.line(self.stats.snapshot()))
+
+    def line(self, now: Snapshot) -> str:
+        """One line of a log."""
+        mass = "not measured"
+        if now.mass_p10 is not None and now.mass_p50 is not None:
+            mass = f"P10 {now.mass_p10:.3f}, P50 {now.mass_p50:.3f} of {now.measurements} measured"
+        dense = ", ".join(f"{reason} {count}" for reason, count in sorted(now.dense.items())) or "none"
+        index = 100 * self._index_bytes / max(1, self._cache_bytes)
+        return (
+            f"read {100 * now.selected_share:.1f} % of pages in {now.selections} selections, "
+            f"{1e3 * now.selection_seconds / max(1, now.selections):.2f} ms each; attained mass {mass}; "
+            f"dense: {dense}; index at most {self._index_bytes / 2**20:.0f} MiB, {index:.1f} % of the KV "
+            f"cache, {now.index_blocks} blocks in {now.index_seconds:.2f} s"
+        )
+
+
+def check(kv_cache_dtype: str, head_size: int, head_sizes: Sequence[int]) -> None:
+    """Refuse what no layer could be sparse with.
+
+    Raises:
+        ConfigurationError: a quantised KV cache, or a head size that the kernels lack.
+    """
+    if kv_cache_dtype.startswith("fp8"):
+        raise ConfigurationError(
+            f"sparse attention: given a KV cache of {kv_cache_dtype}, allowed: one of 16 or 32 bits, "
+            "by which pages are chosen"
+        )
+    if head_size not in head_sizes:
+        raise ConfigurationError(
+            f"sparse attention: given heads of {head_size}, allowed: {', '.join(map(str, head_sizes))}"
+        )
+
+
+def dense_reason(impl: Any) -> str | None:
+    """Why a layer stays dense in every step, or None."""
+    found = {
+        f"attention of type {impl.attn_type}": impl.attn_type != "decoder",
+        f"a sliding window of {impl.sliding_window}": impl.sliding_window != -1,
+        "ALiBi": impl.alibi_slopes is not None,
+        "a soft cap on logits": impl.logits_soft_cap != 0,
+        "attention sinks": impl.sinks is not None,
+        "KV cache of another layer": impl.kv_sharing_target_layer_name is not None,
+    }
+    return next((reason for reason, holds in found.items() if holds), None)
