@@ -44,7 +44,7 @@ class AttentionRig:
             model=model,
             dtype=names[shape.dtype],
             block_size=shape.block_tokens,
-            attention_backend=backend,  # type: ignore[arg-type]
+            attention_backend=backend,
             additional_config=additional,
             enforce_eager=True,
         ).create_engine_config()

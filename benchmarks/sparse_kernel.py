@@ -1,7 +1,7 @@
 """``penstock bench sparse-kernel``: what sparse decode costs on vLLM's CPU kernel, and what mass it attains.
 
-One layer in the shape of Llama 3.1 8B runs dense and sparse in turn, selection, metadata and measurements
-included. The context stands several times in the cache and every step takes the next copy, so that no step
+One layer in the shape of Llama 3.1 8B runs dense and sparse in turn, selection and metadata included, at
+lengths below the activation length too. The context stands several times in the cache and every step takes the next copy, so that no step
 finds its keys in a processor's cache; blocks of a copy are in random order, as in a pool that has been used.
 Time is CPU time of one thread.
 """
@@ -27,6 +27,7 @@ from penstock.benchmarks.sparse_keys import LEVELS, Layer, made_up
 from penstock.benchmarks.tiny_model import ensure_model
 from penstock.kernels.sparse.page_choice import exact_log_masses, page_shares
 from penstock.kernels.sparse.paged_decode import PagedDecode
+from penstock.kernels.sparse.serving import ServingConfig
 
 COLD_BYTES = 400 * 2**20
 """Copies of a context fill at least this much, so that none is in a cache when its turn comes."""
@@ -51,17 +52,17 @@ class Case:
 @click.command("sparse-kernel")
 @click.option("--quick", is_flag=True, help="Two lengths and one level, under a minute.")
 @click.option("--block-tokens", type=click.IntRange(32), default=32, show_default=True, help="Of a page.")
+@click.option("--mass", default=0.9, show_default=True, help="P.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write rows and claims here.")
 @click.option("--seed", default=0, show_default=True)
-def bench(quick: bool, block_tokens: int, json_file: Path | None, seed: int) -> None:
+def bench(quick: bool, block_tokens: int, mass: float, json_file: Path | None, seed: int) -> None:
     """Time sparse decode against stock's on one CPU thread, with the mass that it attains.
 
     A claim that does not hold is shown as such; the exit status is 0 all the same, since this measures.
     """
     console = wide(Console())
-    lengths = (4096, 16384) if quick else (2048, 4096, 8192, 16384, 32768)
+    lengths = (4096, 16384) if quick else (4096, 8192, 16384, 32768)
     levels = ("peaky",) if quick else tuple(LEVELS)
-    masses = (0.9,) if quick else (0.8, 0.9)
     from penstock.plugins.vllm.sparse_attention import enable
 
     enable()
@@ -75,10 +76,8 @@ def bench(quick: bool, block_tokens: int, json_file: Path | None, seed: int) -> 
                     layer = made_up(
                         level, seed=seed, tokens=tokens + 2 * LEARNING, steps=2 * LEARNING, heads=8
                     )
-                    for mass in masses:
-                        case = Case(level, tokens, mass, block_tokens, LEARNING, seed)
-                        tell(f"{level}, {tokens} tokens, P {mass}")
-                        rows.append(run_case(case, layer))
+                    tell(f"{level}, {tokens} tokens")
+                    rows.append(run_case(Case(level, tokens, mass, block_tokens, LEARNING, seed), layer))
     finally:
         torch.set_num_threads(threads)
     report = Report(
@@ -103,13 +102,15 @@ def run_case(case: Case, layer: Layer) -> dict[str, Any]:
     stands.record()
     dense: list[float] = []
     sparse: list[float] = []
+    shares: list[float] = []
     masses: list[float] = []
     for number in range(LEARNING, LEARNING + case.steps):
         dense.append(stands.step(stands.dense, number, first + number))
         # The next copy: dense attention has just warmed this one.
         sparse.append(stands.step(stands.sparse, number, first + number))
+        pages = stands.recorder.pages_read
+        shares.append(1.0 if pages is None else float(pages.float().mean()))
         masses += stands.attained(number, first + number)
-    stats = stands.sparse.impl.worker.stats.snapshot()
     masses.sort()
     return {
         "keys": case.level,
@@ -118,11 +119,9 @@ def run_case(case: Case, layer: Layer) -> dict[str, Any]:
         "dense ms": 1e3 * median(dense),
         "sparse ms": 1e3 * median(sparse),
         "speed": median(dense) / median(sparse),
-        "pages read": stats.selected_share if stats.selections else 1.0,
+        "pages read": sum(shares) / len(shares),
         "attained": sum(mass >= case.mass for mass in masses) / len(masses),
         "mass P10": masses[len(masses) // 10],
-        "select ms": 1e3 * stats.selection_seconds / max(1, stats.selections),
-        "index ms": 1e3 * stats.index_seconds / stands.copies,
     }
 
 
@@ -144,7 +143,9 @@ class Stands:
         )
         model = str(ensure_model())
         self.dense = AttentionRig(model, shape, "CPU_ATTN")
-        self.sparse = AttentionRig(model, shape, "CUSTOM", {"mass": case.mass, "log_steps": 0})
+        self.sparse = AttentionRig(
+            model, shape, "CUSTOM", {"mass": case.mass, "least_tokens": 1, "log_steps": 0}
+        )
         self.sparse.cache = self.dense.cache
         order = torch.randperm(shape.blocks, generator=torch.Generator().manual_seed(case.seed))
         self._tables = order.view(self.copies, pages).tolist()
@@ -164,10 +165,9 @@ class Stands:
         return time.thread_time() - began
 
     def record(self) -> None:
-        """Note from here on what the sparse layer reads; below the activation length nothing is chosen."""
+        """Note from here on what the sparse layer reads."""
         self.recorder = Recorder(self.sparse.impl.decode)
-        if self.sparse.impl.decode is not None:
-            self.sparse.impl.decode = self.recorder
+        self.sparse.impl.decode = self.recorder
 
     def attained(self, number: int, tokens: int) -> list[float]:
         """The mass that the pages of the last step have for each query head, by exact scores."""
@@ -191,21 +191,23 @@ class Stands:
 class Recorder:
     """Chooses as ``decode`` does, and keeps the last choice."""
 
-    def __init__(self, decode: PagedDecode | None) -> None:
+    def __init__(self, decode: PagedDecode) -> None:
         self._decode = decode
         self.pages_read: torch.Tensor | None = None
 
     def pages(self, *arguments: Any) -> torch.Tensor | None:
         """``PagedDecode.pages``."""
-        assert self._decode is not None
         self.pages_read = self._decode.pages(*arguments)
         return self.pages_read
 
 
 def claims(rows: Sequence[dict[str, Any]]) -> Iterator[Claim]:
     """What is promised of the mass and of the time."""
-    worst = max(row["sparse ms"] / row["dense ms"] for row in rows)
-    yield Claim.of("time to dense attention's, the worst case", worst, "<=", SLOWEST)
+    active = [row for row in rows if row["tokens"] >= ServingConfig().least_tokens]
+    worst = max(row["sparse ms"] / row["dense ms"] for row in active)
+    yield Claim.of(
+        "time to dense attention's, the worst case that is sparse by default", worst, "<=", SLOWEST
+    )
     least = min(row["attained"] for row in rows)
     yield Claim.of("share of query heads and steps that attain P, the worst case", least, ">=", 0.95)
     for tokens, goal in ((16384, 3.0), (32768, 5.0)):

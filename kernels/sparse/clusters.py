@@ -102,8 +102,8 @@ def log_masses(products: torch.Tensor, deviations: torch.Tensor, sizes: torch.Te
     room = sizes.clamp(min=1).log()
     free = room + deviations.square() / 2
     frozen = deviations * (2 * room).sqrt()
-    masses = products + torch.where(deviations.square() < 2 * room, free, frozen)
-    return masses.masked_fill(sizes == 0, -torch.inf)
+    above = torch.where(deviations.square() < 2 * room, free, frozen).masked_fill(sizes == 0, -torch.inf)
+    return products + above
 
 
 def _means(rows: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

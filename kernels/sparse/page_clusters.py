@@ -47,13 +47,20 @@ class PageClusters:
 
         Not finite where a key or the query is not.
         """
-        heads, pages, clusters, size = self.means.shape
-        flat = self.means.reshape(heads, pages * clusters, size)
-        products = torch.bmm(query.to(flat.dtype), flat.transpose(1, 2)).float()
-        lengths = query.float().square().sum(-1, keepdim=True)
-        deviations = (lengths * self.spreads.reshape(heads, 1, -1)).sqrt()
-        masses = log_masses(products, deviations, self.sizes.reshape(heads, 1, -1))
-        return masses.unflatten(-1, (pages, clusters)).logsumexp(-1)
+        products = torch.bmm(query, self.means.flatten(1, 2).transpose(1, 2))
+        return log_page_masses(query, products, self.sizes, self.spreads)
+
+
+def log_page_masses(
+    query: torch.Tensor, products: torch.Tensor, sizes: torch.Tensor, spreads: torch.Tensor
+) -> torch.Tensor:
+    """``PageClusters.log_page_masses`` from the ``products`` [H, G, P * S] of query and means."""
+    heads, pages, clusters = sizes.shape
+    # One length for a group: deviations are then a term of the cluster, not of every pair with a query head.
+    lengths = query.square().sum(-1).mean(1)[:, None, None]
+    deviations = (lengths * spreads.reshape(heads, 1, -1)).sqrt()
+    masses = log_masses(products, deviations, sizes.reshape(heads, 1, -1))
+    return masses.unflatten(-1, (pages, clusters)).logsumexp(-1)
 
 
 def _members(labels: torch.Tensor, clusters: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     attained_share: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.985
     sink_tokens: Tokens = 4
     recent_tokens: Tokens = 64
-    summary_tokens: Annotated[int, msgspec.Meta(ge=4, le=256)] = 16
+    summary_tokens: Annotated[int, msgspec.Meta(ge=1, le=256)] = 4
     """Tokens of a page that one centroid stands for, on average."""
     summary_rounds: Annotated[int, msgspec.Meta(ge=0, le=10)] = 2
     """Rounds of k-means within a page; 0 leaves its runs of ``summary_tokens`` as they are."""

@@ -177,7 +177,6 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
                     head_size=self.head_size,
                     summary_tokens=worker.config.summary_tokens,
                     rounds=worker.config.summary_rounds,
-                    dtype=torch.float32 if kv_cache.dtype == torch.float32 else torch.bfloat16,
                 )
             sparse_blocks.register(index)
             keys = PackedKeys(kv_cache, layer.isa)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-import torch
-
-from penstock.kernels.sparse.block_index import BlockIndex
+if TYPE_CHECKING:
+    from penstock.kernels.sparse.block_index import BlockIndex
 
 _indexes: WeakSet[BlockIndex] = WeakSet()
 
@@ -30,6 +29,9 @@ def hear(runner: Any, scheduler_output: Any) -> None:
     blocks = sorted(set(handed_out(scheduler_output, _cached_tokens_stand(), _block_tokens(runner))))
     if not blocks:
         return
+    # Not before there is an index: the list of features is read where torch need not be.
+    import torch
+
     numbers = torch.tensor(blocks)
     for index in _indexes:
         # One block of the manager may be several of the kernel.

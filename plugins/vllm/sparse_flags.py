@@ -48,9 +48,7 @@ def join(namespace: Namespace) -> None:
     from penstock.plugins.vllm.sparse_attention import enable
 
     enable()
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    namespace.attention_backend = AttentionBackendEnum[BACKEND]
+    namespace.attention_backend = BACKEND
     namespace.additional_config = _with_selector(additional, ours, config)
 
 

@@ -16,6 +16,7 @@ ATTENTION = (
     ),
     *override(
         f"{_CPU}:CPUAttentionBackendImpl",
+        __init__="(self, *args, **kwargs)",
         forward="(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=..., "
         "output_block_scale=...)",
     ),

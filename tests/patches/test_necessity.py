@@ -6,7 +6,15 @@ import ast
 
 import pytest
 
-from penstock.patches.vllm import builds, command_line, cpu_layouts, distribution_version, stat_logging
+from penstock.patches.vllm import (
+    builds,
+    command_line,
+    cpu_backend,
+    cpu_layouts,
+    distribution_version,
+    handed_out_blocks,
+    stat_logging,
+)
 from penstock.plugins.trees import SourceTree, installed_tree
 from penstock.plugins.vllm.examination import BLOCK_OUTERMOST, CPU_BACKENDS, declared_layouts
 
@@ -53,3 +61,17 @@ def test_statistics_of_a_scheduler_have_no_field_for_foreign_ones(source):
         if isinstance(node, ast.AnnAssign) and "Any" in ast.unparse(node.annotation)
     }
     assert open_fields <= {"kv_connector_stats", "ec_connector_stats"}
+
+
+def test_cpu_platform_does_not_know_custom_backends(source):
+    module, _, path = cpu_backend.PATCH.target.partition(":")
+    assert "CUSTOM" not in text_of(source, module, *path.split("."))
+
+
+def test_attention_metadata_does_not_say_whose_blocks_are_new(source):
+    assert handed_out_blocks.watching(print).target == "vllm.v1.worker.gpu_worker:Worker.execute_model"
+    tree = source.parse("vllm.v1.attention.backend")
+    (common,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "CommonAttentionMetadata"]
+    fields = {node.target.id for node in common.body if isinstance(node, ast.AnnAssign)}
+    assert "block_table_tensor" in fields
+    assert not {name for name in fields if "new_block" in name or "req_ids" in name}

@@ -346,3 +346,43 @@ def test_a_parser_of_a_server_gains_the_middleware_first(parser, parse_all):
     for _ in range(2):
         scheduler_flags.join(namespace)
     assert namespace.middleware == [scheduler_flags.MIDDLEWARE, "mine.Middleware"]
+
+
+def test_sparse_attention_is_a_backend_and_a_section(parser):
+    section = {"penstock": {"sparse_attention": {"mass": 0.8}}}
+    for arguments in (["--sparse-attention", "tactic"], []):
+        namespace = parser.parse_args(["serve", "m", *arguments, "--additional-config", json.dumps(section)])
+        assert namespace.attention_backend == "CUSTOM"
+        ours = namespace.additional_config["penstock"]["sparse_attention"]
+        assert ours == {"mass": 0.8, "selector": "tactic"}
+    assert "sparse-attention" in os.environ[features.ASKED_FOR].split(",")
+
+
+def test_without_it_the_backend_is_whatever_was_given(parser):
+    assert parser.parse_args(["serve", "m"]).attention_backend is None
+    given = parser.parse_args(["serve", "m", "--attention-backend", "CPU_ATTN"])
+    assert given.attention_backend == "CPU_ATTN"
+    assert features.ASKED_FOR not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--attention-backend", "CPU_ATTN"], "--sparse-attention contradicts --attention-backend CPU_ATTN"),
+        (
+            ["--additional-config", '{"penstock": {"sparse_attention": {"mass": 1.5}}}'],
+            "sparse_attention.mass: given 1.5, allowed:",
+        ),
+        (
+            ["--additional-config", '{"penstock": {"sparse_attention": {"key_bits": 4}}}'],
+            "sparse_attention.key_bits: unknown key",
+        ),
+    ],
+)
+def test_what_contradicts_sparse_attention_is_refused(refuse, arguments, message):
+    assert message in refuse("--sparse-attention", "tactic", *arguments)
+
+
+def test_an_unknown_selector_is_refused_with_the_known_ones(refuse):
+    line = refuse("--sparse-attention", "magic")
+    assert "sparse_attention.selector: given 'magic', allowed: tactic" in line

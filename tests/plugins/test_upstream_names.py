@@ -13,11 +13,12 @@ from penstock.plugins.doctor_report import examine
 from penstock.plugins.seams import Use
 from penstock.plugins.signatures import Definition
 from penstock.plugins.trees import SourceTree, installed_tree
-from penstock.plugins.vllm.features import DRAFT_CONTROL, FEATURES, REQUEST_SCHEDULER
+from penstock.plugins.vllm.features import DRAFT_CONTROL, FEATURES, REQUEST_SCHEDULER, SPARSE_ATTENTION
 from penstock.plugins.vllm.flowkv_seams import CONNECTOR
 
 BASE = ("vllm.distributed.kv_transfer.kv_connector.v1.base", ("KVConnectorBase_V1",))
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn:CPUAttention"
 FOLDERS = [Path(plugins.__path__[0]) / "vllm", Path(patches.__path__[0]) / "vllm"]
 
 
@@ -87,6 +88,9 @@ def methods_of(module: str, name: str) -> set[str]:
         (REQUEST_SCHEDULER, "request_scheduler", "RequestScheduling", SCHEDULER),
         (REQUEST_SCHEDULER, "request_queue", "OrderedQueue", "vllm.v1.core.sched.request_queue:RequestQueue"),
         (DRAFT_CONTROL, "draft_control", "DraftControlling", SCHEDULER),
+        (SPARSE_ATTENTION, "sparse_backend", "SparseCPUBackend", f"{CPU_ATTENTION}Backend"),
+        (SPARSE_ATTENTION, "sparse_backend", "SparseCPUImpl", f"{CPU_ATTENTION}BackendImpl"),
+        (SPARSE_ATTENTION, "sparse_backend", "SparseCPUBuilder", f"{CPU_ATTENTION}MetadataBuilder"),
     ],
 )
 def test_every_method_that_a_feature_overrides_is_a_seam(source, feature, module, ours, owner):
