@@ -220,3 +220,20 @@ def test_what_no_layer_can_be_sparse_with_is_refused(cache, size, message):
 def test_first_layers_stay_stocks():
     rig = AttentionRig(str(ensure_model()), SHAPE, "CUSTOM", SPARSE, layer=1)
     assert rig.impl.worker is None
+
+
+def test_the_log_says_what_was_measured_once_for_every_so_many_selections(caplog):
+    from penstock.kernels.sparse.serving import ServingConfig
+    from penstock.plugins.vllm.sparse_worker import SparseWorker
+
+    worker = SparseWorker(ServingConfig(log_steps=2))
+    worker.tell_index(2**20, 16 * 2**20)
+    worker.stats.measured(0.75)
+    for _ in range(5):
+        worker.stats.chosen(3, 8, 32, 0.004)
+        worker.tell_progress()
+    lines = [record.message for record in caplog.records if "sparse attention" in record.message]
+    assert len(lines) == 2
+    assert "read 25.0 % of pages in 4 selections, 4.00 ms each" in lines[-1]
+    assert "attained mass P10 0.750, P50 0.750 of 1 measured" in lines[-1]
+    assert "index at most 1 MiB, 6.2 % of the KV cache" in lines[-1]
