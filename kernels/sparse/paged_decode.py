@@ -31,7 +31,7 @@ class Keys(Protocol):
 class PagedDecode:
     """Chooses pages for one layer; what several layers learn together is passed in.
 
-    Where every KV head would read most pages, selection is left out for a growing number of steps, so that a
+    Where KV heads together would read most pages, selection is left out for a growing number of steps, so that a
     layer that gains nothing costs nothing. Not safe between threads.
     """
 
@@ -72,11 +72,15 @@ class PagedDecode:
         chosen = choose_pages(self.config.group_rule, shares, kept, wanted)
         whole = chosen.sum(1) > self.config.most_share * len(blocks)
         chosen |= whole[:, None]
-        self._be_patient(bool(whole.all()))
+        # Heads that need everything make the others' savings too small for what choosing costs.
+        nothing_saved = int(chosen.sum()) > self.config.most_share * chosen.numel()
+        if nothing_saved:
+            chosen[:] = True
+        self._be_patient(nothing_saved)
         self._stats.chosen(self.layer, int(chosen.sum()), chosen.numel(), time.perf_counter() - began - built)
         if self._is_measured():
             self._measure(query, blocks, tail, shares, kept, chosen)
-        return None if whole.all() else chosen
+        return None if nothing_saved else chosen
 
     def _dense_before(self, tokens: int) -> Reason | None:
         reason = reason_before(self._core, self.layer, tokens)

@@ -25,7 +25,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     summary_rounds: Annotated[int, msgspec.Meta(ge=0, le=10)] = 2
     """Rounds of k-means within a page; 0 leaves its runs of ``summary_tokens`` as they are."""
     group_rule: GroupRule = "ranked"
-    least_tokens: Tokens = 4096
+    least_tokens: Tokens = 16384
     dense_layers: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 2
     most_share: Share = 0.6
     calibration_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.02
