@@ -31,8 +31,8 @@ class Keys(Protocol):
 class PagedDecode:
     """Chooses pages for one layer; what several layers learn together is passed in.
 
-    Where KV heads together would read most pages, selection is left out for a growing number of steps, so that a
-    layer that gains nothing costs nothing. Not safe between threads.
+    Where KV heads together would read most pages, selection is left out for a growing number of steps, so
+    that a layer that gains nothing costs nothing. Not safe between threads.
     """
 
     def __init__(
