@@ -19,7 +19,7 @@ def row(tokens: int, dense: float, sparse: float, attained: float = 1.0):
 
 
 def test_claims_are_of_lengths_that_are_sparse_by_default_but_for_the_mass():
-    rows = [row(ACTIVE // 2, 1.0, 9.0, 0.97), row(ACTIVE, 10.0, 10.2), row(32768, 30.0, 5.0)]
+    rows = [row(ACTIVE // 4, 1.0, 9.0, 0.97), row(2 * ACTIVE + 1, 10.0, 10.2), row(32768, 30.0, 5.0)]
     found = {claim.name: claim for claim in claims(rows)}
     worst, mass, speed = found.values()
     assert (worst.value, worst.holds) == (10.2 / 10.0, True)
