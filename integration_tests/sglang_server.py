@@ -23,15 +23,24 @@ CHUNK = 256
 def sglang_server(
     model: str, logs: Path, name: str, arguments: Sequence[str], environment: dict[str, str]
 ) -> Server:
-    """A server that is not started yet. Its pool is small: SGLang would take most of the machine's memory."""
+    """A server that is not started yet."""
     port = Port.reserve()
-    command = [console_script("sglang"), "serve", "--model-path", model, "--device", "cpu"]
-    command += ["--host", "127.0.0.1", "--port", str(port.number), "--dtype", "float32"]
-    command += ["--max-total-tokens", "20000", "--chunked-prefill-size", str(CHUNK)]
+    return Server(
+        name=name,
+        command=command(model, port.number, *arguments),
+        port=port,
+        log=logs / f"{name}.log",
+        environment={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+    )
+
+
+def command(model: str, port: int, *arguments: str) -> list[str]:
+    """``sglang serve`` in float32. Its pool is small: SGLang would take most of the machine's memory."""
+    sizes = ["--dtype", "float32", "--max-total-tokens", "20000", "--chunked-prefill-size", str(CHUNK)]
+    place = ["--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
     # Schedulers that spin take the processor from the one that works.
-    command += ["--sleep-on-idle", "--skip-server-warmup", *arguments]
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    return Server(name=name, command=command, port=port, log=logs / f"{name}.log", environment=environment)
+    calm = ["--sleep-on-idle", "--skip-server-warmup"]
+    return [console_script("sglang"), "serve", "--model-path", model, *place, *sizes, *calm, *arguments]
 
 
 class Refused(Exception):
@@ -43,18 +52,28 @@ class Refused(Exception):
         self.body = body
 
 
-def generate(server: Server, prompt: Sequence[int], tokens: int, **sampling: Any) -> dict[str, Any]:
-    """One greedy ``/generate`` of token ids; the whole answer. Raises Refused."""
-    sampling = {"temperature": 0, "max_new_tokens": tokens, **sampling}
-    body = json.dumps({"input_ids": list(prompt), "sampling_params": sampling}).encode()
-    request = urllib.request.Request(
-        server.url + "/generate", body, headers={"Content-Type": "application/json"}
-    )
+def ask(server: Server, path: str, body: dict[str, Any] | None = None) -> Any:
+    """What the server answers to a POST of ``body``, or to a GET where there is none. Raises Refused."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, data, headers={"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=300) as answer:
-            return json.load(answer)
+            text = answer.read()
     except urllib.error.HTTPError as error:
         raise Refused(error.code, error.read().decode(errors="replace")) from None
+    return json.loads(text) if text.startswith((b"{", b"[")) else text.decode()
+
+
+def generate(
+    server: Server, prompt: Sequence[int], tokens: int, rid: str | None = None, **sampling: Any
+) -> dict[str, Any]:
+    """One greedy ``/generate`` of token ids; the whole answer. Raises Refused."""
+    sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, **sampling}
+    named = {} if rid is None else {"rid": rid}
+    answer: dict[str, Any] = ask(
+        server, "/generate", {"input_ids": list(prompt), "sampling_params": sampling, **named}
+    )
+    return answer
 
 
 def all_at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:

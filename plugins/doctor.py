@@ -28,7 +28,7 @@ PROBE_TIMEOUT_S = 60.0
 PROBE = [sys.executable, "-m", "penstock.plugins.transport_probe", "UCX"]
 
 # By name: nothing imports an adapter, and an engine's adapter is looked at only when it is examined.
-EXAMINATION = "penstock.plugins.vllm.examination"
+EXAMINATIONS = {engine: f"penstock.plugins.{engine}.examination" for engine in ("vllm", "sglang")}
 
 
 def _version(distribution: str) -> str:
@@ -61,16 +61,24 @@ def probe_nixl(timeout_s: float = PROBE_TIMEOUT_S) -> TransportReport:
     )
 
 
-def examiner() -> Examiner:
-    """The examiner of the engine's adapter."""
-    found: Examiner = importlib.import_module(EXAMINATION).examiner()
+def examiner(engine: str | None = None) -> Examiner:
+    """The examiner of an engine's adapter: of the one that is named, else of the one that is installed;
+    vLLM's where both are or none is."""
+    if engine is not None:
+        return _of(engine)
+    installed = (found for found in map(_of, EXAMINATIONS) if found.engine() is not None)
+    return next(installed, _of("vllm"))
+
+
+def _of(engine: str) -> Examiner:
+    found: Examiner = importlib.import_module(EXAMINATIONS[engine]).examiner()
     return found
 
 
 def examine_all(examiner: Examiner, *, probe_timeout_s: float = PROBE_TIMEOUT_S) -> Report:
     """The whole examination; with no time for a probe, transports are left out."""
     packages = tuple(PackageReport(name, purpose, _version(name)) for name, purpose in PACKAGES.items())
-    transports = (probe_nixl(probe_timeout_s),) if probe_timeout_s else ()
+    transports = (probe_nixl(probe_timeout_s),) if probe_timeout_s and examiner.moves_blocks else ()
     return Report(
         penstock=_version("penstock"),
         python=platform.python_version(),
@@ -92,11 +100,13 @@ def render(report: Report, *, verbose: bool) -> Iterator[str]:
     yield "\nfeatures"
     for feature in report.features:
         yield from _feature(feature, verbose=verbose)
-    yield "\nKV cache layouts"
+    if report.layouts:
+        yield "\nKV cache layouts"
     for layout in report.layouts:
         extra = f"; with flowkv also {', '.join(layout.with_flowkv)}" if layout.with_flowkv else ""
         yield f"  {layout.backend:<16}{', '.join(layout.layouts)}{extra}"
-    yield "\ntransports"
+    if report.transports:
+        yield "\ntransports"
     for transport in report.transports:
         yield from _transport(transport)
     yield "\npackages"
@@ -133,6 +143,11 @@ def _transport(transport: TransportReport) -> Iterator[str]:
 
 
 @click.command()
+@click.option(
+    "--engine",
+    type=click.Choice([*EXAMINATIONS]),
+    help="The engine to look at.  [default: the one that is installed, vLLM where both are]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--require", multiple=True, metavar="FEATURE", help="Exit with 1 if this feature cannot work.")
 @click.option("-v", "--verbose", is_flag=True, help="Name every seam.")
@@ -143,12 +158,14 @@ def _transport(transport: TransportReport) -> Iterator[str]:
     type=click.FloatRange(min=0),
     help="Seconds that starting the transports may take; 0 leaves them out.",
 )
-def doctor(*, as_json: bool, require: tuple[str, ...], verbose: bool, probe_timeout: float) -> None:
+def doctor(
+    *, engine: str | None, as_json: bool, require: tuple[str, ...], verbose: bool, probe_timeout: float
+) -> None:
     """Say what works with the installed engine, without starting it, and what to do about what does not.
 
     Exit code: 0; 1 if a feature named by --require cannot work.
     """
-    adapter = examiner()
+    adapter = examiner(engine)
     unknown = [name for name in require if name not in adapter.feature_names()]
     if unknown:
         known = ", ".join(adapter.feature_names())

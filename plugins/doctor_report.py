@@ -112,6 +112,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 class Examiner(Protocol):
     """What an engine's adapter tells the doctor."""
 
+    @property
+    def moves_blocks(self) -> bool:
+        """Whether a feature for this engine needs a transport."""
+        ...
+
     def feature_names(self) -> tuple[str, ...]:
         """The features for this engine."""
         ...

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from penstock.patches.attribute import AttributePatch
 from penstock.plugins import ledger
@@ -21,6 +23,10 @@ class FeatureError(RuntimeError):
     """A feature that was asked for cannot be applied; the message names the seam that moved."""
 
 
+class EngineMissing(RuntimeError):
+    """The engine is not installed in this environment."""
+
+
 @dataclass(frozen=True, slots=True)
 class Upstream:
     """The engine that features stand on: its name, its version and its code."""
@@ -30,19 +36,34 @@ class Upstream:
     tree: Tree
 
     @property
+    def logger(self) -> logging.Logger:
+        """A child of the engine's logger, so that the engine's own handlers and levels apply."""
+        return logging.getLogger(f"{self.engine}.penstock")
+
+    @property
     def name(self) -> str:
         """Engine and version, for messages."""
         return f"{self.engine} {self.version}"
 
 
+class Hook(Protocol):
+    """A change that the engine itself makes, asked for in its own registry; the seam that it stands on is
+    declared like any other."""
+
+    def register(self) -> None:
+        """Ask for it; a second time without effect."""
+
+
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """One thing that a user can turn on: its seams, and the patches that stand in where no seam exists."""
+    """One thing that a user can turn on: its seams, its hooks where the engine has a registry of them, and
+    the patches that stand in where no seam exists."""
 
     name: str
     summary: str
     seams: tuple[Seam, ...]
     patches: tuple[AttributePatch, ...] = ()
+    hooks: tuple[Hook, ...] = ()
 
     def all_seams(self) -> Iterator[Seam]:
         """The declared seams, then the targets of the patches that this installation needs."""
@@ -63,7 +84,8 @@ def verify(feature: Feature, tree: Tree) -> list[Finding]:
 
 
 def apply(feature: Feature, upstream: Upstream) -> bool:
-    """Verify a feature and install its patches. Applied twice, it does nothing the second time; False then.
+    """Verify a feature, install its patches and register its hooks. False, and nothing happens, where that
+    was done before.
 
     Raises:
         FeatureError: a seam moved; no patch of the feature is installed then.
@@ -80,6 +102,8 @@ def apply(feature: Feature, upstream: Upstream) -> bool:
             if patch.needed():
                 installed.append(patch)
                 after_import(patch.module, patch.install)
+    for hook in feature.hooks:
+        hook.register()
     _record(feature, upstream, "active")
     return True
 
@@ -102,7 +126,7 @@ def require(feature: Feature, upstream: Upstream) -> None:
         FeatureError: as ``apply``.
     """
     if apply(feature, upstream):
-        ledger.logger.info("penstock: %s is active on %s", feature.name, upstream.name)
+        upstream.logger.info("penstock: %s is active on %s", feature.name, upstream.name)
     names = asked_for()
     if feature.name not in names:
         os.environ[ASKED_FOR] = ",".join((*names, feature.name))
@@ -113,7 +137,7 @@ def offer(feature: Feature, upstream: Upstream) -> bool:
     try:
         apply(feature, upstream)
     except FeatureError as error:
-        ledger.logger.warning("penstock: %s; it stays off", error)
+        upstream.logger.warning("penstock: %s; it stays off", error)
         return False
     return True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,9 +12,6 @@ FeatureState = Literal["active", "off"]
 
 METRIC = "penstock_feature_info"
 LABELS = ("feature", "engine", "state", "upstream")
-
-# A child of the engine's logger, so that the engine's own handlers and levels apply.
-logger = logging.getLogger("vllm.penstock")
 
 
 @dataclass(frozen=True, slots=True)

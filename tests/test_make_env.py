@@ -24,6 +24,9 @@ def tool(monkeypatch, tmp_path) -> ModuleType:
     root = tmp_path / "checkout"
     root.mkdir()
     (root / "pyproject.toml").write_text("[project]")
+    for file in (module.SGLANG_REQUIREMENTS, module.REFERENCE_PLATFORM / "pyproject.toml"):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text("msgspec==0.22.0\n")
     monkeypatch.setattr(module, "ROOT", root)
     return module
 
@@ -118,6 +121,27 @@ def test_a_machine_without_venv_is_told_what_to_install(tool, asked, tmp_path, c
     assert status == 1
     assert "python3-venv" in capsys.readouterr().err
     assert not (tmp_path / "env").exists()
+
+
+def test_sglang_comes_without_the_packages_that_it_asks_for_itself(tool, asked, tmp_path):
+    refresh(tool, tmp_path / "env", "sglang")
+    (line,) = asked.about(f"sglang=={tool.SGLANG_VERSION}")
+    assert "--no-deps" in line
+    (line,) = asked.about(" -r ")
+    assert "--no-deps" in line
+    assert "msgspec==0.22.0" in line
+    assert asked.about(str(tool.REFERENCE_PLATFORM))
+    assert asked.about("[dev]")
+    assert not asked.about("vllm")
+
+
+def test_a_changed_pin_is_installed_again_in_the_same_environment(tool, asked, tmp_path):
+    refresh(tool, tmp_path / "env", "sglang")
+    asked.clear()
+    (tool.ROOT / tool.SGLANG_REQUIREMENTS).write_text("msgspec==0.23.0\n")
+    refresh(tool, tmp_path / "env", "sglang")
+    assert asked.about("with msgspec==0.23.0")
+    assert not asked.about("-m venv")
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,14 @@
-"""Stock SGLang on the reference platform computes what transformers computes; Penstock is installed, and off."""
+"""Stock SGLang on the reference platform computes what transformers does; Penstock is installed, and off."""
 
 from __future__ import annotations
 
-import json
 import random
-import urllib.request
 from functools import partial
 
 import pytest
-from sglang_server import CHUNK, Serve, all_at_once, generate
+from sglang_server import CHUNK, Serve, all_at_once, ask, generate
 
 from penstock.benchmarks.processes import Server
-
 
 TOKENS = 12
 SHARED = 200
@@ -33,8 +30,7 @@ def server(serve: Serve):
 
 
 def test_the_server_runs_what_the_test_is_about(server: Server):
-    with urllib.request.urlopen(server.url + "/server_info", timeout=60) as answer:
-        info = json.load(answer)
+    info = ask(server, "/server_info")
     assert info["attention_backend"] == "torch_native"
     assert not info["disable_overlap_schedule"]
     assert not info["disable_radix_cache"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from penstock.schedulers.asking import Asking, forgiving
+from penstock.plugins.askings import ForgivingReader
+from penstock.schedulers.asking import Asking
 from penstock.schedulers.config import SchedulerConfig
 
 if TYPE_CHECKING:
@@ -19,22 +19,14 @@ NO_EXTRA_ARGS: Mapping[str, Any] = {}
 
 
 class Askings:
-    """Reads who asks and how soon; a bad value becomes its default, with one warning for each field."""
+    """Who asks and how soon, for each request."""
 
     def __init__(self, config: SchedulerConfig) -> None:
-        self._config = config
-        self._warned: set[str] = set()
+        self._reader = ForgivingReader(config, logger)
 
     def of(self, request: Request) -> Asking:
-        """What a request asks for; the operator's weights and default targets are applied."""
-        config = self._config
-        found, errors = forgiving(extra_args_of(request), longest_client_id=config.longest_client_id)
-        for error in errors:
-            if error.field not in self._warned:
-                self._warned.add(error.field)
-                logger.warning("penstock: request %s: %s; its default is used", request.request_id, error)
-        weight = config.weights.get(found.client)
-        return found if weight is None else replace(found, weight=weight)
+        """What a request asks for; the operator's weights are applied."""
+        return self._reader.read(request.request_id, extra_args_of(request))
 
 
 def extra_args_of(request: Request) -> Mapping[str, Any]:

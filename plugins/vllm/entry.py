@@ -87,7 +87,7 @@ def _register_connectors() -> None:
 
         reason = "; ".join(map(str, moved))
         ledger.record(ledger.Entry("flowkv", "vllm", upstream().version, "off", reason))
-        ledger.logger.warning("penstock: flowkv cannot be registered: %s; it stays off", reason)
+        upstream().logger.warning("penstock: flowkv cannot be registered: %s; it stays off", reason)
         return
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 

@@ -48,6 +48,11 @@ class VllmExaminer:
 
     source: SourceTree | None
 
+    @property
+    def moves_blocks(self) -> bool:
+        """FlowKV does."""
+        return True
+
     def feature_names(self) -> tuple[str, ...]:
         """The features for vLLM."""
         return tuple(FEATURES)

@@ -5,12 +5,8 @@ from __future__ import annotations
 from functools import cache
 
 from penstock.patches.vllm.builds import CPU_DISTRIBUTION, DISTRIBUTION, installed_version
-from penstock.plugins.features import Upstream
+from penstock.plugins.features import EngineMissing, Upstream
 from penstock.plugins.trees import LiveTree, installed_tree
-
-
-class EngineMissing(RuntimeError):
-    """vLLM is not installed in this environment."""
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -25,6 +26,8 @@ class Examiner:
 
     def __init__(self, tree, engine):
         self.tree, self.found = tree, engine
+
+    moves_blocks = True
 
     def feature_names(self):
         return ("taking",)
@@ -49,7 +52,7 @@ def ask(tmp_path, monkeypatch):
     def ask(source: str, *arguments: str, transport: TransportReport = WORKING):
         (tmp_path / "upd.py").write_text(source)
         engine = EngineReport("engine", "1.0", "engine", True, "1.0 to 1.2")
-        monkeypatch.setattr(command, "examiner", lambda: Examiner(SourceTree(tmp_path), engine))
+        monkeypatch.setattr(command, "examiner", lambda _: Examiner(SourceTree(tmp_path), engine))
         monkeypatch.setattr(command, "probe_nixl", lambda timeout_s: transport)
         return CliRunner().invoke(command.doctor, [*arguments])
 
@@ -149,3 +152,34 @@ def test_installed_engine_is_examined_without_being_imported():
     assert done.returncode == 0, done.stderr
     states = {feature["name"]: feature["state"] for feature in json.loads(done.stdout)["features"]}
     assert states["flowkv"] == states["command-line"] == "ready"
+
+
+def test_the_engine_that_is_installed_is_looked_at_unless_one_is_named(monkeypatch):
+    from penstock.plugins.sglang import examination as sglang
+    from penstock.plugins.vllm import examination as vllm
+
+    monkeypatch.setattr(sglang, "installed_version", lambda: "0.5.23")
+    monkeypatch.setattr(vllm, "installed_version", lambda _: None)
+    assert isinstance(command.examiner(), sglang.SglangExaminer)
+    assert isinstance(command.examiner("vllm"), vllm.VllmExaminer)
+    monkeypatch.setattr(vllm, "installed_version", lambda _: "0.32.0")
+    assert isinstance(command.examiner(), vllm.VllmExaminer)
+    assert isinstance(command.examiner("sglang"), sglang.SglangExaminer)
+
+
+def test_a_missing_sglang_and_a_list_of_plugins_without_ours_are_named(monkeypatch):
+    from penstock.plugins.sglang import examination
+
+    entry = SimpleNamespace(name="penstock")
+    monkeypatch.setattr(examination.metadata, "entry_points", lambda group: [entry])
+
+    def problems() -> list[str]:
+        return [problem.what for problem in examination.SglangExaminer(None).problems((), ())]
+
+    monkeypatch.setattr(examination, "installed_version", lambda: None)
+    assert problems() == ["SGLang is not installed"]
+    monkeypatch.setattr(examination, "installed_version", lambda: "0.5.23")
+    monkeypatch.setenv("SGLANG_PLUGINS", "penstock, another")
+    assert problems() == []
+    monkeypatch.setenv("SGLANG_PLUGINS", "another")
+    assert problems() == ["SGLANG_PLUGINS=another leaves penstock out"]

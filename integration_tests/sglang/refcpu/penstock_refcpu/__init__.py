@@ -9,8 +9,8 @@ NMS_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 def activate() -> str | None:
-    """The platform's class for SGLang (``sglang.srt.platforms``); None, which leaves SGLang alone, where a GPU
-    is visible."""
+    """The platform's class for SGLang (``sglang.srt.platforms``); None, which leaves SGLang alone, where a
+    GPU is visible."""
     if torch.cuda.is_available():
         return None
     declare_torchvision_operators()
@@ -18,7 +18,7 @@ def activate() -> str | None:
 
 
 def declare_torchvision_operators() -> None:
-    """Let ``import torchvision`` succeed beside a CPU build of torch; call it before transformers is imported.
+    """Let ``import torchvision`` succeed beside a CPU build of torch; call it before importing transformers.
 
     SGLang imports torchvision whatever the model. Its default wheel is linked against CUDA, so its library of
     operators does not load here, and torchvision then trips over the missing schema of one.

@@ -1,0 +1,42 @@
+"""The entry point that SGLang calls in every process of an engine. Importing this module costs nothing.
+
+With nothing asked for it changes two methods of ``ServerArgs``, so that our options exist, in the process
+that a user starts, and nothing in the processes that this one starts. What ``PENSTOCK_CONFIG`` asks for is
+applied in every process; SGLang logs and forgets what a plugin raises, so a refusal ends the process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+
+def register() -> None:
+    """Make Penstock known to this process (``sglang.srt.plugins``).
+
+    Raises:
+        SystemExit: ``PENSTOCK_CONFIG`` asks for something that cannot be done; one line says what.
+    """
+    if multiprocessing.parent_process() is None:
+        from penstock.plugins.features import offer
+        from penstock.plugins.sglang.features import COMMAND_LINE
+        from penstock.plugins.sglang.installation import upstream
+
+        offer(COMMAND_LINE, upstream())
+    if os.environ.get("PENSTOCK_CONFIG"):
+        _apply_inherited()
+
+
+def _apply_inherited() -> None:
+    from penstock.plugins.configuration import ConfigurationError
+    from penstock.plugins.features import FeatureError, require
+    from penstock.plugins.sglang.features import REQUEST_SCHEDULER
+    from penstock.plugins.sglang.flags import refuse
+    from penstock.plugins.sglang.installation import upstream
+    from penstock.plugins.sglang.settings import inherited, scheduler_config
+
+    try:
+        if scheduler_config(inherited()) is not None:
+            require(REQUEST_SCHEDULER, upstream())
+    except (ConfigurationError, FeatureError) as error:
+        refuse(error)

@@ -1,0 +1,93 @@
+"""``--penstock-config`` and our values of ``--schedule-policy``, on the parser that SGLang builds."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from penstock.plugins.configuration import ConfigurationError
+from penstock.plugins.features import FeatureError
+from penstock.plugins.sglang.settings import (
+    FLAG,
+    POLICIES,
+    VARIABLE,
+    hand_on,
+    inherited,
+    parse,
+    require_supported,
+    scheduler_config,
+)
+
+DESTINATION = "penstock_config"
+
+
+def add_cli_args(original: Callable[[ArgumentParser], Any], parser: ArgumentParser) -> Any:
+    """Around ``ServerArgs.add_cli_args``: the same parser, with our flag and values."""
+    result = original(parser)
+    if any(action.dest == DESTINATION for action in parser._actions):
+        return result
+    group = parser.add_argument_group("Penstock")
+    group.add_argument(
+        FLAG,
+        dest=DESTINATION,
+        metavar="JSON|FILE",
+        help=f"What Penstock does, as JSON or the path of a JSON file; the same as {VARIABLE}. "
+        """Example: {"scheduler": {"policy": "dlpm", "quantum_tokens": 4000}}""",
+    )
+    for action in parser._actions:
+        if action.dest == "schedule_policy" and action.choices is not None:
+            action.choices = [*action.choices, *(name for name in POLICIES if name not in action.choices)]
+            action.help = (
+                f"{action.help} Penstock adds dlpm (fair to clients, keeps prefixes together) and vtc."
+            )
+    return result
+
+
+def from_cli_args(original: Callable[..., Any], cls: type, args: Namespace) -> Any:
+    """Around ``ServerArgs.from_cli_args``: settles what is asked for before SGLang makes up its mind."""
+    try:
+        join(args)
+    except (ConfigurationError, FeatureError) as error:
+        refuse(error)
+    return original(cls, args)
+
+
+def join(args: Namespace) -> None:
+    """Turn our flags into the configuration of this process and its children, and apply what it asks for.
+
+    Raises:
+        ConfigurationError: a contradiction or an impossible value.
+        FeatureError: what is asked for cannot be applied to this SGLang.
+    """
+    given = inherited()
+    if (text := getattr(args, DESTINATION, None)) is not None:
+        from_flag = parse(FLAG, text)
+        if given and given != from_flag:
+            raise ConfigurationError(f"{FLAG} and {VARIABLE} differ; give one of them")
+        given = from_flag
+    config = scheduler_config(given, flag=args.schedule_policy if args.schedule_policy in POLICIES else None)
+    if config is None:
+        return
+    require_supported(args, config)
+    args.schedule_policy = config.policy
+    hand_on(config, given)
+    _apply()
+
+
+def _apply() -> None:
+    from penstock.plugins.features import require
+    from penstock.plugins.sglang.features import REQUEST_SCHEDULER, SCHEDULER_HOOKS
+    from penstock.plugins.sglang.hooks import apply_now, confirm
+    from penstock.plugins.sglang.installation import upstream
+
+    require(REQUEST_SCHEDULER, upstream())
+    apply_now()
+    confirm(SCHEDULER_HOOKS)
+
+
+def refuse(error: Exception) -> NoReturn:
+    """End the start with one line."""
+    print(f"penstock: error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from error

@@ -1,0 +1,163 @@
+"""SGLang's waiting list in the order of a policy, and what each request has paid for.
+
+SGLang walks its list of waiting requests once in a pass and stops where the batch is full. A ``WaitingOrder``
+is asked for one request at a time, and told what the last one cost before it says which is next. Both are
+kept: the walk takes its requests from the order as it goes, and what it passed over waits again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from penstock.schedulers.asking import Asking
+from penstock.schedulers.waiting import UNNAMED, Clock, Job, WaitingOrder
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+
+@dataclass(slots=True)
+class Bill:
+    """One live request. ``paid_up_to`` is the furthest prompt position that was ever computed for it, or
+    skipped because the prefix cache had it: a position is charged when it is first passed. ``output_paid`` of
+    its generated tokens are charged. ``admitted`` says that it left the queue for a batch."""
+
+    request: Req
+    asking: Asking
+    arrival_s: float
+    paid_up_to: int = 0
+    output_paid: int = 0
+    admitted: bool = False
+
+
+class Passes:
+    """The waiting requests of a scheduler, told apart by ``rid``, and the bills of all that live.
+
+    Generated tokens are charged when a pass begins. Until then a request that has ended is remembered.
+    """
+
+    def __init__(self, order: WaitingOrder, clock: Clock, asking_of: Callable[[Req], Asking]) -> None:
+        self.order = order
+        self._clock = clock
+        self._asking_of = asking_of
+        self._bills: dict[str, Bill] = {}
+        self._picked: list[Bill] = []
+
+    def __len__(self) -> int:
+        return len(self._bills)
+
+    def request(self, request_id: str) -> Req:
+        """A live request. Raises KeyError."""
+        return self._bills[request_id].request
+
+    def begin(self, queue: Iterable[Req]) -> None:
+        """A pass over ``queue`` begins: who came and who left since the last one, and what was generated."""
+        self._return_rest()
+        self._charge_output()
+        for request_id in self._bills.keys() - {request.rid for request in queue}:
+            bill = self._bills[request_id]
+            if not bill.admitted or bill.request.finished():
+                self._forget(request_id)
+        for request in queue:
+            known = self._bills.get(request.rid)
+            if known is not None and known.request is not request:
+                # The name of one that has ended, used again.
+                self._forget(request.rid)
+            if request.rid not in self.order:
+                self._enter(request)
+        self.order.begin_step()
+
+    def picks(self) -> Iterator[Req]:
+        """The waiting requests, the next one chosen when it is asked for. Those that are not admitted wait
+        again when the walk ends, before it has ended or at its end."""
+        try:
+            while len(self.order):
+                bill = self._bills[self.order.pop().request_id]
+                self._picked.append(bill)
+                yield bill.request
+        finally:
+            self._return_rest()
+
+    def compute(self, request: Req) -> None:
+        """The batch that is being made computes positions ``prefix_len`` to ``extend_end`` of a request, its
+        first or a later chunk."""
+        bill = self._bills.get(request.rid)
+        if bill is None:
+            # Came by no pass: a chunk of a request that another part of SGLang started.
+            bill = self._open(request)
+        bill.admitted = True
+        end = min(request.extend_end, len(request.origin_input_ids))
+        tokens = end - max(request.prefix_len, bill.paid_up_to)
+        bill.paid_up_to = max(bill.paid_up_to, end)
+        if tokens > 0:
+            self.order.charge_extend(bill.asking.client, tokens)
+
+    def _return_rest(self) -> None:
+        while self._picked:
+            bill = self._picked.pop()
+            if not bill.admitted:
+                self.order.put_back(self._job(bill), preempted=False)
+
+    def _forget(self, request_id: str) -> None:
+        if request_id in self.order:
+            self.order.remove(request_id)
+        del self._bills[request_id]
+
+    def _enter(self, request: Req) -> None:
+        bill = self._bills.get(request.rid)
+        if bill is None:
+            self.order.add(self._job(self._open(request)))
+            return
+        # Thrown out of the running batch. Stock sends it to the end of the line, which stands for requests
+        # without a client; a client's own goes before what the client has waiting.
+        bill.admitted = False
+        if bill.asking.client == UNNAMED:
+            self.order.add(self._job(bill))
+        else:
+            self.order.put_back(self._job(bill), preempted=True)
+
+    def _open(self, request: Req) -> Bill:
+        bill = Bill(request, self._asking_of(request), self._clock())
+        self._bills[request.rid] = bill
+        return bill
+
+    def _job(self, bill: Bill) -> Job:
+        request = bill.request
+        return Job(
+            request_id=request.rid,
+            client=bill.asking.client,
+            tokens=len(request.origin_input_ids) + len(request.output_ids),
+            arrival_s=bill.arrival_s,
+            weight=bill.asking.weight,
+        )
+
+    def _charge_output(self) -> None:
+        tokens: dict[str, int] = {}
+        for bill in self._bills.values():
+            new = len(bill.request.output_ids) - bill.output_paid
+            if new > 0:
+                bill.output_paid += new
+                tokens[bill.asking.client] = tokens.get(bill.asking.client, 0) + new
+        for client, generated in tokens.items():
+            self.order.charge_output(client, generated)
+
+    def check_integrity(self, queue: Iterable[Req]) -> None:
+        """Assert that outside a pass the order holds the queue and no other."""
+        waiting = {request.rid for request in queue}
+        assert {job.request_id for job in self.order} == waiting
+        assert waiting <= self._bills.keys()
+        assert all(not self._bills[request_id].admitted for request_id in waiting)
+
+
+class PassList(list["Req"]):
+    """A list that its next walk goes through by ``picks``; whoever walks it later sees a plain list."""
+
+    def __init__(self, requests: Iterable[Req], picks: Callable[[], Iterator[Req]]) -> None:
+        super().__init__(requests)
+        self._picks: Callable[[], Iterator[Req]] | None = picks
+
+    def __iter__(self) -> Iterator[Req]:
+        picks, self._picks = self._picks, None
+        return super().__iter__() if picks is None else picks()

@@ -1,0 +1,136 @@
+"""What a server is asked to do: ``PENSTOCK_CONFIG``, which ``--penstock-config`` and our flags end in.
+
+The variable reaches every process of an engine, whichever way it is started. Its value is a JSON object with
+one section for each feature, ``{"scheduler": {"policy": "dlpm"}}``, or the path of a file that holds one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from penstock.plugins.configuration import NAMESPACE, ConfigurationError, convert, merge, section
+from penstock.schedulers.config import SchedulerConfig
+
+VARIABLE = "PENSTOCK_CONFIG"
+FLAG = "--penstock-config"
+POLICIES = ("dlpm", "vtc")
+"""Of ours. SGLang has an ``lpm`` and an ``fcfs`` of its own, which stay what they are."""
+STOCK_POLICY = "fcfs"
+"""What SGLang takes if nothing is said; our policies say the same without a client's name."""
+USED = frozenset(
+    {
+        "policy",
+        "quantum_tokens",
+        "extend_weight",
+        "output_weight",
+        "ageing_tokens_per_s",
+        "hit_refreshes_per_step",
+        "client_idle_s",
+        "max_clients",
+        "newcomers_per_refill",
+        "longest_client_id",
+        "weights",
+        "unnamed_by_arrival",
+    }
+)
+"""Keys of ``SchedulerConfig`` that do something here."""
+
+
+def parse(source: str, text: str) -> dict[str, Any]:
+    """The object that ``text`` is, or that the file of that name holds; ``source`` names it in messages.
+
+    Raises:
+        ConfigurationError: there is no such file, it holds no JSON object, or a section that is not for
+            SGLang.
+    """
+    if not text.lstrip().startswith("{"):
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigurationError(
+                f"{source}: given {text!r}, allowed: a JSON object or a file with one ({error.strerror})"
+            ) from None
+    try:
+        found = msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{source}: allowed is a JSON object: {error}") from None
+    for name in found:
+        if name != "scheduler":
+            raise ConfigurationError(f"{source}: given section {name!r}, allowed on SGLang: scheduler")
+    return found
+
+
+def scheduler_config(given: Mapping[str, Any], *, flag: str | None = None) -> SchedulerConfig | None:
+    """Request scheduling as ``given`` and ``--schedule-policy`` ask for it; None if neither does.
+
+    Raises:
+        ConfigurationError: a contradiction, an unknown key, one that does nothing on SGLang, a wrong type or
+            an impossible value.
+    """
+    if flag is None and "scheduler" not in given:
+        return None
+    ours = section({NAMESPACE: given}, "scheduler")
+    from_flag = {} if flag is None else {"policy": flag}
+    merged = merge("scheduler", {FLAG: ours, "--schedule-policy": from_flag})
+    config = convert("scheduler", merged, SchedulerConfig)
+    if config.policy not in POLICIES:
+        allowed = ", ".join(POLICIES)
+        raise ConfigurationError(
+            f"scheduler.policy: given {config.policy!r}, allowed on SGLang: {allowed}; "
+            "SGLang's own policies are values of --schedule-policy"
+        )
+    for key in merged:
+        if key not in USED:
+            raise ConfigurationError(f"scheduler.{key}: does nothing on SGLang yet; leave it out")
+    return config
+
+
+def inherited() -> dict[str, Any]:
+    """What the variable asks for in this process; empty where it is not set.
+
+    Raises:
+        ConfigurationError: its value is no configuration.
+    """
+    text = os.environ.get(VARIABLE, "")
+    return parse(VARIABLE, text) if text else {}
+
+
+def hand_on(config: SchedulerConfig, given: Mapping[str, Any]) -> None:
+    """Let this process and those that it starts read ``given``, with the policy that was settled on."""
+    ours = {**section({NAMESPACE: given}, "scheduler"), "policy": config.policy}
+    os.environ[VARIABLE] = msgspec.json.encode({"scheduler": ours}).decode()
+
+
+def require_supported(settings: Any, config: SchedulerConfig) -> None:
+    """Refuse settings of SGLang's that contradict a policy of ours. ``settings`` are the parsed arguments or
+    the ``ServerArgs``.
+
+    Raises:
+        ConfigurationError: naming the setting.
+    """
+    policy = f"scheduler.policy {config.policy}"
+    given = settings.schedule_policy
+    if given not in (STOCK_POLICY, config.policy):
+        raise ConfigurationError(f"{policy} contradicts --schedule-policy {given}; give one of them")
+    if settings.enable_priority_scheduling:
+        raise ConfigurationError(f"{policy} contradicts --enable-priority-scheduling; leave one out")
+    if settings.lora_drain_wait_threshold > 0:
+        raise ConfigurationError(f"{policy} contradicts --lora-drain-wait-threshold; leave one out")
+    if settings.dllm_algorithm is not None:
+        raise ConfigurationError(
+            f"{policy} contradicts --dllm-algorithm; diffusion models keep SGLang's order"
+        )
+    if settings.disaggregation_mode != "null":
+        raise ConfigurationError(
+            f"{policy} contradicts --disaggregation-mode; a P/D pair keeps SGLang's order"
+        )
+    for name, flag in (("tp_size", "--tp-size"), ("pp_size", "--pp-size")):
+        if (size := getattr(settings, name)) != 1:
+            raise ConfigurationError(
+                f"{flag}: given {size} beside {policy}, allowed: 1, as every rank keeps a clock of its own"
+            )
