@@ -22,14 +22,18 @@ if TYPE_CHECKING:
 class Bill:
     """One live request. ``paid_up_to`` is the furthest prompt position that was ever computed for it, or
     skipped because the prefix cache had it: a position is charged when it is first passed. ``output_paid`` of
-    its generated tokens are charged. ``admitted`` says that it left the queue for a batch."""
+    its generated tokens are charged; ``reserved`` more are expected while it runs. ``admitted`` says that it
+    left the queue for a batch, ``retracted`` that it was thrown out of one and goes before its client's
+    others."""
 
     request: Req
     asking: Asking
     arrival_s: float
     paid_up_to: int = 0
     output_paid: int = 0
+    reserved: int = 0
     admitted: bool = False
+    retracted: bool = False
 
 
 class Passes:
@@ -87,7 +91,10 @@ class Passes:
         if bill is None:
             # Came by no pass: a chunk of a request that another part of SGLang started.
             bill = self._open(request)
-        bill.admitted = True
+        if not bill.admitted:
+            bill.admitted = True
+            left = max(0, request.sampling_params.max_new_tokens - bill.output_paid)
+            bill.reserved = self.order.reserve_output(bill.asking.client, bill.output_paid, left)
         end = min(request.extend_end, len(request.origin_input_ids))
         tokens = end - max(request.prefix_len, bill.paid_up_to)
         bill.paid_up_to = max(bill.paid_up_to, end)
@@ -98,12 +105,21 @@ class Passes:
         while self._picked:
             bill = self._picked.pop()
             if not bill.admitted:
-                self.order.put_back(self._job(bill), preempted=False)
+                self.order.put_back(self._job(bill), preempted=bill.retracted)
 
     def _forget(self, request_id: str) -> None:
         if request_id in self.order:
             self.order.remove(request_id)
-        del self._bills[request_id]
+        bill = self._bills.pop(request_id)
+        self._release(bill)
+        if bill.output_paid:
+            # One that was given up before its first token says nothing of how long answers are.
+            self.order.observe_output(bill.asking.client, bill.output_paid)
+
+    def _release(self, bill: Bill) -> None:
+        if bill.reserved:
+            self.order.release_output(bill.asking.client, bill.reserved)
+            bill.reserved = 0
 
     def _enter(self, request: Req) -> None:
         bill = self._bills.get(request.rid)
@@ -112,11 +128,12 @@ class Passes:
             return
         # Thrown out of the running batch. Stock sends it to the end of the line, which stands for requests
         # without a client; a client's own goes before what the client has waiting.
-        bill.admitted = False
-        if bill.asking.client == UNNAMED:
-            self.order.add(self._job(bill))
-        else:
+        bill.admitted, bill.retracted = False, bill.asking.client != UNNAMED
+        self._release(bill)
+        if bill.retracted:
             self.order.put_back(self._job(bill), preempted=True)
+        else:
+            self.order.add(self._job(bill))
 
     def _open(self, request: Req) -> Bill:
         bill = Bill(request, self._asking_of(request), self._clock())
@@ -135,13 +152,18 @@ class Passes:
 
     def _charge_output(self) -> None:
         tokens: dict[str, int] = {}
+        expected: dict[str, int] = {}
         for bill in self._bills.values():
             new = len(bill.request.output_ids) - bill.output_paid
-            if new > 0:
-                bill.output_paid += new
-                tokens[bill.asking.client] = tokens.get(bill.asking.client, 0) + new
+            if new <= 0:
+                continue
+            client, foreseen = bill.asking.client, min(new, bill.reserved)
+            bill.output_paid += new
+            bill.reserved -= foreseen
+            tokens[client] = tokens.get(client, 0) + new
+            expected[client] = expected.get(client, 0) + foreseen
         for client, generated in tokens.items():
-            self.order.charge_output(client, generated)
+            self.order.charge_output(client, generated, expected[client])
 
     def check_integrity(self, queue: Iterable[Req]) -> None:
         """Assert that outside a pass the order holds the queue and no other."""

@@ -77,6 +77,6 @@ REQUESTS = (
         "num_matched_prefix_tokens",
         "finished",
     ),
-    *read("sglang.srt.sampling.sampling_params:SamplingParams", "custom_params"),
+    *read("sglang.srt.sampling.sampling_params:SamplingParams", "custom_params", "max_new_tokens"),
 )
 """What is read of a request."""

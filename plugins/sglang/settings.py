@@ -28,6 +28,7 @@ USED = frozenset(
         "quantum_tokens",
         "extend_weight",
         "output_weight",
+        "first_output_tokens",
         "ageing_tokens_per_s",
         "hit_refreshes_per_step",
         "client_idle_s",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from penstock.plugins.sglang.passes import Passes, PassList
 from penstock.schedulers.asking import Asking
 from penstock.schedulers.config import SchedulerConfig
 from penstock.schedulers.policies import waiting_order
+from penstock.schedulers.waiting import WaitingOrder
 
 BUDGET = 100
 """Prompt tokens of one pass."""
@@ -30,6 +32,7 @@ class Request:
     prefix_len: int = 0
     extend_end: int = 0
     done: bool = False
+    sampling_params: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(max_new_tokens=50))
 
     @property
     def origin_input_ids(self) -> range:
@@ -39,12 +42,40 @@ class Request:
         return self.done
 
 
+class Expectations:
+    """What is said to an order of output to come, counted."""
+
+    def __init__(self, order: WaitingOrder) -> None:
+        self.open, self.observed = 0, []
+        for name in ("reserve_output", "release_output", "charge_output", "observe_output"):
+            setattr(order, name, partial(getattr(self, name), getattr(order, name)))
+
+    def reserve_output(self, original, client, generated, at_most):
+        tokens = original(client, generated, at_most)
+        self.open += tokens
+        return tokens
+
+    def release_output(self, original, client, tokens):
+        original(client, tokens)
+        self.open -= tokens
+
+    def charge_output(self, original, client, tokens, expected):
+        original(client, tokens, expected)
+        self.open -= expected
+
+    def observe_output(self, original, client, tokens):
+        original(client, tokens)
+        self.observed.append(tokens)
+
+
 class Engine:
     """What SGLang's scheduler does with its list: a pass fills a budget, and cuts what does not fit."""
 
     def __init__(self, policy: str = "dlpm", **keys: object) -> None:
         config = SchedulerConfig(policy=policy, **keys)
-        order = waiting_order(config, lambda: 0.0, lambda _: 0)
+        self.hits: dict[str, int] = {}
+        order = waiting_order(config, lambda: 0.0, lambda request_id: self.hits.get(request_id, 0))
+        self.expectations = Expectations(order)
         self.passes = Passes(order, lambda: 0.0, lambda request: Asking(client=request.client))
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -157,6 +188,31 @@ def test_what_the_prefix_cache_holds_is_not_charged():
     assert engine.service()["a"] == (10, 1)
 
 
+def test_a_retracted_request_that_is_passed_over_still_goes_before_its_client_s_others():
+    engine = Engine("dlpm")
+    engine.come(*requests("a", 4, prompt=50))
+    engine.step()
+    engine.retract(engine.running[0])
+    engine.step(budget=50, skip=frozenset({"a0"}))
+    engine.hits["a3"] = 40
+    engine.step(budget=50)
+    assert engine.served == ["a0", "a1", "a2", "a0"]
+
+
+def test_output_is_expected_at_the_admission_and_put_right_at_the_end():
+    engine = Engine("dlpm", quantum_tokens=100, first_output_tokens=40.0)
+    engine.come(*requests("flood", 4, prompt=10), *requests("light", 1, prompt=10))
+    engine.step(budget=1000)
+    # Ten tokens of a prompt alone would let the whole flood go first.
+    assert engine.served.index("light0") == 2
+    for request in engine.running:
+        request.done = True
+    service = engine.service()
+    assert (service["flood"], service["light"]) == ((40, 4), (10, 1))
+    standing = {found.client: found.standing for found in engine.passes.order.clients()}
+    assert standing["light"] == 100 - (10 + 2 * 1)
+
+
 def test_a_request_that_is_passed_over_keeps_its_place():
     engine = Engine("vtc")
     engine.come(*requests("a", 3))
@@ -194,7 +250,7 @@ def test_later_walks_see_a_plain_list():
 @given(seed=st.integers(0, 10**6), policy=st.sampled_from(["dlpm", "vtc"]))
 def test_whatever_happens_every_token_is_charged_once_and_nobody_is_lost(seed, policy):
     draw = random.Random(seed)
-    engine = Engine(policy, quantum_tokens=50)
+    engine = Engine(policy, quantum_tokens=50, first_output_tokens=4.0)
     every: list[Request] = []
     for _ in range(30):
         match draw.choice(["come", "step", "step", "retract", "abort", "end"]):
@@ -231,3 +287,6 @@ def test_whatever_happens_every_token_is_charged_once_and_nobody_is_lost(seed, p
         request.done = True
     engine.passes.begin(engine.waiting)
     assert len(engine.passes) == 0
+    assert engine.expectations.open == 0
+    ran = [len(request.output_ids) for request in every if request.output_ids]
+    assert sorted(engine.expectations.observed) == sorted(ran)
