@@ -7,7 +7,7 @@ kept: the walk takes its requests from the order as it goes, and what it passed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,8 @@ class Passes:
         self._clock = clock
         self._asking_of = asking_of
         self._bills: dict[str, Bill] = {}
+        self._waiting: set[Req] = set()
+        self._running: dict[str, Bill] = {}
         self._picked: list[Bill] = []
 
     def __len__(self) -> int:
@@ -56,20 +58,16 @@ class Passes:
         """A live request. Raises KeyError."""
         return self._bills[request_id].request
 
-    def begin(self, queue: Iterable[Req]) -> None:
-        """A pass over ``queue`` begins: who came and who left since the last one, and what was generated."""
+    def begin(self, queue: Collection[Req]) -> None:
+        """A pass over ``queue`` begins: who came and who left since the last one, and what was generated.
+        What waits unchanged costs a place in a set."""
         self._return_rest()
         self._charge_output()
-        for request_id in self._bills.keys() - {request.rid for request in queue}:
-            bill = self._bills[request_id]
-            if not bill.admitted or bill.request.finished():
-                self._forget(request_id)
-        for request in queue:
-            known = self._bills.get(request.rid)
-            if known is not None and known.request is not request:
-                # The name of one that has ended, used again.
-                self._forget(request.rid)
-            if request.rid not in self.order:
+        here = set(queue)
+        for request in self._waiting - here:
+            self._forget(self._bills[request.rid])
+        if not here <= self._waiting:
+            for request in [request for request in queue if request not in self._waiting]:
                 self._enter(request)
         self.order.begin_step()
 
@@ -92,6 +90,8 @@ class Passes:
             # Came by no pass: a chunk of a request that another part of SGLang started.
             bill = self._open(request)
         if not bill.admitted:
+            self._waiting.discard(request)
+            self._running[request.rid] = bill
             bill.admitted = True
             left = max(0, request.sampling_params.max_new_tokens - bill.output_paid)
             bill.reserved = self.order.reserve_output(bill.asking.client, bill.output_paid, left)
@@ -107,10 +107,13 @@ class Passes:
             if not bill.admitted:
                 self.order.put_back(self._job(bill), preempted=bill.retracted)
 
-    def _forget(self, request_id: str) -> None:
-        if request_id in self.order:
+    def _forget(self, bill: Bill) -> None:
+        request_id = bill.request.rid
+        if bill.request in self._waiting:
+            self._waiting.discard(bill.request)
             self.order.remove(request_id)
-        bill = self._bills.pop(request_id)
+        self._running.pop(request_id, None)
+        del self._bills[request_id]
         self._release(bill)
         if bill.output_paid:
             # One that was given up before its first token says nothing of how long answers are.
@@ -123,11 +126,17 @@ class Passes:
 
     def _enter(self, request: Req) -> None:
         bill = self._bills.get(request.rid)
+        if bill is not None and bill.request is not request:
+            # The name of one that has gone, used again.
+            self._forget(bill)
+            bill = None
+        self._waiting.add(request)
         if bill is None:
             self.order.add(self._job(self._open(request)))
             return
         # Thrown out of the running batch. Stock sends it to the end of the line, which stands for requests
         # without a client; a client's own goes before what the client has waiting.
+        del self._running[request.rid]
         bill.admitted, bill.retracted = False, bill.asking.client != UNNAMED
         self._release(bill)
         if bill.retracted:
@@ -153,7 +162,7 @@ class Passes:
     def _charge_output(self) -> None:
         tokens: dict[str, int] = {}
         expected: dict[str, int] = {}
-        for bill in self._bills.values():
+        for bill in self._running.values():
             new = len(bill.request.output_ids) - bill.output_paid
             if new <= 0:
                 continue
@@ -164,13 +173,15 @@ class Passes:
             expected[client] = expected.get(client, 0) + foreseen
         for client, generated in tokens.items():
             self.order.charge_output(client, generated, expected[client])
+        for bill in [bill for bill in self._running.values() if bill.request.finished()]:
+            self._forget(bill)
 
     def check_integrity(self, queue: Iterable[Req]) -> None:
-        """Assert that outside a pass the order holds the queue and no other."""
-        waiting = {request.rid for request in queue}
-        assert {job.request_id for job in self.order} == waiting
-        assert waiting <= self._bills.keys()
-        assert all(not self._bills[request_id].admitted for request_id in waiting)
+        """Assert that outside a pass the order holds the queue alone, and that every bill is in one place."""
+        assert self._waiting == set(queue)
+        assert {job.request_id for job in self.order} == {request.rid for request in queue}
+        assert {bill.request for bill in self._bills.values() if not bill.admitted} == self._waiting
+        assert self._running == {rid: bill for rid, bill in self._bills.items() if bill.admitted}
 
 
 class PassList(list["Req"]):
