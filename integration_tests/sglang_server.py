@@ -31,6 +31,8 @@ def sglang_server(
         port=port,
         log=logs / f"{name}.log",
         environment={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        # It takes the end of its scheduler for a crash, and waits for diagnostics.
+        grace_s=2.0,
     )
 
 
