@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ from penstock.kernels.sparse.calibration import Calibration
 from penstock.kernels.sparse.serving import ServingConfig
 from penstock.kernels.sparse.serving_stats import ServingStats, Snapshot
 from penstock.plugins.configuration import ConfigurationError
-from penstock.plugins.ledger import logger
+
+logger = logging.getLogger("vllm.penstock")
 
 
 class SparseWorker:
