@@ -9,6 +9,7 @@ import click
 BENCHES = {
     "dlpm": "penstock.benchmarks.dlpm:bench",
     "flowkv": "penstock.benchmarks.flowkv:bench",
+    "needle": "penstock.benchmarks.needle.bench:bench",
     "scheduler": "penstock.benchmarks.scheduler:bench",
     "slo": "penstock.benchmarks.slo:bench",
     "sparse": "penstock.benchmarks.sparse:bench",

@@ -139,6 +139,7 @@ def test_the_wheel_holds_every_source_file_and_nothing_outside_the_package(wheel
 def test_the_wheel_is_typed_and_holds_its_data_and_licence(wheel):
     assert {f"penstock/{room}/py.typed" for room in ROOMS} <= set(wheel)
     assert "penstock/benchmarks/corpus.txt" in wheel
+    assert "penstock/benchmarks/needle/weights/model.safetensors" in wheel
     assert any(name.endswith("/licenses/LICENSE") for name in wheel)
 
 
