@@ -26,11 +26,15 @@ SPARSE = {"least_tokens": 512, "mass": 0.6, "most_share": 0.95, "calibration_sha
 TOKENS = 1500
 
 
-@pytest.fixture(scope="module")
-def rigs() -> tuple[AttentionRig, AttentionRig]:
+@pytest.fixture(scope="module", autouse=True)
+def _enabled() -> None:
     from penstock.plugins.vllm.sparse_attention import enable
 
     enable()
+
+
+@pytest.fixture(scope="module")
+def rigs() -> tuple[AttentionRig, AttentionRig]:
     model = str(ensure_model())
     return AttentionRig(model, SHAPE, "CPU_ATTN"), AttentionRig(model, SHAPE, "CUSTOM", SPARSE)
 
