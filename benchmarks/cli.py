@@ -12,6 +12,7 @@ BENCHES = {
     "needle": "penstock.benchmarks.needle.bench:bench",
     "scheduler": "penstock.benchmarks.scheduler:bench",
     "slo": "penstock.benchmarks.slo:bench",
+    "slo-replan": "penstock.benchmarks.slo_replan:bench",
     "sparse": "penstock.benchmarks.sparse:bench",
     "sparse-kernel": "penstock.benchmarks.sparse_kernel:bench",
     "speculation": "penstock.benchmarks.speculation:bench",

@@ -6,9 +6,12 @@ import random
 from collections import Counter
 from typing import Any
 
-from stepped_scheduler import Settings, Stepper, request
+from stepped_scheduler import Settings, Stepper, build, request
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
+
+from penstock.plugins.vllm.request_scheduler import make_scheduler
+from penstock.plugins.vllm.slo_scheduling import AsyncSLOScheduler, SyncSLOScheduler
 
 
 class Time:
@@ -122,3 +125,14 @@ def traffic(
             stepper.step()
     stepper.drain()
     return stepper, sent
+
+
+def ours(settings: Settings | None = None, time: Time | None = None, **arguments: Any) -> Any:
+    settings = settings or Settings()
+    settings.ours = {"policy": "slo", **settings.ours}
+    time = time or Time()
+    return build(settings, make_scheduler, clock=time, wall_clock=time, **arguments)
+
+
+def kind_of(is_async: bool, seed: int) -> type:
+    return blocking(AsyncSLOScheduler if is_async else SyncSLOScheduler, seed)

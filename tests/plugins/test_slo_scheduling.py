@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 
 from loading_connector import LoadingConnector
 from prometheus_client import REGISTRY
-from slo_traffic import Time, TimedStepper, blocking, settings_of, slo_request, traffic
+from slo_traffic import Time, TimedStepper, blocking, kind_of, ours, settings_of, slo_request, traffic
 from stepped_scheduler import Settings, build, request, token
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -23,7 +23,6 @@ from penstock.plugins.configuration import ConfigurationError
 from penstock.plugins.vllm.request_scheduler import make_scheduler
 from penstock.plugins.vllm.slo_scheduling import AsyncSLOScheduler, SyncSLOScheduler
 from penstock.schedulers.slo.plan import Plan
-from penstock.schedulers.slo.requests import Limits
 
 BOTH = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 
@@ -32,17 +31,6 @@ BOTH = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def _own_process_state(monkeypatch):
     monkeypatch.setattr(ledger, "_entries", {})
     monkeypatch.delenv(features.ASKED_FOR, raising=False)
-
-
-def ours(settings: Settings | None = None, time: Time | None = None, **arguments: Any) -> Any:
-    settings = settings or Settings()
-    settings.ours = {"policy": "slo", **settings.ours}
-    time = time or Time()
-    return build(settings, make_scheduler, clock=time, wall_clock=time, **arguments)
-
-
-def kind_of(is_async: bool, seed: int) -> type:
-    return blocking(AsyncSLOScheduler if is_async else SyncSLOScheduler, seed)
 
 
 @BOTH
@@ -91,32 +79,6 @@ def test_with_targets_no_request_is_lost_or_runs_twice(is_async, share):
     assert preempted > 5
     if share < 1:
         assert thrown_out > 0
-
-
-@BOTH
-def test_a_plan_that_stands_for_another_step_serves_what_a_new_one_would(is_async):
-    stood = 0
-    for seed in range(4):
-        time = Time()
-        scheduler = build(settings_of(seed, is_async), kind_of(is_async, seed), clock=time, wall_clock=time)
-        planner, again = scheduler.planner, scheduler.planner.again
-
-        def compared(
-            now_s: float, running: int, limits: Limits, again=again, planner=planner, scheduler=scheduler
-        ) -> Plan | None:
-            nonlocal stood
-            stands = again(now_s, running, limits)
-            if stands is not None:
-                stood += 1
-                live = scheduler.records.running(scheduler.running)
-                new = planner.plan(now_s, live, scheduler._free_kv_tokens(), limits)
-                assert new.caps == stands.caps
-                assert (new.waiting, new.preempt) == (stands.waiting, stands.preempt) == ((), ())
-            return stands
-
-        planner.again = compared
-        traffic(scheduler, seed, is_async, targets=1.0, time=time)
-    assert stood > 20
 
 
 @BOTH
@@ -376,28 +338,6 @@ def test_what_came_of_the_targets_reaches_the_front_end_s_series():
     assert value("requests", tier="25 ms") == 0
     assert value("plans") == len(stepper.steps)
     assert set(payload["slo"]["totals"]) == set(TOTALS)
-
-
-@BOTH
-def test_a_late_token_counts_although_later_ones_catch_up(is_async):
-    """Of a batch that goes on as planned, tokens are noted only when one may have been late."""
-    time = Time()
-    scheduler = ours(Settings(budget=256, blocks=400, is_async=is_async), time)
-    stepper = TimedStepper(scheduler, time, fixed_s=0.02, token_s=0.0)
-    scheduler.add_request(slo_request("stalled", 40, output=200, ttft_ms=30.0, tpot_ms=22.0))
-    scheduler.add_request(slo_request("patient", 40, output=200, ttft_ms=5_000.0, tpot_ms=500.0))
-    noted = []
-    note = scheduler.records.produced
-    scheduler.records.produced = lambda *args: (noted.append(time()), note(*args))
-    for _ in range(6):
-        stepper.step()
-    time.now += 0.05
-    stepper.step()
-    stepper.fixed_s = 0.001
-    stepper.drain()
-    tiers = scheduler._stats.payload()["slo"]["tiers"]
-    assert [tier[:2] for tier in tiers.values() if tier[0]] == [[1, 0], [1, 1]]
-    assert len(noted) < len(stepper.steps) / 4
 
 
 def test_the_factory_follows_the_engine():
