@@ -22,6 +22,8 @@ SLO, SLO_MEAN, SLO_GAP = "slo", "slo, pace mean", "slo, pace gap"
 OURS: Mapping[TpotRule, str] = {"deadline": SLO, "mean": SLO_MEAN, "gap": SLO_GAP}
 """Who stands for the SLO policy under a rule: each deployment sets the pace that its users count."""
 OVERLOAD = 1.5
+ALL = "all"
+"""An overload of every scheduler, not of stock alone."""
 PRIORS = (0.5, 2.0)
 KEPT = 0.9
 """Share of the capacity that a wrong prior must leave: the rate at which it is tried."""
@@ -81,7 +83,8 @@ class Scored:
 
     best: dict[tuple[str, str, TpotRule], Setting] = field(default_factory=dict)
     curves: dict[tuple[str, str], Curve] = field(default_factory=dict)
-    overload: dict[tuple[str, str], Curve] = field(default_factory=dict)
+    overload: dict[tuple[str, str, str], Curve] = field(default_factory=dict)
+    """By application, whose capacity is exceeded (``STOCK`` or ``ALL``) and family."""
     priors: dict[tuple[str, float], Curve] = field(default_factory=dict)
 
     def curve(self, app: str, family: str, rule: TpotRule) -> Curve:
@@ -157,18 +160,21 @@ def score(scale: Scale, base: Task, run: RunAll, scored: Scored) -> None:
 
 
 def strain(scale: Scale, base: Task, run: RunAll, scored: Scored) -> None:
-    """Overload beyond the best stock setting's capacity; a wrong prior just below ours."""
+    """Overload of the best stock setting, and of all of them; a wrong prior just below our capacity."""
     seeds = scoring_seeds(scale)
     overload, priors = [], []
     for app in scale.apps:
-        sustained = capacity(scored.curve(app, STOCK, "deadline"), "deadline", range(scale.scoring))
-        rate = round(OVERLOAD * sustained, 4)
-        for family in (STOCK, PRIORITY, SLO):
-            setting = scored.best[app, family, "deadline"]
-            task = msgspec.structs.replace(base, app=app, setting=setting, seeds=seeds, rates=(rate,))
-            if rate:
-                overload.append(((app, family), task))
-        kept = capacity(scored.curve(app, SLO, "deadline"), "deadline", range(scale.scoring)) * KEPT
+        sustained = {
+            family: capacity(scored.curve(app, family, "deadline"), "deadline", range(scale.scoring))
+            for family in rule_families("deadline", scale.families)
+        }
+        for exceeded, highest in ((STOCK, sustained[STOCK]), (ALL, max(sustained.values()))):
+            rate = round(OVERLOAD * highest, 4)
+            for family in (STOCK, PRIORITY, SLO) if rate else ():
+                setting = scored.best[app, family, "deadline"]
+                task = msgspec.structs.replace(base, app=app, setting=setting, seeds=seeds, rates=(rate,))
+                overload.append(((app, exceeded, family), task))
+        kept = sustained[SLO] * KEPT
         for prior in PRIORS if kept else ():
             setting = msgspec.structs.replace(scored.best[app, SLO, "deadline"], prior=prior)
             task = msgspec.structs.replace(base, app=app, setting=setting, seeds=seeds, rates=(kept,))

@@ -102,7 +102,14 @@ def test_what_is_scored_was_tuned_on_other_windows_and_the_best_of_each_family_w
     assert ratio.holds
     assert ratio.value == pytest.approx(1.47, abs=0.1)
     assert {row["setting"] for row in rows(scale, scored)} >= {"stock 8192", SLO}
-    assert {row["setting"] for row in overload_rows(scored)} == {"stock", "stock priority", "slo"}
+    overloads = overload_rows(scored)
+    assert {row["setting"] for row in overloads} == {"stock", "stock priority", "slo"}
+    rates = {row["overload of"]: row["rate"] for row in overloads}
+    capacities = {
+        row["setting"]: row["capacity"] for row in rows(scale, scored) if row["TPOT rule"] == "cumulative"
+    }
+    assert rates["stock"] == pytest.approx(1.5 * capacities["stock 8192"], abs=1e-3)
+    assert rates["all"] == pytest.approx(1.5 * capacities["slo"], abs=1e-3)
 
 
 @pytest.mark.parametrize(
