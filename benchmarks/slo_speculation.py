@@ -111,6 +111,7 @@ def run_window(one: Window) -> Score:
         prefix_caching=False,
         additional_config={"penstock": {"scheduler": ours}} if way.kind == "slo" else {},
         draft_tokens=0 if way.schedule == "off" else DRAFT_TOKENS,
+        drafter="draft_model",
         draft_schedule=SCHEDULES.get(way.schedule, ()),
     )
     make = resolve("vllm.v1.core.sched.scheduler.Scheduler")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from penstock.benchmarks.speculation_model import Asked, BySchedule, ByWorth, Loop, Outcome
+from penstock.benchmarks.speculation_model import Asked, BySchedule, ByWorth, Knowing, Loop, Outcome
 from penstock.schedulers.slo.profiles import Profile, find_profile
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -35,6 +36,23 @@ SCHEDULES: dict[str, tuple[tuple[int, int], ...]] = {
 
 PRIOR = "a100-7b"
 """Where ours starts from on every engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drafter:
+    """Who drafts, on which engine, and the arrival rates around what that sustains."""
+
+    name: str
+    profile: str
+    in_passes: bool
+    rates: tuple[float, ...]
+
+
+MIXED = (
+    Drafter("n-grams", "h100-13b", False, (12.0, 15.0, 18.0, 21.0)),
+    Drafter("draft model", "a100-13b-tp2", True, (6.0, 7.5, 9.0, 10.5)),
+)
+"""A pass is priced where its time was published: a 125M model beside 13B, a tenth of an empty step."""
 
 
 def batch_rows(steps: int, seed: int) -> list[dict[str, Any]]:
@@ -100,39 +118,48 @@ def mixed_trace(rate_per_s: float, seconds: float, seed: int) -> list[Asked]:
     return trace
 
 
-def attained(make: Any, rate_per_s: float, seconds: float, seed: int) -> Outcome:
+def attained(drafter: Drafter, make: Any, rate_per_s: float, seconds: float, seed: int) -> Outcome:
     """One trace through one engine."""
-    return Loop(ENGINES["h100-13b"], make, seed).run(mixed_trace(rate_per_s, seconds, seed))
+    return Loop(find_profile(drafter.profile), make, seed).run(mixed_trace(rate_per_s, seconds, seed))
 
 
-def best_schedule(rates: Sequence[float], seconds: float, seed: int) -> str:
+def best_schedule(drafter: Drafter, seconds: float, seed: int) -> str:
     """The schedule with the highest capacity on a trace that is not scored, the fullest among equals."""
 
     def merit(name: str) -> tuple[float, int]:
         make = partial(scheduled, name)
-        found = [(rate, attained(make, rate, seconds, seed)) for rate in rates]
-        rows = [_mixed_row(rate, name, [outcome]) for rate, outcome in found]
+        found = [(rate, attained(drafter, make, rate, seconds, seed)) for rate in drafter.rates]
+        rows = [_mixed_row(drafter, rate, name, [outcome]) for rate, outcome in found]
         return capacity(rows, name), sum(outcome.attained for _, outcome in found)
 
     return max(SCHEDULES, key=merit)
 
 
-def mixed_rows(rates: Sequence[float], seconds: float, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """One row an arrival rate and a way to choose lengths."""
-    best = best_schedule(rates, seconds, seed=10_000)
-    ways: dict[str, Any] = {"off": None, f"schedule ({best})": partial(scheduled, best), "ours": ours}
+def mixed_rows(drafter: Drafter, seconds: float, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """One row an arrival rate and a way to choose lengths. The last ways are out of reach: ours with the true
+    rate of each request, and knowing which tokens are right."""
+    best = best_schedule(drafter, seconds, seed=10_000)
+    passes, profile = drafter.in_passes, drafter.profile
+    ways: dict[str, Any] = {
+        "off": None,
+        f"schedule ({best})": partial(scheduled, best),
+        "ours": partial(ByWorth, prior=PRIOR, in_passes=passes),
+        "known rates": partial(Knowing, profile=profile, tokens=False, in_passes=passes),
+        "known tokens": partial(Knowing, profile=profile, tokens=True, in_passes=passes),
+    }
     return [
-        _mixed_row(rate, name, [attained(make, rate, seconds, seed) for seed in seeds])
-        for rate in rates
+        _mixed_row(drafter, rate, name, [attained(drafter, make, rate, seconds, seed) for seed in seeds])
+        for rate in drafter.rates
         for name, make in ways.items()
     ]
 
 
-def _mixed_row(rate: float, name: str, found: Sequence[Outcome]) -> dict[str, Any]:
+def _mixed_row(drafter: Drafter, rate: float, name: str, found: Sequence[Outcome]) -> dict[str, Any]:
     drafted = sum(outcome.drafted for outcome in found)
     hit = sum(outcome.attained for outcome in found)
     return {
         "case": "mixed",
+        "drafter": drafter.name,
         "arrivals_per_s": rate,
         "lengths": name,
         "attainment": round(hit / sum(outcome.requests for outcome in found), 4),

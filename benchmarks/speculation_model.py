@@ -1,7 +1,9 @@
 """A decode loop on a virtual clock: requests come, draft lengths are chosen, drafts are verified by chance.
 
 The lengths of ours are chosen by the very object that vLLM's scheduler asks; the rest is a model: a step
-takes what a profile says, with noise, and a draft token is right with the probability of its request's class.
+takes what a profile says, with noise, its drafter's passes with it, and a draft token is right with the
+probability of its request's class. Whether it is depends on request and place alone, so that every way to
+choose lengths meets the same luck.
 """
 
 from __future__ import annotations
@@ -13,12 +15,16 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from penstock.plugins.vllm.draft_budget import DraftBudget
+from penstock.schedulers.acceptance_table import AcceptanceTable, Floats, Ints
 from penstock.schedulers.asking import Asking
 from penstock.schedulers.draft_config import SpeculationConfig
 from penstock.schedulers.drafts import Drafts
 from penstock.schedulers.slo.profiles import Profile, find_profile
 from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
+from penstock.simulation.vllm_engine import luck
 
 DRAFT_TOKENS = 5
 NOISE = 0.02
@@ -57,35 +63,86 @@ class Live:
     def of(cls, asked: Asked) -> Live:
         return cls(asked, asked.request_id, asked.prompt)
 
+    def right(self, drafted: int) -> int:
+        """Of the next ``drafted`` tokens, those before the first that a draft has wrong."""
+        places = range(self.num_output_tokens, self.num_output_tokens + drafted)
+        wrong = (place for place in places if luck(self.request_id, place) >= self.asked.rate)
+        return next(wrong, places.stop) - places.start
+
 
 Limit = Callable[[list[Live]], None]
 """Shortens the drafts of the running requests."""
 
 
 class BySchedule:
-    """vLLM's schedule: one length for all, by the number of requests in the step."""
+    """vLLM's schedule: one length for all in the step after this one, by the number of requests in this."""
 
     def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
         self._ranges = ranges
         """Largest batch and its draft tokens, ascending."""
 
     def cut(self, running: list[Live]) -> None:
-        tokens = next((tokens for most, tokens in self._ranges if len(running) <= most), 0)
-        for live in running:
-            live.spec_token_ids = live.spec_token_ids[:tokens]
+        """Nothing: drafts are as long as they should be."""
+
+    def depth(self, scheduled: int) -> int:
+        """Draft tokens that are made at the end of a step of so many requests."""
+        return next((tokens for most, tokens in self._ranges if scheduled <= most), 0)
 
 
 class ByWorth:
     """Ours, with a step-time profile that is not the engine's to start from."""
 
-    def __init__(self, clock: Callable[[], float], prior: str) -> None:
+    def __init__(self, clock: Callable[[], float], prior: str, *, in_passes: bool = False) -> None:
         model = StepTimeModel(find_profile(prior))
-        drafts = Drafts(SpeculationConfig(profile=prior), DRAFT_TOKENS, model)
+        drafts = Drafts(SpeculationConfig(profile=prior), DRAFT_TOKENS, model, in_passes=in_passes)
         self.budget = DraftBudget(drafts, clock, _asking_of)
         self.waits = False
 
     def cut(self, running: list[Live]) -> None:
         self.budget.cut(running, STEP_TOKENS, waits=self.waits)
+
+    def depth(self, _: int) -> int:
+        """Draft tokens that are made at the end of a step."""
+        return self.budget.drafts.depth
+
+
+class Knowing(ByWorth):
+    """Ours with the true acceptance in place of the estimated and the true profile to start from:
+    the rate of each request, or, ``tokens``, even which draft tokens are right."""
+
+    def __init__(
+        self, clock: Callable[[], float], profile: str, *, tokens: bool, in_passes: bool = False
+    ) -> None:
+        super().__init__(clock, profile, in_passes=in_passes)
+        self._table = KnownAcceptance(DRAFT_TOKENS, tokens=tokens)
+        self.budget.drafts.lengths.table = self._table
+
+    def cut(self, running: list[Live]) -> None:
+        self._table.live = {live.request_id: live for live in running}
+        super().cut(running)
+
+
+class KnownAcceptance(AcceptanceTable):
+    """What an estimate cannot be better than."""
+
+    def __init__(self, most_tokens: int, *, tokens: bool) -> None:
+        super().__init__(most_tokens)
+        self._tokens = tokens
+        self._of_row: dict[int, str] = {}
+        self.live: dict[str, Live] = {}
+
+    def row(self, request_id: str, class_name: str) -> int:
+        row = super().row(request_id, class_name)
+        self._of_row[row] = request_id
+        return row
+
+    def survival(self, rows: Ints) -> Floats:
+        places = np.arange(1, self.most_tokens + 1)
+        live = [self.live[self._of_row[row]] for row in rows.tolist()]
+        if self._tokens:
+            return np.array([places <= one.right(self.most_tokens) for one in live], dtype=float)
+        found: Floats = np.array([one.asked.rate for one in live])[:, None] ** places
+        return found
 
 
 def _asking_of(request: Any) -> Asking:
@@ -114,6 +171,7 @@ class Loop:
         self._rng = random.Random(seed)
         self.now_s = 0.0
         self._cutter = None if make is None else make(lambda: self.now_s)
+        self._depth = 0
         self.running: list[Live] = []
         self.outcome = Outcome()
 
@@ -133,14 +191,19 @@ class Loop:
         for live in self.running:
             if not live.is_prefill_chunk:
                 left = live.asked.output - live.num_output_tokens - 1
-                live.spec_token_ids = list(DRAFT[: max(0, left)]) if self._cutter else []
+                live.spec_token_ids = list(DRAFT[: min(self._depth, max(0, left))])
         if self._cutter is not None:
             self._cutter.cut(self.running)
         tokens = self._fill()
         total = sum(tokens.values())
         output = self._output(tokens, total) if isinstance(self._cutter, ByWorth) else None
         context = sum(live.num_computed_tokens for live in self.running)
-        seconds = self._time.seconds(StepFeatures(total, len(tokens), context))
+        passes = 0
+        if self._cutter is not None:
+            # The first pass keeps a drafter's own KV cache up to date, so that it is always made.
+            self._depth = self._cutter.depth(len(tokens))
+            passes = max(1, self._depth)
+        seconds = self._time.seconds(StepFeatures(total, len(tokens), context, passes))
         self.now_s += seconds * max(0.5, self._rng.gauss(1.0, NOISE))
         self.outcome.steps += 1
         self._finish(tokens, output)
@@ -168,6 +231,7 @@ class Loop:
             scheduled_new_reqs=[],
             scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
             num_invalid_spec_tokens=None,
+            num_spec_tokens_to_schedule=self._cutter.depth(len(tokens)),  # type: ignore[union-attr]
         )
         self._cutter.budget.scheduled(output)  # type: ignore[union-attr]
         return output
@@ -196,9 +260,8 @@ class Loop:
             live.is_prefill_chunk = False
             made = 1
         else:
-            drafted, accepted = len(live.spec_token_ids), 0
-            while accepted < drafted and self._rng.random() < live.asked.rate:
-                accepted += 1
+            drafted = len(live.spec_token_ids)
+            accepted = live.right(drafted)
             self.outcome.drafted += drafted
             self.outcome.accepted += accepted
             made = accepted + 1

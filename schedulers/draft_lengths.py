@@ -57,6 +57,28 @@ def fastest_lengths(values: Floats, rest: Floats, seconds: Floats) -> Chosen:
     return Chosen(_first(values, best, float(ordered[best - 1])), float(rate[best] / rate[0]) - 1.0)
 
 
+def rates_by_depth(values: Floats, rest: Floats, seconds: Floats, pass_s: float) -> Floats:
+    """``[positions]``: the most worth a second with drafts of up to 1, 2, ... tokens, where each position after
+    the first costs the whole batch ``pass_s`` seconds.
+
+    The first pass is no choice: a drafter with a KV cache of its own makes it whatever is asked of it. Other
+    arguments are those of ``fastest_lengths``.
+    """
+    positions, most = values.shape[1], len(rest) - 1
+    order = np.argsort(-values, axis=None)
+    ordered, places = values.ravel()[order], order % positions
+    depths = np.arange(positions)[:, None]
+    taken = places <= depths
+    number = np.cumsum(taken, axis=1)
+    worths = np.cumsum(ordered * taken, axis=1)
+    worths[number > most] = 0.0
+    number = np.minimum(number, most)
+    rate = (worths + rest[number]) / (seconds[number] + pass_s * depths)
+    without: Floats = rest[0] / (seconds[0] + pass_s * depths[:, 0])
+    best: Floats = np.maximum(rate.max(axis=1), without)
+    return best
+
+
 def _first(values: Floats, number: int, least: float) -> Ints:
     """Lengths with the ``number`` most valuable tokens, of which the last is worth ``least``."""
     above = values > least
@@ -83,6 +105,8 @@ class DraftLengths:
         self._probe_share = probe_share
         self._credit_s = 0.0
         self._probed: dict[int, int] = {}
+        self.depth = most_tokens
+        """Passes that the drafter should make at the end of the step."""
         self.probes = 0
         self.served_s = self.probing_s = 0.0
 
@@ -95,6 +119,8 @@ class DraftLengths:
         rest: Floats,
         seconds: Floats,
         unsure: Unsure = lambda drafted: False,
+        pass_s: float = 0.0,
+        unsure_of_passes: Unsure = lambda passes: False,
     ) -> Ints:
         """Draft tokens of each row.
 
@@ -104,12 +130,17 @@ class DraftLengths:
             needed: ``[n]``, tokens that each needs of the step for its pace; 0 where it has none.
             rest, seconds: as in ``fastest_lengths``; their length bounds the draft tokens of the step.
             unsure: whether it is unclear what so many draft tokens cost.
+            pass_s: time that a pass of the drafter takes; 0 leaves ``depth`` alone.
+            unsure_of_passes: whether it is unclear what so many passes cost.
         """
         self.served_s += float(seconds[0])
         self._credit_s = min(MOST_CREDIT_S, self._credit_s + self._probe_share * float(seconds[0]))
         if len(rows) == 0 or len(rest) < 2:
             return np.zeros(len(rows), dtype=np.int64)
         values = worth(self.table.survival(rows), needed, self._spare_worth)
+        if pass_s > 0:
+            self._deepen(values, rest, seconds, pass_s, unsure_of_passes)
+            seconds = seconds + pass_s * (self.depth - 1)
         values[np.arange(self.table.most_tokens) >= available[:, None]] = 0.0
         chosen = fastest_lengths(values, rest, seconds)
         if chosen.gain >= self._least_gain:
@@ -118,6 +149,19 @@ class DraftLengths:
                 return np.zeros(len(rows), dtype=np.int64)
             return chosen.lengths
         return self._probe(rows, available, seconds)
+
+    def _deepen(self, values: Floats, rest: Floats, seconds: Floats, pass_s: float, unsure: Unsure) -> None:
+        """Choose the passes for the next step as if it were as this one is."""
+        rates = rates_by_depth(values, rest, seconds, pass_s)
+        best = int(np.argmax(rates))
+        if rates[best] < (1.0 + self._least_gain) * rest[0] / seconds[0]:
+            best = 0
+        deepest = len(rates) - 1
+        if self._credit_s > 0 and deepest and unsure(deepest):
+            other = 0 if best else deepest
+            self._spend(float(seconds[0]) * max(0.0, 1.0 - float(rates[other] / rates[best])))
+            best = other
+        self.depth = 1 + best
 
     def _probe(self, rows: Ints, available: Ints, seconds: Floats) -> Ints:
         """A draft of the request that was probed least, if there is credit for its whole cost."""

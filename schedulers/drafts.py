@@ -35,11 +35,18 @@ class Besides(NamedTuple):
 
 
 class Drafts:
-    """Drafts of up to ``most_tokens``; ``model`` is told of steps by whoever owns it."""
+    """Drafts of up to ``most_tokens``; ``model`` is told of steps by whoever owns it.
 
-    def __init__(self, config: SpeculationConfig, most_tokens: int, model: StepTimeModel) -> None:
+    ``in_passes`` says that the drafter makes a pass for each token of the longest draft, and as many as it is
+    told to.
+    """
+
+    def __init__(
+        self, config: SpeculationConfig, most_tokens: int, model: StepTimeModel, *, in_passes: bool = False
+    ) -> None:
         self._config = config
         self.most_tokens = most_tokens
+        self.in_passes = in_passes
         self.model = model
         self.cost = DraftCost(model)
         self.lengths = DraftLengths(
@@ -63,32 +70,48 @@ class Drafts:
         """A request is gone."""
         self.lengths.table.forget(request_id)
 
-    def seconds(self, besides: Besides, drafts: Ints) -> tuple[Ints, Floats]:
-        """Tokens of the step with so many draft tokens, and its times; prompts give way to drafts."""
-        sure = besides.decodes + drafts
-        held = np.minimum(sure + besides.prompt_tokens, np.maximum(sure, besides.prompts_within))
-        features = StepFeatures(0, besides.requests, besides.context_tokens)
-        return held, self.cost.seconds(features, held)
+    @property
+    def depth(self) -> int:
+        """Tokens of the longest draft that should be made at the end of the step, at least 1."""
+        return self.lengths.depth
+
+    def seconds(self, besides: Besides, drafts: Ints) -> Floats:
+        """Times of the step with so many draft tokens and one pass of the drafter, had it no prompts.
+
+        Prompts are computed in this step or in the next: their time is the same whatever is drafted, and with
+        it a step would look long, and passes and drafts beside it worth their time too seldom.
+        """
+        features = StepFeatures(0, besides.requests, besides.context_tokens, int(self.in_passes))
+        return self.cost.seconds(features, besides.decodes + drafts)
 
     def choose(self, rows: Ints, available: Ints, slack_s: Floats, tpot_s: Floats, besides: Besides) -> Ints:
         """Draft tokens of each row.
 
         Args:
             rows: ``[n]``, rows of requests that decode in the step and may draft.
-            available: ``[n]``, draft tokens that there are for each.
+            available: ``[n]``, draft tokens that there are for each; those that there should be for the next
+                step, ``depth``, are chosen with them.
             slack_s: ``[n]``, time from the start of the step until the next token of each is due.
             tpot_s: ``[n]``, seconds for each token after that; infinite without a pace.
             besides: what else the step holds; its decodes include those of ``rows``.
         """
-        room = max(0, min(int(available.sum()), besides.most_tokens - besides.decodes))
+        possible = len(rows) * self.most_tokens if self.in_passes else int(available.sum())
+        room = max(0, min(possible, besides.most_tokens - besides.decodes))
         drafts = np.arange(room + 1)
-        held, seconds = self.seconds(besides, drafts)
+        seconds = self.seconds(besides, drafts)
         needed = needed_tokens(slack_s, tpot_s, float(seconds[0]))
         spare, prompt = self._config.spare_worth, self._config.prompt_worth
         sure = spare * besides.decodes + (1 - spare) * np.count_nonzero(needed)
-        rest = sure + prompt * (held - besides.decodes - drafts)
+        rest = sure - prompt * displaced_prompts(besides, drafts)
         lengths = self.lengths.lengths(
-            rows, available, needed, rest=rest, seconds=seconds, unsure=self.cost.unsure
+            rows,
+            available,
+            needed,
+            rest=rest,
+            seconds=seconds,
+            unsure=self.cost.unsure,
+            pass_s=self.cost.pass_s if self.in_passes else 0.0,
+            unsure_of_passes=self.cost.unsure_of_passes,
         )
         self._recent *= RECENT_DECAY
         self._recent[:2] += len(rows), lengths.sum()
@@ -108,6 +131,13 @@ class Drafts:
         """What decodes lately got of a step and took there, all that might have drafted."""
         decodes, drafted, accepted = self._recent.tolist()
         return Yield(1.0 + accepted / decodes, 1.0 + drafted / decodes) if decodes else PLAIN
+
+
+def displaced_prompts(besides: Besides, drafts: Ints) -> Ints:
+    """Prompt tokens that a step leaves out for so many draft tokens."""
+    room = max(0, besides.prompts_within - besides.decodes)
+    left: Ints = np.minimum(besides.prompt_tokens, np.maximum(0, room - drafts))
+    return min(besides.prompt_tokens, room) - left
 
 
 def needed_tokens(slack_s: Floats, tpot_s: Floats, step_s: float) -> Floats:

@@ -47,6 +47,8 @@ MODEL_CONFIG = {
 }
 """A model that is never loaded: its shape decides nothing but what the engine's configuration accepts."""
 
+DRAFTERS = ("ngram", "draft_model")
+
 SchedulerFactory = Callable[..., Any]
 """A scheduler class, or a function, called with the keyword arguments of vLLM's engine core."""
 
@@ -66,6 +68,8 @@ class EngineShape:
     """For a simulation with ``overlap``."""
     additional_config: Mapping[str, Any] = field(default_factory=dict)
     draft_tokens: int = 0
+    drafter: str = "ngram"
+    """How drafts are made: "draft_model" takes a pass for each token of the longest one, "ngram" none."""
     draft_schedule: tuple[tuple[int, int, int], ...] = ()
     """vLLM's schedule by batch size: first and last number of requests, draft tokens; none drafts
     ``draft_tokens`` always."""
@@ -73,19 +77,26 @@ class EngineShape:
     def __post_init__(self) -> None:
         if self.draft_tokens and self.async_scheduling:
             raise ValueError("async_scheduling: given beside draft_tokens, allowed: one of both")
+        if self.drafter not in DRAFTERS:
+            raise ValueError(f"drafter: given {self.drafter!r}, allowed: {', '.join(DRAFTERS)}")
 
-    @property
-    def speculation(self) -> dict[str, Any] | None:
-        """``--speculative-config``. Who drafts is nothing to a scheduler."""
+    def speculation(self, model: str) -> dict[str, Any] | None:
+        """``--speculative-config``; ``model`` is the folder of the draft model, if there is one."""
         if not self.draft_tokens:
             return None
         schedule = [list(entry) for entry in self.draft_schedule] or None
+        own = {"prompt_lookup_max": 2} if self.drafter == "ngram" else {"model": model}
         return {
-            "method": "ngram",
+            "method": self.drafter,
             "num_speculative_tokens": self.draft_tokens,
-            "prompt_lookup_max": 2,
             "num_speculative_tokens_per_batch_size": schedule,
+            **own,
         }
+
+    def passes(self, depth: int) -> int:
+        """Passes of the drafter in a step that asks for drafts of ``depth`` tokens. A draft model makes its
+        first one in any case: its own KV cache follows the model's."""
+        return max(1, depth) if self.draft_tokens and self.drafter == "draft_model" else 0
 
     @property
     def num_blocks(self) -> int:
@@ -110,7 +121,7 @@ def vllm_config(shape: EngineShape) -> VllmConfig:
             async_scheduling=shape.async_scheduling,
             disable_hybrid_kv_cache_manager=True,
             additional_config=dict(shape.additional_config),
-            speculative_config=shape.speculation,
+            speculative_config=shape.speculation(folder),
         ).create_engine_config()
     made.cache_config.num_gpu_blocks = shape.num_blocks
     # vLLM's CPU platform turns it off, whatever it is told.
@@ -266,7 +277,7 @@ class VllmEngine:
             for request_id, tokens in output.num_scheduled_tokens.items()
         ]
         token = (output, self._sampled(output))
-        passes = output.num_spec_tokens_to_schedule if rows and self._shape.draft_tokens else 0
+        passes = self._shape.passes(output.num_spec_tokens_to_schedule) if rows else 0
         return Batch(rows, tuple(sorted(output.preempted_req_ids or ())), token, passes)
 
     def _sampled(self, output: Any) -> ModelRunnerOutput:

@@ -59,7 +59,7 @@ class _InFlight:
 
 class DraftBudget:
     """Cuts drafts to what they are worth, and learns. Calls come in the order of a step: ``cut``, or ``keep``
-    where a plan chose the lengths; ``scheduled``; ``executed``. Several steps may be in flight."""
+    where a plan chose the lengths; ``limit_passes``; ``scheduled``; ``executed``. Several steps may be in flight."""
 
     def __init__(
         self,
@@ -68,10 +68,15 @@ class DraftBudget:
         asking_of: Callable[[Request], Asking],
         *,
         tell_model: bool = True,
+        passes_end_later: bool = False,
     ) -> None:
-        """``tell_model`` False leaves it to somebody else to tell the step-time model of steps."""
+        """``tell_model`` False leaves it to somebody else to tell the step-time model of steps.
+        ``passes_end_later`` says that a step's result does not wait for the passes made at its end, so that
+        the time of the next one has them."""
         self.drafts = drafts
         self._tell_model = tell_model
+        self._passes_end_later = passes_end_later
+        self._passes = 0
         self._clock = clock
         self._asking_of = asking_of
         self._known: dict[str, _Paced] = {}
@@ -86,7 +91,9 @@ class DraftBudget:
         self._started_s = now_s = self._clock()
         # Comprehensions, since a batch has hundreds of requests and a step lasts milliseconds.
         prefilling = [request for request in running if request.is_prefill_chunk]
-        drafting = [request for request in running if request.spec_token_ids]
+        # Passes are made for all who decode, whoever has a draft now.
+        passes = self.drafts.in_passes
+        drafting = [request for request in running if passes or request.spec_token_ids]
         self._context = sum([request.num_computed_tokens for request in running])
         if prefilling:
             drafting = [request for request in drafting if not request.is_prefill_chunk]
@@ -159,6 +166,12 @@ class DraftBudget:
         self._known[request.request_id] = paced
         return paced
 
+    def limit_passes(self, output: SchedulerOutput) -> None:
+        """Have the drafter make no more passes at the end of the step than pay."""
+        if self.drafts.in_passes:
+            depth = min(self.drafts.depth, output.num_spec_tokens_to_schedule)
+            output.num_spec_tokens_to_schedule = depth
+
     def scheduled(self, output: SchedulerOutput) -> None:
         """A step was made."""
         drafts = output.scheduled_spec_decode_tokens
@@ -170,7 +183,10 @@ class DraftBudget:
         drafted = sum(map(len, drafts.values()))
         self.allocated += drafted - sum(len(drafts[name]) for name in padded)
         self._prompt_tokens = sum(tokens[name] for name in admitted)
-        features = StepFeatures(output.total_num_scheduled_tokens, len(tokens), self._context)
+        passes = max(1, output.num_spec_tokens_to_schedule) if self.drafts.in_passes else 0
+        self._passes, before = passes, self._passes
+        timed = before if self._passes_end_later else passes
+        features = StepFeatures(output.total_num_scheduled_tokens, len(tokens), self._context, timed)
         self._in_flight.append(_InFlight(output, features, self._started_s, drafted, padded))
 
     def executed(self, output: SchedulerOutput, result: ModelRunnerOutput) -> None:

@@ -32,6 +32,9 @@ else:
     Stock = object
 
 
+DRAFT_HEADS = ("eagle", "eagle3", "mtp")
+
+
 class DraftControlling(Stock):
     """What comes right before vLLM's own scheduler. Does nothing until ``control_drafts``."""
 
@@ -58,8 +61,14 @@ class DraftControlling(Stock):
             raise ConfigurationError("scheduler.speculation: nothing drafts; give --speculative-config, too")
         require(DRAFT_CONTROL, upstream())
         own = model or StepTimeModel(find_profile(config.profile))
-        drafts = Drafts(config, self.num_spec_tokens, own)
-        self.drafts = DraftBudget(drafts, clock, asking_of, tell_model=model is None)
+        drafts = Drafts(config, self.num_spec_tokens, own, in_passes=makes_passes(self.vllm_config))
+        self.drafts = DraftBudget(
+            drafts,
+            clock,
+            asking_of,
+            tell_model=model is None,
+            passes_end_later=bool(self.vllm_config.use_v2_model_runner),
+        )
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         if self.drafts is None:
@@ -72,6 +81,12 @@ class DraftControlling(Stock):
         output = super().schedule(*args, **kwargs)
         self.drafts.scheduled(output)
         return output
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        # Workers draft as much at the end of the step; places for drafts to come are as many.
+        if self.drafts is not None:
+            self.drafts.limit_passes(scheduler_output)
+        super()._update_after_schedule(scheduler_output)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         if self.drafts is not None:
@@ -88,3 +103,19 @@ class DraftControlling(Stock):
         if self.drafts is not None:
             self.drafts.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)
+
+
+def makes_passes(vllm_config: Any) -> bool:
+    """Whether drafts cost a pass a token, and the drafter makes as few as a step tells it to.
+
+    vLLM's first model runner tells all drafters; those that look up need no passes, those that draft all
+    tokens at once make one, and some refuse another number than the configured one. Its second tells draft
+    heads alone. Ranks of data parallelism must make equally many, and each has a scheduler of its own.
+    """
+    speculative = vllm_config.speculative_config
+    method = speculative.method
+    if speculative.parallel_drafting or vllm_config.parallel_config.data_parallel_size > 1:
+        return False
+    if vllm_config.use_v2_model_runner:
+        return method in DRAFT_HEADS and not speculative.use_multi_module_mtp()
+    return method in DRAFT_HEADS or method == "draft_model"

@@ -21,6 +21,7 @@ CONTROL = (
         schedule="(self, *args, **kwargs)",
         update_from_output="(self, scheduler_output, model_runner_output)",
         _free_request="(self, request, *args, **kwargs)",
+        _update_after_schedule="(self, scheduler_output)",
     ),
     *read(
         _SCHEDULER,
@@ -46,7 +47,11 @@ CONTROL = (
         "scheduled_new_reqs",
         "scheduled_cached_reqs",
         "num_invalid_spec_tokens",
+        "num_spec_tokens_to_schedule",
     ),
+    *read("vllm.config.speculative:SpeculativeConfig", "method", "parallel_drafting", "use_multi_module_mtp"),
+    *read("vllm.config.vllm:VllmConfig", "use_v2_model_runner", "parallel_config", "speculative_config"),
+    *read("vllm.config.parallel:ParallelConfig", "data_parallel_size"),
     *read("vllm.v1.outputs:ModelRunnerOutput", "sampled_token_ids", "req_id_to_index"),
     *read("vllm.v1.core.sched.output:CachedRequestData", "resumed_req_ids"),
 )

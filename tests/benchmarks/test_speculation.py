@@ -31,6 +31,21 @@ def test_a_draft_that_is_always_right_makes_a_step_give_all_its_tokens():
     assert found.steps == 1 + 60 // 6
 
 
+def test_knowing_which_tokens_are_right_drafts_no_other():
+    drafter = cases.MIXED[1]
+    make = partial(cases.Knowing, profile=drafter.profile, tokens=True, in_passes=True)
+    found = cases.attained(drafter, make, 6.0, 3.0, seed=1)
+    assert found.accepted > 0
+    assert found.drafted - found.accepted <= 0.02 * found.drafted
+
+
+def test_a_draft_model_costs_its_passes_whether_tokens_are_right_or_not():
+    trace = [Asked("r", 0.0, 10, 61, "c", 0.0)]
+    truth = cases.find_profile("a100-13b-tp2")
+    times = [Loop(truth, partial(cases.scheduled, name), seed=0).run(trace).ended_s for name in ("1", "5")]
+    assert times[1] - times[0] == pytest.approx(61 * 4 * truth.pass_s, rel=0.2)
+
+
 def test_capacity_is_where_attainment_crosses():
     rows = [
         {"lengths": "ours", "arrivals_per_s": rate, "attainment": share}

@@ -20,17 +20,23 @@ DRAFT_TOKENS = 4
 WRONG = 5
 
 
+DRAFTERS: dict[str, dict[str, Any]] = {
+    "ngram": {"prompt_lookup_max": 2},
+    "draft_model": {"model": str(ensure_model())},
+}
+
+
 @cache
-def _template() -> VllmConfig:
+def _template(drafter: str) -> VllmConfig:
     arguments = EngineArgs(
         model=str(ensure_model()),
         dtype="bfloat16",
         block_size=BLOCK,
         max_model_len=1024,
         speculative_config={
-            "method": "ngram",
+            "method": drafter,
             "num_speculative_tokens": DRAFT_TOKENS,
-            "prompt_lookup_max": 2,
+            **DRAFTERS[drafter],
         },
     )
     return arguments.create_engine_config()
@@ -39,28 +45,37 @@ def _template() -> VllmConfig:
 class DraftingSettings(Settings):
     """An engine with n-gram drafts."""
 
+    drafter = "ngram"
+
     def config(self, **more: Any) -> VllmConfig:
         plain = super().config(**more)
-        config = copy.deepcopy(_template())
+        config = copy.deepcopy(_template(self.drafter))
         config.scheduler_config = plain.scheduler_config
         config.cache_config = plain.cache_config
         config.additional_config = plain.additional_config
         return config
 
 
+class DraftModelSettings(DraftingSettings):
+    """An engine with a draft model."""
+
+    drafter = "draft_model"
+
+
 @dataclass
 class Clock:
-    """Time as the engine makes it: a step's seconds by its tokens."""
+    """Time as the engine makes it: a step's seconds by its tokens and by its drafter's passes."""
 
     base_s: float = 0.02
     token_s: float = 1e-5
+    pass_s: float = 0.0
     now_s: float = 100.0
 
     def __call__(self) -> float:
         return self.now_s
 
-    def pass_step(self, tokens: int) -> None:
-        self.now_s += self.base_s + self.token_s * tokens
+    def pass_step(self, tokens: int, passes: int) -> None:
+        self.now_s += self.base_s + self.token_s * tokens + self.pass_s * passes
 
 
 @dataclass
@@ -87,15 +102,19 @@ class DraftingStepper(Stepper):
         self.rng = random.Random(seed)
         self.length: dict[str, int] = {}
         self.heard = Heard()
+        self.depths: list[int] = []
+        """Passes that the drafter was asked for, by step."""
         self.overlaps = depth > 1
         self.most_tokens = scheduler.num_spec_tokens
 
     def receive(self) -> None:
         output, result = self.in_flight.popleft()
-        self.clock.pass_step(output.total_num_scheduled_tokens)
+        depth = output.num_spec_tokens_to_schedule
+        self.depths.append(depth)
+        self.clock.pass_step(output.total_num_scheduled_tokens, max(1, depth))
         self.scheduler.update_from_output(output, result)
         if not self.overlaps:
-            self.scheduler.update_draft_token_ids(self._draft(result.req_ids))
+            self.scheduler.update_draft_token_ids(self._draft(result.req_ids, depth))
 
     def _run(self, output: SchedulerOutput) -> ModelRunnerOutput:
         ids = list(output.num_scheduled_tokens)
@@ -121,13 +140,13 @@ class DraftingStepper(Stepper):
         self.length[name] = start + accepted + 1
         return [token(name, start + place) for place in range(accepted + 1)]
 
-    def _draft(self, names: list[str]) -> DraftTokenIds:
-        return DraftTokenIds(names, [self._guess(name) for name in names])
+    def _draft(self, names: list[str], depth: int) -> DraftTokenIds:
+        return DraftTokenIds(names, [self._guess(name, min(depth, self.most_tokens)) for name in names])
 
-    def _guess(self, name: str) -> list[int]:
+    def _guess(self, name: str, tokens: int) -> list[int]:
         start = self.length.get(name, 0)
         guesses = []
-        for place in range(self.most_tokens):
+        for place in range(tokens):
             right = self.rng.random() < self.rate_of(name)
             guesses.append(token(name, start + place) if right else WRONG)
         return guesses

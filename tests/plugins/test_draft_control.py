@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from drafting_engine import DRAFT_TOKENS, Clock, DraftingSettings, DraftingStepper
+from drafting_engine import DRAFT_TOKENS, Clock, DraftingSettings, DraftingStepper, DraftModelSettings
 from stepped_scheduler import Settings, build, request, token
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -20,6 +21,7 @@ from penstock.patches.vllm.stat_logging import PAYLOAD_KEY
 from penstock.plugins import features, ledger
 from penstock.plugins.configuration import ConfigurationError
 from penstock.plugins.vllm.draft_budget import DraftBudget
+from penstock.plugins.vllm.draft_control import makes_passes
 from penstock.plugins.vllm.request_scheduler import (
     make_scheduler,
 )
@@ -37,9 +39,18 @@ def _own_process_state(monkeypatch):
     monkeypatch.delenv(features.ASKED_FOR, raising=False)
 
 
-def engine(rate_of, *, is_async=False, clock=None, blocks=2000, make=make_scheduler, **ours: Any):
+def engine(
+    rate_of,
+    *,
+    is_async=False,
+    clock=None,
+    blocks=2000,
+    make=make_scheduler,
+    kind=DraftingSettings,
+    **ours: Any,
+):
     clock = clock or Clock()
-    settings = DraftingSettings(blocks=blocks, budget=256, seqs=16, is_async=is_async, ours=ours)
+    settings = kind(blocks=blocks, budget=256, seqs=16, is_async=is_async, ours=ours)
     arguments = {"clock": clock} if make is make_scheduler else {}
     scheduler = build(settings, make, **arguments)
     return DraftingStepper(scheduler, rate_of, clock, depth=2 if is_async else 1)
@@ -169,6 +180,77 @@ def test_cheap_tokens_are_drafted_in_full_and_dear_ones_hardly_at_all(is_async):
     assert steps[0] < 0.4 * steps[1]
 
 
+@BOTH
+@pytest.mark.parametrize("policy", ["fcfs", "slo"])
+def test_a_draft_model_makes_the_passes_that_pay_and_answers_are_the_same(policy, is_async):
+    targets = {"ttft_slo_ms": 60_000.0, "tpot_slo_ms": 100.0} if policy == "slo" else {}
+    passes = []
+    for pass_s in (1e-6, 2e-2):
+        clock = Clock(pass_s=pass_s)
+        stepper = engine(
+            lambda _: 0.8,
+            is_async=is_async,
+            clock=clock,
+            kind=DraftModelSettings,
+            policy=policy,
+            speculation={},
+        )
+        sent = send(stepper, 8, output=200, **targets)
+        stepper.drain()
+        assert answers(sent) == expected(sent)
+        stepper.scheduler.drafts.check_integrity()
+        passes.append(np.mean(stepper.depths[20:]))
+    assert passes[0] > 3.5
+    assert passes[1] < 1.5
+
+
+@BOTH
+def test_nobody_verifies_more_than_was_drafted_in_the_step_before(is_async):
+    stepper = engine(
+        lambda _: 0.7,
+        is_async=is_async,
+        clock=Clock(token_s=3e-4, pass_s=3e-3),
+        kind=DraftModelSettings,
+        policy="fcfs",
+        speculation={"least_gain": 0.0},
+    )
+    longest = []
+    schedule = stepper.scheduler.schedule
+
+    def watched():
+        output = schedule()
+        lengths = map(len, output.scheduled_spec_decode_tokens.values())
+        longest.append((max(lengths, default=0), output.num_spec_tokens_to_schedule))
+        return output
+
+    stepper.scheduler.schedule = watched
+    for count in range(6):
+        stepper.scheduler.add_request(request(f"r{count}", [count] * 20, 60))
+        for _ in range(8):
+            stepper.step()
+    stepper.drain()
+    assert all(length <= before for (_, before), (length, _) in pairwise(longest))
+    assert len({depth for _, depth in longest}) > 1
+
+
+def test_passes_are_ordered_where_the_drafter_makes_as_many_as_it_is_told():
+    def config(method, *, v2=False, ranks=1, parallel=False):
+        return SimpleNamespace(
+            speculative_config=SimpleNamespace(
+                method=method, parallel_drafting=parallel, use_multi_module_mtp=lambda: False
+            ),
+            parallel_config=SimpleNamespace(data_parallel_size=ranks),
+            use_v2_model_runner=v2,
+        )
+
+    assert all(makes_passes(config(method)) for method in ("eagle", "eagle3", "mtp", "draft_model"))
+    assert not any(makes_passes(config(method)) for method in ("ngram", "suffix", "medusa", "custom_class"))
+    assert makes_passes(config("eagle3", v2=True))
+    assert not makes_passes(config("draft_model", v2=True))
+    assert not makes_passes(config("eagle", ranks=2))
+    assert not makes_passes(config("draft_model", parallel=True))
+
+
 def test_drafts_that_are_never_right_cost_a_percent_at_most():
     times = []
     for speculation in ({}, None):
@@ -257,6 +339,7 @@ def test_places_that_vllm_fills_up_itself_are_no_drafts():
         scheduled_new_reqs=[],
         scheduled_cached_reqs=SimpleNamespace(resumed_req_ids={"r"}),
         num_invalid_spec_tokens=None,
+        num_spec_tokens_to_schedule=4,
     )
     before = drafts.lengths.table.survival(row).copy()
     budget.scheduled(output)

@@ -37,6 +37,21 @@ def test_steps_that_differ_show_what_a_token_costs(token_s, noise):
     assert not cost.unsure(64)
 
 
+@pytest.mark.parametrize("pass_s", [0.0, 2e-3])
+def test_tokens_and_passes_are_told_apart(pass_s):
+    rng = random.Random(1)
+    cost = DraftCost(StepTimeModel(PRIOR))
+    for _ in range(100):
+        drafted, passes = rng.choice((0, 32, 64)), rng.choice((1, 3, 5))
+        seconds = 0.02 + 1e-4 * (16 + drafted) + pass_s * passes
+        cost.observe(StepFeatures(16 + drafted, 16, 0, passes), drafted, seconds)
+    assert cost.token_s == pytest.approx(1e-4, rel=0.02)
+    assert cost.pass_s == pytest.approx(pass_s, abs=2e-5)
+    (found,) = cost.seconds(StepFeatures(0, 16, 0, 3), np.array([16]))
+    assert found == pytest.approx(0.0216 + 3 * pass_s, rel=0.02)
+    assert not cost.unsure_of_passes(4)
+
+
 def test_steps_that_are_all_alike_leave_it_unsure():
     assert observed(1e-3, [64] * 60).unsure(64)
     assert not observed(1e-3, [64] * 60).unsure(0)

@@ -12,8 +12,8 @@ from counted_acceptance import CountedAcceptance
 
 from penstock.schedulers.acceptance_table import NOBODY, AcceptanceTable
 from penstock.schedulers.draft_config import SpeculationConfig
-from penstock.schedulers.draft_lengths import DraftLengths, fastest_lengths, worth
-from penstock.schedulers.drafts import Besides, Drafts
+from penstock.schedulers.draft_lengths import DraftLengths, fastest_lengths, rates_by_depth, worth
+from penstock.schedulers.drafts import Besides, Drafts, displaced_prompts
 from penstock.schedulers.slo.profiles import Profile
 from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
 
@@ -55,6 +55,34 @@ def test_no_other_lengths_have_more_worth_a_second(seed):
     assert math.isclose(found.gain, best * seconds[0] / sure - 1, abs_tol=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_a_pass_is_worth_what_all_requests_gain_by_it(seed):
+    survival, needed, seconds = random_batch(seed)
+    values, pass_s = worth(survival, needed, 0.5), 0.2
+    sure = 0.5 * len(survival)
+
+    def best(depth):
+        every = product(range(depth + 1), repeat=len(survival))
+        return max(
+            (sure + sum(values[row, :length].sum() for row, length in enumerate(lengths)))
+            / (seconds[sum(lengths)] + pass_s * (depth - 1))
+            for lengths in every
+            if sum(lengths) < len(seconds)
+        )
+
+    found = rates_by_depth(values, np.full(len(seconds), sure), seconds, pass_s)
+    np.testing.assert_allclose(found, [best(depth + 1) for depth in range(survival.shape[1])])
+
+
+@pytest.mark.parametrize(("pass_s", "depth"), [(1e-5, 4), (0.05, 1)])
+def test_the_drafter_is_asked_for_no_more_passes_than_pay(pass_s, depth):
+    model = StepTimeModel(Profile(base_s=0.02, token_s=1e-6, pass_s=pass_s))
+    drafts = Drafts(SpeculationConfig(probe_share=0.0), 4, model, in_passes=True)
+    rows, nothing = ints(*(drafts.row(f"r{i}", "c") for i in range(4))), np.full(4, np.inf)
+    drafts.choose(rows, np.zeros(4, dtype=np.int64), nothing, nothing, Besides(4, 0, 64, 64, 4, 100))
+    assert drafts.depth == depth
+
+
 @pytest.mark.parametrize("acceptance", [0.5, 0.7, 0.9])
 def test_where_only_the_pace_counts_lengths_are_those_of_slos_serve(acceptance):
     """Tier k verifies the fewest tokens s with Acc(s) >= T / tpot_k, T = Acc(j) * tpot of the tightest."""
@@ -84,8 +112,7 @@ def test_drafts_end_with_the_room_of_the_step_and_prompts_give_way():
     rows = ints(*(drafts.row(f"r{i}", "c") for i in range(4)))
     drafts.learn(rows, ints(4, 4, 4, 4), ints(4, 4, 4, 4))
     besides = Besides(4, 1000, 8, 10, 4, 100)
-    held, _ = drafts.seconds(besides, np.arange(7))
-    assert list(held) == [8, 8, 8, 8, 8, 9, 10]
+    assert list(displaced_prompts(besides, np.arange(7))) == [0, 1, 2, 3, 4, 4, 4]
     found = drafts.choose(rows, np.full(4, 4), np.full(4, 0.01), np.full(4, 0.01), besides)
     assert 0 < found.sum() <= 6
 

@@ -232,3 +232,16 @@ def test_vllm_s_own_schedule_by_batch_size_decides_how_many_are_drafted():
     asks = [asked(number, 30, 1.0) for number in range(4)]
     result, _ = run(Fixed(asks), replace(SMALL, draft_tokens=5, draft_schedule=((1, 2, 5), (3, 16, 0))))
     assert [len(set(one.token_times)) for one in result.served] == [30] * 4
+
+
+def test_a_draft_model_makes_its_first_pass_even_where_nothing_is_drafted():
+    for schedule, passes in (((), 5), (((1, 16, 0),), 1), (((1, 16, 3),), 3)):
+        shape = replace(SMALL, draft_tokens=5, draft_schedule=schedule, drafter="draft_model")
+        engine = VllmEngine(shape)
+        engine.add(asked(0, 10, 1.0))
+        assert engine.schedule().draft_steps == passes
+    engine = VllmEngine(replace(SMALL, draft_tokens=5))
+    engine.add(asked(0, 10, 1.0))
+    assert engine.schedule().draft_steps == 0
+    with pytest.raises(ValueError, match="drafter"):
+        replace(SMALL, drafter="oracle")
