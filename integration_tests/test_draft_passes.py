@@ -1,4 +1,4 @@
-"""A draft model on a real engine makes the passes that its scheduler asks for, and the tokens stay the same."""
+"""A draft model on a real engine makes the passes that its scheduler asks for; tokens stay the same."""
 
 from __future__ import annotations
 

@@ -19,8 +19,7 @@ LEVEL_DECAY = 0.8
 PRIOR_TOKENS, PRIOR_PASSES = 4.0, 1.0
 """What is believed at first counts as much as a pair of steps that differ by so many."""
 PASS_SHARE = 0.05
-"""Of the time of a step without a token, what a pass is believed to take where a profile says nothing: a layer
-of tens."""
+"""Of the time of a step without a token: what a pass is believed to take where a profile does not say."""
 LARGEST_RATIO = 20.0
 """Two steps that differ in time by more are not of one kind."""
 
@@ -32,7 +31,7 @@ class DraftCost:
         self._model = model
         self._pair_s = np.zeros(2)
         self._spread = np.zeros((2, 2))
-        """Of pairs of steps: differences in draft tokens and passes times those in time, and times each other."""
+        """Sums over pairs of steps: differences in draft tokens and passes by those in time, and by each other."""
         self._level_s = 0.0
         self._last: tuple[int, Floats, float] | None = None
 

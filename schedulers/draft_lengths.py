@@ -58,7 +58,7 @@ def fastest_lengths(values: Floats, rest: Floats, seconds: Floats) -> Chosen:
 
 
 def rates_by_depth(values: Floats, rest: Floats, seconds: Floats, pass_s: float) -> Floats:
-    """``[positions]``: the most worth a second with drafts of up to 1, 2, ... tokens, where each position after
+    """``[positions]``: the most worth a second with drafts of up to 1, 2, ... tokens; each position after
     the first costs the whole batch ``pass_s`` seconds.
 
     The first pass is no choice: a drafter with a KV cache of its own makes it whatever is asked of it. Other
