@@ -31,7 +31,7 @@ class DraftCost:
         self._model = model
         self._pair_s = np.zeros(2)
         self._spread = np.zeros((2, 2))
-        """Sums over pairs of steps: differences in draft tokens and passes by those in time, and by each other."""
+        """Sums over pairs of steps: differences in drafts and passes by those in time, and by each other."""
         self._level_s = 0.0
         self._last: tuple[int, Floats, float] | None = None
 

@@ -59,7 +59,7 @@ class _InFlight:
 
 class DraftBudget:
     """Cuts drafts to what they are worth, and learns. Calls come in the order of a step: ``cut``, or ``keep``
-    where a plan chose the lengths; ``limit_passes``; ``scheduled``; ``executed``. Several may be in flight."""
+    where a plan chose the lengths; ``limit_passes``; ``scheduled``; ``executed``. Several may overlap."""
 
     def __init__(
         self,
