@@ -36,7 +36,8 @@ def test_knowing_which_tokens_are_right_drafts_no_other():
     make = partial(cases.Knowing, profile=drafter.profile, tokens=True, in_passes=True)
     found = cases.attained(drafter, make, 6.0, 3.0, seed=1)
     assert found.accepted > 0
-    assert found.drafted - found.accepted <= 0.02 * found.drafted
+    # What is left are probes.
+    assert found.drafted - found.accepted <= 0.1 * found.drafted
 
 
 def test_a_draft_model_costs_its_passes_whether_tokens_are_right_or_not():
