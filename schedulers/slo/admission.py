@@ -12,13 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from penstock.schedulers.slo.supply import Counts, Supply
 
 EPSILON = 1e-9
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True, gc=False):
     """A prompt that competes for the engine: ``deadline_s`` from now, ``memory_tokens`` of KV cache."""
 
     request_id: str
@@ -68,10 +69,11 @@ class Demands:
     def of(cls, instance: Instance) -> Demands:
         """Serve the mandatory alone and look how late they are."""
         supply, counts = instance.supply, instance.no_counts
+        rate = supply.rate(counts)
         budget, now, memory = 0.0, 0.0, 0.0
         floors, gains = [], []
         for candidate in instance.candidates:
-            gain = supply.rate(counts) * (candidate.deadline_s - now)
+            gain = rate * (candidate.deadline_s - now)
             now = candidate.deadline_s
             gains.append(gain)
             budget += gain
@@ -79,6 +81,7 @@ class Demands:
                 budget -= candidate.tokens
                 memory += candidate.memory_tokens
                 counts = add(counts, candidate.tier)
+                rate = supply.rate(counts)
             floors.append(min(0.0, budget))
         reserves = [-math.inf] * len(floors)
         needed = -math.inf

@@ -121,9 +121,9 @@ class Backlog(AsItComes):
             first = self._places.peekitem(0)[1]
         return first
 
-    def urgent(self, most: int) -> list[Waiting]:
-        """Those with targets that may be met, earliest deadline first."""
-        return [self._entries[name].job for _, _, name in islice(self._urgent, most)]
+    def urgent(self, most: int) -> list[tuple[float, Waiting]]:
+        """Those with targets that may be met and when they are due, earliest deadline first."""
+        return [(due_s, self._entries[name].job) for due_s, _, name in islice(self._urgent, most)]
 
     def best_effort(self, most: int) -> list[Waiting]:
         """The others, longest waiting first."""

@@ -7,10 +7,16 @@ generate half again what it has.
 
 from __future__ import annotations
 
-import itertools
 import math
 from bisect import bisect_left
 from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Shares = NDArray[np.floating[Any]]
+"""``[BUCKETS]``, by bucket of a length."""
 
 BUCKETS_PER_OCTAVE = 4
 BUCKETS = 20 * BUCKETS_PER_OCTAVE + 1
@@ -19,6 +25,8 @@ HALF_LIFE_REQUESTS = 1000.0
 CLASS_WEIGHT = 16.0
 PRIOR_WEIGHT = 8.0
 FRESH_REQUESTS = 16
+OUTLIVED = 0.005
+"""A request that lived longer than all but so many has no quantile of its own."""
 
 
 def bucket_of(tokens: int) -> int:
@@ -33,11 +41,14 @@ def end_of(bucket: int) -> float:
     return float(2 ** (bucket / BUCKETS_PER_OCTAVE))
 
 
+ENDS = tuple(end_of(bucket) for bucket in range(BUCKETS))
+
+
 class Histogram:
     """Decayed counts of lengths. Old observations lose half their weight every thousand new ones."""
 
     def __init__(self) -> None:
-        self.counts = [0.0] * BUCKETS
+        self.counts: Shares = np.zeros(BUCKETS)
         self.total = 0.0
         self._unit = 1.0
 
@@ -47,7 +58,7 @@ class Histogram:
         self.counts[bucket_of(tokens)] += self._unit
         self.total += self._unit
         if self._unit > 1e12:
-            self.counts = [count / self._unit for count in self.counts]
+            self.counts /= self._unit
             self.total, self._unit = self.total / self._unit, 1.0
 
     @property
@@ -55,9 +66,9 @@ class Histogram:
         """Observations, old ones decayed."""
         return self.total / self._unit
 
-    def shares(self) -> list[float]:
+    def shares(self) -> Shares:
         """The share of each bucket; all 0 without observations."""
-        return [count / self.total for count in self.counts] if self.total else [0.0] * BUCKETS
+        return self.counts / self.total if self.total else self.counts
 
 
 class OutputLengths:
@@ -67,7 +78,8 @@ class OutputLengths:
         self._prior = _log_normal(prior_median, prior_sigma)
         self._all = Histogram()
         self._classes: OrderedDict[str, Histogram] = OrderedDict()
-        self._tables: dict[tuple[str, float], list[float]] = {}
+        self._cumulative: dict[str, list[float]] = {}
+        """Shares of lengths up to each bucket, by class; dropped as observations come in."""
         self._unseen = 0
 
     def observe(self, class_name: str, output_tokens: int) -> None:
@@ -82,67 +94,52 @@ class OutputLengths:
         self._all.add(output_tokens)
         self._unseen += 1
         if self._unseen >= FRESH_REQUESTS or self._all.weight < FRESH_REQUESTS:
-            self._tables.clear()
+            self._cumulative.clear()
             self._unseen = 0
 
     def total(self, class_name: str, quantile: float, generated: int = 0, most: int = 1 << 20) -> float:
         """The quantile of the whole output's length, given that ``generated`` tokens were not the end."""
-        table = self._tables.get((class_name, quantile))
-        if table is None:
-            table = self._tabulate(class_name, quantile)
-        expected = table[bucket_of(generated)] if generated else table[-1]
+        cumulative = self._cumulative.get(class_name)
+        if cumulative is None:
+            cumulative = self._accumulate(class_name)
+        summed, bucket = cumulative[-1], bucket_of(generated)
+        before = cumulative[bucket] if generated else 0.0
+        if generated and summed - before < OUTLIVED:
+            expected = 1.5 * ENDS[bucket]
+        else:
+            expected = ENDS[bisect_left(cumulative, before + quantile * (summed - before) - 1e-12)]
         return float(min(most, max(generated + 1, expected)))
 
     def remaining(self, class_name: str, quantile: float, generated: int = 0, most: int = 1 << 20) -> float:
         """The quantile of what is still to come, at least 0."""
         return max(0.0, self.total(class_name, quantile, generated, most) - generated)
 
-    def _tabulate(self, class_name: str, quantile: float) -> list[float]:
-        """The quantile given survival of each bucket, and as the last entry given nothing."""
-        shares = self._mixed(class_name)
-        cumulative, summed = [], 0.0
-        for share in shares:
-            summed += share
-            cumulative.append(summed)
-        table = []
-        for bucket in range(BUCKETS):
-            before = cumulative[bucket]
-            if summed - before < 0.005:
-                table.append(1.5 * end_of(bucket))
-            else:
-                place = bisect_left(cumulative, before + quantile * (summed - before) - 1e-12)
-                table.append(end_of(place))
-        table.append(end_of(bisect_left(cumulative, quantile * summed - 1e-12)))
-        if len(self._tables) > 4 * MOST_CLASSES:
-            self._tables.clear()
-        self._tables[class_name, quantile] = table
-        return table
-
-    def _mixed(self, class_name: str) -> list[float]:
+    def _accumulate(self, class_name: str) -> list[float]:
         """The class, shrunk towards all classes, shrunk towards the prior."""
-        trust = self._all.weight / (self._all.weight + PRIOR_WEIGHT)
-        shares = [
-            trust * own + (1 - trust) * prior
-            for own, prior in zip(self._all.shares(), self._prior, strict=True)
-        ]
-        histogram = self._classes.get(class_name)
-        if histogram is None:
-            return shares
-        trust = histogram.weight / (histogram.weight + CLASS_WEIGHT)
-        return [
-            trust * own + (1 - trust) * other for own, other in zip(histogram.shares(), shares, strict=True)
-        ]
+        shares = _shrunk(self._all, PRIOR_WEIGHT, self._prior)
+        if histogram := self._classes.get(class_name):
+            shares = _shrunk(histogram, CLASS_WEIGHT, shares)
+        if len(self._cumulative) > 2 * MOST_CLASSES:
+            self._cumulative.clear()
+        found: list[float] = np.cumsum(shares).tolist()
+        self._cumulative[class_name] = found
+        return found
 
     def check_integrity(self) -> None:
         """Assert that memory is bounded and counts add up."""
         assert len(self._classes) <= MOST_CLASSES
         for histogram in (self._all, *self._classes.values()):
-            assert math.isclose(sum(histogram.counts), histogram.total, rel_tol=1e-6, abs_tol=1e-9)
+            assert math.isclose(float(histogram.counts.sum()), histogram.total, rel_tol=1e-6, abs_tol=1e-9)
 
 
-def _log_normal(median: float, sigma: float) -> list[float]:
+def _shrunk(histogram: Histogram, weight: float, others: Shares) -> Shares:
+    """What was observed, as if ``weight`` more observations were distributed like ``others``."""
+    trust = histogram.weight / (histogram.weight + weight)
+    return trust * histogram.shares() + (1 - trust) * others
+
+
+def _log_normal(median: float, sigma: float) -> Shares:
     def below(tokens: float) -> float:
         return 0.5 * (1 + math.erf(math.log(tokens / median) / (sigma * math.sqrt(2))))
 
-    ends = [below(end_of(bucket)) for bucket in range(BUCKETS)]
-    return [ends[0], *(right - left for left, right in itertools.pairwise(ends))]
+    return np.diff([below(end) for end in ENDS], prepend=0.0)

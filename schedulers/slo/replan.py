@@ -94,7 +94,7 @@ class Replanner:
         self._arrivals = self._finishes = 0
         self.counters.replans += 1
         start_s = now_s + limits.in_flight_s
-        urgent = [(job.due_s - start_s, job) for job in self._backlog.urgent(self._config.replan_window)]
+        urgent = [(due_s - start_s, job) for due_s, job in self._backlog.urgent(self._config.replan_window)]
         waiting = [entry for entry in urgent if not self._demote_if_hopeless(*entry)]
         horizon_s = max((slack_s for slack_s, _ in waiting if slack_s < LATEST_S), default=1.0)
         supply, growth = self._supply(batch.decodes, horizon_s, limits)

@@ -75,16 +75,20 @@ class _Walk:
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
+        self.supply, self.demands = instance.supply, instance.demands
         self.budget = 0.0
         self.memory = 0
         self.later_memory = sum(c.memory_tokens for c in instance.candidates if c.mandatory)
         self.now = 0.0
         self.counts: Counts = instance.no_counts
         self.accepted: set[int] = set()
+        horizon = instance.candidates[-1].deadline_s if instance.candidates else 0.0
+        self.all_tokens = max(1.0, self.supply.rate(self.counts) * horizon)
+        self.all_memory = self.demands.memory_tokens or 1.0
 
     def arrive(self, place: int) -> None:
         deadline = self.instance.candidates[place].deadline_s
-        self.budget += self.instance.supply.rate(self.counts) * (deadline - self.now)
+        self.budget += self.supply.rate(self.counts) * (deadline - self.now)
         self.now = deadline
 
     def accept(self, place: int, candidate: Candidate) -> None:
@@ -105,32 +109,29 @@ class _Walk:
 
     def price(self, candidate: Candidate) -> float:
         """What a candidate takes of the engine, and of the memory where that is scarce, for its profit."""
-        scarcity = self.instance.demands.memory_tokens or 1.0
-        horizon = self.instance.candidates[-1].deadline_s
-        supply = max(1.0, self.instance.supply.rate(self.instance.no_counts) * horizon)
-        return (candidate.tokens / supply + candidate.memory_tokens / scarcity) / candidate.profit
+        takes = candidate.tokens / self.all_tokens + candidate.memory_tokens / self.all_memory
+        return takes / candidate.profit
 
     def fits(self, place: int, candidate: Candidate) -> bool:
         """Whether a candidate that is not accepted yet can be."""
         left = self.budget - candidate.tokens
-        return left >= max(0.0, self.instance.demands.reserves[place]) and self.sustains(candidate)
+        return left >= max(0.0, self.demands.reserves[place]) and self.sustains(candidate)
 
     def sustains(self, candidate: Candidate) -> bool:
         """Whether its decode and its memory fit beside those accepted and the mandatory behind it."""
         memory = self.memory + self.later_memory + candidate.memory_tokens
-        fits = memory <= self.instance.demands.memory_tokens
-        return fits and self.instance.supply.sustains(add(self.counts, candidate.tier))
+        fits = memory <= self.demands.memory_tokens
+        return fits and self.supply.sustains(add(self.counts, candidate.tier))
 
     def holds(self, place: int, candidate: Candidate) -> bool:
         """Whether what is accepted so far leaves what it must."""
-        demands = self.instance.demands
-        floor = demands.floors[place] if candidate.mandatory else 0.0
-        enough = max(floor, demands.reserves[place])
+        floor = self.demands.floors[place] if candidate.mandatory else 0.0
+        enough = max(floor, self.demands.reserves[place])
         if self.budget < enough - EPSILON * (1 + abs(enough)):
             return False
-        if self.memory + self.later_memory > demands.memory_tokens:
+        if self.memory + self.later_memory > self.demands.memory_tokens:
             return False
-        return candidate.mandatory or self.instance.supply.sustains(self.counts)
+        return candidate.mandatory or self.supply.sustains(self.counts)
 
     def decide(self) -> Decision:
         """The accepted set; the last that came is dropped while the decodes it adds break a mandatory one."""

@@ -30,6 +30,7 @@ PRIOR_WEIGHT = 0.3
 LARGEST_CORRECTION = 100.0
 LONGEST_STEP_S = 120.0
 LARGEST_MARGIN = 0.5
+UNBOUNDED = 1 << 40
 PRIOR_POINTS = tuple(
     (tokens, requests, context, passes)
     for tokens in (1, 256, 1024, 4096)
@@ -81,12 +82,9 @@ class StepTimeModel:
 
     def _unscaled(self, features: StepFeatures) -> float:
         base, token, knee1, knee2, request, context, one_pass = self._shape
-        tokens = features.tokens
         return (
             base
-            + token * tokens
-            + knee1 * max(0, tokens - KNEES[0])
-            + knee2 * max(0, tokens - KNEES[1])
+            + _cost_of(features.tokens, token, knee1, knee2)
             + request * features.requests
             + context * features.context_tokens
             + one_pass * features.draft_passes
@@ -96,27 +94,13 @@ class StepTimeModel:
         self, seconds: float, requests: int, context_tokens: int, most: int, draft_passes: int = 0
     ) -> int:
         """The most tokens, up to ``most``, of a step predicted to end within ``seconds``; may be 0."""
-        left = seconds / self._scale - self._unscaled(StepFeatures(0, requests, context_tokens, draft_passes))
-        if left < 0:
-            return 0
-        found = min(most, self._walk(left))
-        while (
-            found > 0 and self.seconds(StepFeatures(found, requests, context_tokens, draft_passes)) > seconds
-        ):
+        base, *slopes, request, context, one_pass = self._shape
+        fixed = base + request * requests + context * context_tokens + one_pass * draft_passes
+        found = min(most, _tokens_for(seconds / self._scale - fixed, *slopes))
+        # Nearly always right at once; rounding may have made it one too many.
+        while found > 0 and self._scale * (fixed + _cost_of(found, *slopes)) > seconds:
             found -= 1
         return found
-
-    def _walk(self, left: float) -> int:
-        """Tokens that ``left`` seconds pay for, segment by segment."""
-        slope, start = 0.0, 0
-        for extra, end in zip(self._shape[1:4], (*KNEES, math.inf), strict=True):
-            slope += extra
-            cost = slope * (end - start) if slope > 0 else 0.0
-            if slope > 0 and cost > left:
-                return start + int(left / slope + 1e-9)
-            left -= cost
-            start = int(end) if end < math.inf else start
-        return 1 << 40
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
         """A step took ``seconds``. What no clock that works can say is counted and ignored."""
@@ -199,6 +183,27 @@ class StepTimeModel:
             pass_s=one_pass,
             source=f"measured over {self._steps} steps",
         )
+
+
+def _cost_of(tokens: int, token: float, knee1: float, knee2: float) -> float:
+    """What tokens add to a step, before it is scaled: a slope that grows at each knee."""
+    cost = token * tokens
+    if tokens > KNEES[0]:
+        cost += knee1 * (tokens - KNEES[0]) + knee2 * max(0, tokens - KNEES[1])
+    return cost
+
+
+def _tokens_for(cost: float, token: float, knee1: float, knee2: float) -> int:
+    """The most tokens at that cost, 0 below 0: the inverse, segment by segment."""
+    if cost < 0:
+        return 0
+    slope, start = token, 0
+    for end, more in ((KNEES[0], knee1), (KNEES[1], knee2)):
+        segment = slope * (end - start)
+        if segment > cost:
+            break
+        cost, slope, start = cost - segment, slope + more, end
+    return start + int(cost / slope + 1e-9) if slope > 0 else UNBOUNDED
 
 
 def columns(features: StepFeatures) -> tuple[float, ...]:

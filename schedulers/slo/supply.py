@@ -78,27 +78,23 @@ class ModelledSupply:
     def rate(self, counts: Counts) -> float:
         """Prompt tokens a second, at least 0, beside ``counts``."""
         found = self._rates.get(counts)
-        if found is None:
-            found = self._rates[counts] = self._compute(counts)
-        return found[0]
+        return (found or self._compute(counts))[0]
 
     def sustains(self, counts: Counts) -> bool:
         """Whether a step of the tightest tier holds its decodes."""
         found = self._rates.get(counts)
-        if found is None:
-            found = self._rates[counts] = self._compute(counts)
-        return found[1]
+        return (found or self._compute(counts))[1]
 
     def _compute(self, counts: Counts) -> tuple[float, bool]:
         gets, takes = self._yields
-        step, decodes = self._longest, 0.0
-        tightest = True
-        for tpot, running, count in zip(self._tpots, self._running, counts, strict=True):
-            load = running + count
+        step, decodes = 0.0, 0.0
+        for place, count in enumerate(counts):
+            load = self._running[place] + count
             if load > 0:
-                if tightest:
-                    step, tightest = min(step, gets * tpot), False
-                decodes += load * min(1.0, step / (gets * tpot))
+                paced = gets * self._tpots[place]
+                step = step or min(self._longest, paced)
+                decodes += load * min(1.0, step / paced)
+        step = step or self._longest
         requests = int(decodes) + 1
         context = int(decodes * self._context)
         verified = decodes * takes
@@ -108,4 +104,5 @@ class ModelledSupply:
             full = self._model.margin * self._model.seconds(StepFeatures(tokens, requests, context))
             verified *= full / step
             step = full
-        return max(0.0, (tokens - verified) / step), sustained
+        found = self._rates[counts] = max(0.0, (tokens - verified) / step), sustained
+        return found

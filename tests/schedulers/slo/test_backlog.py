@@ -46,7 +46,7 @@ def test_thousands_of_operations_lose_and_double_no_request():
             best.discard(popped)
         backlog.check_integrity()
         assert [job.request_id for job in backlog] == arrivals
-        by_deadline = [job.request_id for job in backlog.urgent(10_000)]
+        by_deadline = [job.request_id for _, job in backlog.urgent(10_000)]
         assert set(by_deadline) == urgent
         assert by_deadline == sorted(by_deadline, key=lambda name: jobs[name].due_s)
         assert {job.request_id for job in backlog.best_effort(10_000)} == best
