@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from penstock.schedulers.asking import Asking
 from penstock.schedulers.config import SchedulerConfig
+from penstock.schedulers.slo.attainment import TOLERANCE
 from penstock.schedulers.slo.requests import Running, Waiting
 from penstock.schedulers.slo.targets import Targets
 from penstock.schedulers.waiting import Clock
@@ -58,14 +58,14 @@ class Records:
         self._wall_clock = wall_clock
         self._sampled = 1 + drafts
         self._live: dict[str, Record] = {}
+        self._decoding: set[str] = set()
+        self._begun: set[str] = set()
         self._noted = True
         self._in_time_until_s = -math.inf
         self.with_targets = 0
         """How many live requests have targets."""
         self.prompts = 0
         """How many of those that ``running`` returned last have more than one token to compute."""
-        self.shortest = 0
-        """The fewest tokens that one of those may still have sampled, steps in flight left out."""
 
     def __len__(self) -> int:
         return len(self._live)
@@ -104,6 +104,8 @@ class Records:
     def close(self, request_id: str) -> Record | None:
         """Forget a request and return its record."""
         record = self._live.pop(request_id, None)
+        self._decoding.discard(request_id)
+        self._begun.discard(request_id)
         if record is not None:
             self.with_targets -= record.running.targets is not None
         return record
@@ -134,12 +136,12 @@ class Records:
         """
         found: list[Running] = []
         live = self._live
-        prompts, shortest = 0, sys.maxsize
+        decoding, prompts = self._decoding, 0
         for request in requests:
-            record = live.get(request.request_id)
+            name = request.request_id
+            record = live.get(name)
             running = (record or self.of(request)).running
             tokens, computed = request.num_tokens, request.num_computed_tokens
-            prompts += tokens - computed > 1
             in_flight = request.num_output_placeholders
             if in_flight:
                 if ends_in_flight(request):
@@ -153,36 +155,65 @@ class Records:
             running.computed_tokens = computed
             if self._sampled > 1:
                 running.draft_tokens = len(request.spec_token_ids)
-            if (left := request.max_tokens - running.output_tokens) < shortest:
-                shortest = left
+            if tokens - computed > 1:
+                prompts += 1
+                decoding.discard(name)
+            elif running.targets is not None and running.decodes:
+                decoding.add(name)
             found.append(running)
-        self.prompts, self.shortest = prompts, shortest
+        self.prompts = prompts
         return found
 
-    def produced(self, requests: Iterable[Request], now_s: float, tolerance: float) -> None:
-        """Note the tokens that a step gave to ``requests``, all that it served, at ``now_s``."""
-        self._in_time_until_s = self._note(requests, now_s, tolerance)
-        self._noted = True
+    def all_decode(self, requests: Sequence[Request]) -> bool:
+        """Whether each has targets and nothing but its next token to compute.
 
-    def produced_one_each(self, now_s: float) -> bool:
-        """Whether nothing need be noted of a step that gave a token to each request of the last ``produced``:
-        none can have missed its deadline. ``catch_up`` notes the tokens before anybody asks for them."""
-        if now_s > self._in_time_until_s:
-            return False
-        self._noted = False
-        return True
+        Whom ``running`` saw decode does so until it is preempted, ends or has a further turn: only the others
+        are looked at.
+        """
+        decoding = self._decoding
+        others = [request for request in requests if request.request_id not in decoding]
+        if others:
+            self.running(others)
+        return all(request.request_id in decoding for request in others)
 
-    def catch_up(self, requests: Iterable[Request], now_s: float, tolerance: float) -> None:
-        """Note what steps gave that were not noted; the last one came back at ``now_s``."""
+    def preempted(self, request_id: str) -> None:
+        """A request has a prompt to compute again."""
+        self._decoding.discard(request_id)
+
+    def look_again(self) -> None:
+        """Something came otherwise than it was planned: take nobody's state for granted."""
+        self._decoding.clear()
+
+    def produced(
+        self, requests: Mapping[str, Request], served: Iterable[str], now_s: float, *, everyone: bool
+    ) -> None:
+        """Note the tokens that a step gave to those ``served`` at ``now_s``.
+
+        Where ``everyone`` in the running batch was served and none can have missed its deadline, only first
+        tokens are: ``catch_up`` notes the others before anybody asks for them.
+        """
+        if everyone and now_s <= self._in_time_until_s:
+            served = [name for name in served if name not in self._begun]
+            self._noted = False
+        else:
+            self._noted = True
+        whole = everyone and self._noted
+        in_time_s = self._note([requests[name] for name in served if name in requests], now_s)
+        self._in_time_until_s = in_time_s if whole else min(in_time_s, self._in_time_until_s)
+
+    def catch_up(self, requests: Iterable[Request], now_s: float) -> None:
+        """Note what steps gave that was not noted to ``requests``, all that run; the last one came back at
+        ``now_s``."""
         if not self._noted:
-            self.produced(requests, now_s, tolerance)
+            self._in_time_until_s = self._note(requests, now_s)
+            self._noted = True
 
-    def ended(self, request: Request, now_s: float, tolerance: float) -> Record | None:
+    def ended(self, request: Request, now_s: float) -> Record | None:
         """Note the last tokens of a request, forget it and return its record."""
-        self._note((request,), now_s, tolerance)
+        self._note((request,), now_s)
         return self.close(request.request_id)
 
-    def _note(self, requests: Iterable[Request], now_s: float, tolerance: float) -> float:
+    def _note(self, requests: Iterable[Request], now_s: float) -> float:
         """Hold the first token that came at ``now_s`` to its deadline, for each of ``requests``. Returns the
         earliest deadline of a token that comes next."""
         live, drafting = self._live, self._sampled > 1
@@ -195,7 +226,7 @@ class Records:
             running = record.running
             running.last_token_s = now_s
             if running.first_token_s is None:
-                self._first_token(record, now_s, tolerance)
+                self._first_token(record, now_s)
             # Without drafts tokens come one by one: those before the last one came earlier, and in time.
             elif now_s > record.start_s + (seen if drafting else index - 1) * record.allowed_s:
                 record.pace_met = False
@@ -203,20 +234,22 @@ class Records:
                 next_s = due_s
         return next_s
 
-    def _first_token(self, record: Record, now_s: float, tolerance: float) -> None:
+    def _first_token(self, record: Record, now_s: float) -> None:
         """From here on every further token has a time that does not change any more."""
         running = record.running
+        self._begun.add(running.request_id)
         running.first_token_s = now_s
         targets = running.targets
         if targets is not None:
             record.ttft_met = now_s <= targets.due_s(running.arrival_s, 0)
-            record.allowed_s = (1 + tolerance) * targets.tpot_s
+            record.allowed_s = (1 + TOLERANCE) * targets.tpot_s
             if math.isfinite(targets.tpot_s):
                 record.start_s = targets.due_s(running.arrival_s, 1, now_s) - targets.tpot_s
 
     def check_integrity(self, live: Sequence[str]) -> None:
         """Assert that no record outlives its request and that the count of targets holds."""
         assert self._live.keys() <= set(live)
+        assert self._decoding | self._begun <= self._live.keys()
         targets = (record.running.targets for record in self._live.values())
         assert self.with_targets == sum(one is not None for one in targets)
 

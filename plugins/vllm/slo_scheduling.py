@@ -23,7 +23,6 @@ from penstock.plugins.vllm.slo_queue import PlannedQueue
 from penstock.plugins.vllm.slo_records import Records
 from penstock.plugins.vllm.slo_stats import SLOStats
 from penstock.plugins.vllm.slo_steps import StepsInFlight
-from penstock.schedulers.slo.attainment import TOLERANCE
 from penstock.schedulers.slo.plan import PASSIVE, Plan
 from penstock.schedulers.slo.planner import Planner
 from penstock.schedulers.slo.requests import Limits, Waiting
@@ -68,11 +67,9 @@ class SLOScheduling(DraftControlling):
             self.planner.drafts = self.drafts.drafts
         self.waiting = PlannedQueue(self.planner, self._job_of, self._cap_everybody)
         self.plan: Plan = PASSIVE
-        # The last plan that was carried out, the running batch as it ordered it, and how often it can be
-        # carried out before one of that batch has its last token in flight.
-        self._ordered: Plan | None = None
-        self._planned: list[Request] = []
-        self._steps_left = 0
+        # The running batch when all of it was seen to decode last, and its ids.
+        self._decoding: list[Request] = []
+        self._names: tuple[str, ...] = ()
         self._steps = StepsInFlight()
         self._stats = SLOStats(self.planner, self.config.slo.tiers_s, clock, export=front_end_exports)
         self._step_tokens: int = self.max_num_scheduled_tokens
@@ -91,7 +88,6 @@ class SLOScheduling(DraftControlling):
         now_s = self.clock()
         holding = self._holding() if self.records.with_targets else []
         self.plan = self._make_plan(now_s, holding)
-        as_before = self.plan.active and self.plan is self._ordered
         if self.plan.active:
             self._carry_out(self.plan, holding)
         try:
@@ -100,10 +96,14 @@ class SLOScheduling(DraftControlling):
             self.max_num_scheduled_tokens = self._step_tokens
             self._cap_everybody()
         self._was_empty = not output.total_num_scheduled_tokens
+        if self.plan.whole and len(output.num_scheduled_tokens) != len(self.running):
+            # One has its last token in flight, or was set back by a load that failed.
+            self.records.look_again()
+            self._decoding = []
         if self.records.with_targets or not self.planner.counters.plans % PASSIVE_STEPS:
             features = self._features(output)
             predicted_s = self.planner.model.seconds(features)
-            self._steps.begin(output, features, predicted_s, now_s, as_before=as_before)
+            self._steps.begin(output, features, predicted_s, now_s)
         return output
 
     def _make_plan(self, now_s: float, holding: list[Request]) -> Plan:
@@ -118,23 +118,29 @@ class SLOScheduling(DraftControlling):
             step_tokens=self._step_tokens,
             running_requests=self.max_num_active_reqs - self.num_waiting_for_streaming_input,
             in_flight_s=self._steps.left_s(now_s),
+            block_tokens=self.block_size,
         )
-        if not holding and self._goes_on() and (again := planner.again(now_s, len(self.running), limits)):
-            return again
-        self.records.catch_up(self.running, self._output_s, TOLERANCE)
+        free_kv_tokens = self._free_kv_tokens()
+        closed = planner.closed(len(self.running), limits) and not holding and not self.num_spec_tokens
+        if closed and self._all_decode():
+            whole = planner.whole(now_s, self._names, free_kv_tokens, limits)
+            if whole is not None:
+                return whole
+        self.records.catch_up(self.running, self._output_s)
         running = self.records.running(self.running)
-        self._steps_left = self.records.shortest
         if holding:
             running += self.records.running(holding)
-        return planner.plan(now_s, running, self._free_kv_tokens(), limits)
+        return planner.plan(now_s, running, free_kv_tokens, limits)
 
-    def _goes_on(self) -> bool:
-        """Whether the running batch is the one of the last plan, with a block for each should it need one and
-        none that has its last token in flight."""
-        self._steps_left -= 1
-        if self.num_spec_tokens or self._steps_left <= 0 or self.running != self._planned:
-            return False
-        return self._free_kv_tokens() >= len(self.running) * self.block_size
+    def _all_decode(self) -> bool:
+        """Whether all that run have targets and no prompt to compute. While they are the same as in the step
+        before this touches none of them."""
+        if self.running != self._decoding:
+            if not self.records.all_decode(self.running):
+                return False
+            self._decoding = list(self.running)
+            self._names = tuple([request.request_id for request in self.running])
+        return True
 
     def _holding(self) -> list[Request]:
         """Requests that wait with KV blocks of their own and may run: vLLM takes them in first."""
@@ -156,9 +162,9 @@ class SLOScheduling(DraftControlling):
         return int(manager.block_pool.get_num_free_blocks() * self.block_size // groups)
 
     def _carry_out(self, plan: Plan, holding: list[Request]) -> None:
-        if plan is self._ordered:
-            self.max_num_scheduled_tokens = min(self._step_tokens, plan.step_tokens)
-            self._leave_decodes(plan)
+        if plan.whole:
+            self.max_num_scheduled_tokens = plan.step_tokens
+            self._leave_decodes()
             return
         if plan.preempt:
             self._throw_out(plan.preempt)
@@ -168,8 +174,9 @@ class SLOScheduling(DraftControlling):
         # Whom the plan leaves out has its last token in flight, and must not be the one to throw out.
         places = {name: place for place, name in enumerate(plan.order)}
         self.running.sort(key=lambda request: places.get(request.request_id, -1))
-        self._leave_decodes(plan)
-        self._ordered, self._planned = plan, list(self.running)
+        others = self.records.prompts or self.kv_holding_waiting or self.num_spec_tokens
+        if not others and len(plan.caps) - len(plan.waiting) == len(self.running):
+            self._leave_decodes()
         beside = sum(request.request_id not in plan.caps for request in holding)
         drafts = 0
         if self.num_spec_tokens:
@@ -188,17 +195,9 @@ class SLOScheduling(DraftControlling):
         running = (request for request in self.running if request.lora_request)
         return {one.request_id: 1 for one in running if one.request_id not in plan.caps}
 
-    def _leave_decodes(self, plan: Plan) -> None:
+    def _leave_decodes(self) -> None:
         """Where all that run decode in this step, vLLM's own hook says the same of each as the plan's caps;
         from the first look at the queue on, those are asked."""
-        waiting = len(plan.waiting)
-        if (
-            self.records.prompts
-            or self.num_spec_tokens
-            or self.kv_holding_waiting
-            or len(plan.caps) - waiting != len(self.running)
-        ):
-            return
         self._reserve_prefill_lookahead = super()._reserve_prefill_lookahead  # type: ignore[method-assign]
         self.waiting.begin_step()
 
@@ -214,10 +213,10 @@ class SLOScheduling(DraftControlling):
                 self.running.remove(request)
                 self._preempt_request(request, now_s, drop_stale_output=self.requires_kv_delivery)
 
-    def _preempt_request(self, *args: Any, **kwargs: Any) -> None:
-        # Should it come back to its place, it has a prompt to compute.
-        self._planned = []
-        super()._preempt_request(*args, **kwargs)
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        self.records.preempted(request.request_id)
+        self._decoding = []
+        super()._preempt_request(request, *args, **kwargs)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -256,25 +255,27 @@ class SLOScheduling(DraftControlling):
         return StepFeatures(tokens, len(scheduled), context)
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
-        self._output_s = self.clock()
+        before_s, self._output_s = self._output_s, self.clock()
         output = args[0] if args else kwargs["scheduler_output"]
         ended = self._steps.end(output, self._output_s)
         if ended is not None:
             flight, seconds = ended
             self.planner.observe_step(flight.features, seconds)
             self._stats.stepped(flight.predicted_s, seconds)
+        records = self.records
+        served = output.num_scheduled_tokens
+        everyone = all([request.request_id in served for request in self.running])
+        if not everyone:
+            records.catch_up(self.running, before_s)
         outputs = super().update_from_output(*args, **kwargs)
-        as_before = ended is not None and ended[0].as_before
-        if self.records.with_targets and not (as_before and self.records.produced_one_each(self._output_s)):
-            requests = self.requests
-            live = [requests[name] for name in output.num_scheduled_tokens if name in requests]
-            self.records.produced(live, self._output_s, TOLERANCE)
+        if records.with_targets:
+            records.produced(self.requests, served, self._output_s, everyone=everyone)
         return outputs
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         # Every request ends here, whatever it was doing.
         result = super()._free_request(request, *args, **kwargs)
-        record = self.records.ended(request, self._output_s, TOLERANCE)
+        record = self.records.ended(request, self._output_s)
         if record is not None and request.status in ENDED_BY_ITSELF:
             self._stats.ended(record, request.num_tokens)
             class_name = record.running.class_name

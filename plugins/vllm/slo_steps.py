@@ -16,13 +16,12 @@ MOST_IN_FLIGHT = 64
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """One step of the model; ``as_before`` serves the same requests as the one before it, a token each."""
+    """One step of the model."""
 
     output: SchedulerOutput
     features: StepFeatures
     predicted_s: float
     scheduled_s: float
-    as_before: bool
 
 
 class StepsInFlight:
@@ -36,17 +35,11 @@ class StepsInFlight:
         return len(self._flights)
 
     def begin(
-        self,
-        output: SchedulerOutput,
-        features: StepFeatures,
-        predicted_s: float,
-        now_s: float,
-        *,
-        as_before: bool = False,
+        self, output: SchedulerOutput, features: StepFeatures, predicted_s: float, now_s: float
     ) -> None:
         """A step was scheduled. One without tokens runs no model and is not followed."""
         if features.tokens:
-            self._flights.append(Flight(output, features, predicted_s, now_s, as_before))
+            self._flights.append(Flight(output, features, predicted_s, now_s))
 
     def end(self, output: SchedulerOutput, now_s: float) -> tuple[Flight, float] | None:
         """The step of ``output`` came back; returns it with its seconds, from the end of the one before.

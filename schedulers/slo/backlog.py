@@ -125,6 +125,11 @@ class Backlog(AsItComes):
         """Those with targets that may be met and when they are due, earliest deadline first."""
         return [(due_s, self._entries[name].job) for due_s, _, name in islice(self._urgent, most)]
 
+    @property
+    def first_due_s(self) -> float:
+        """The earliest deadline of those; infinite where there is none."""
+        return float(self._urgent[0][0]) if self._urgent else float("inf")
+
     def best_effort(self, most: int) -> list[Waiting]:
         """The others, longest waiting first."""
         return [self._entries[name].job for _, _, name in islice(self._best_effort, most)]

@@ -60,7 +60,7 @@ class Planner:
         self._demoted: set[str] = set()
         self._thrown_out: dict[str, int] = {}
         self._now_s = float("-inf")
-        self._steady: Plan | None = None
+        self._whole = PASSIVE
 
     def arrive(self, request: Waiting) -> None:
         """A request arrives.
@@ -96,26 +96,39 @@ class Planner:
         """What admission did."""
         return self.replanner.counters
 
-    def again(self, now_s: float, running: int, limits: Limits) -> Plan | None:
-        """The last plan where ``plan`` would serve the same in this step, else None. Its order is that of the
-        last step, too: ask only where the same ``running`` requests go on and none can run out of blocks.
+    def closed(self, running: int, limits: Limits) -> bool:
+        """Whether nobody can come in beside so many running requests unless one of them is thrown out."""
+        return limits.running_requests <= running or not len(self.backlog)
 
-        So it is while all that run decode under targets of theirs and nobody can come in: without a prompt to
-        serve every decode has its token, however much slack it has.
+    def whole(
+        self, now_s: float, names: tuple[str, ...], free_kv_tokens: int, limits: Limits
+    ) -> Plan | None:
+        """The plan where all that run, ``names``, decode under targets of theirs and nobody can come in: without
+        a prompt to serve each has its token, however much slack it has. None where there is more to decide.
+
+        It stands while ``names`` do. Admission is decided when somebody can come in. There is a block for
+        each, so nobody will be thrown out and the order may stay as it is.
         """
-        full = limits.running_requests <= running or not len(self.backlog)
-        if self._steady is None or self.drafts or not full:
+        number = len(names)
+        fits = number <= limits.step_tokens and number * limits.block_tokens <= free_kv_tokens
+        if not number or not fits or not self.closed(number, limits) or self.drafts or now_s < self._now_s:
             return None
-        if now_s < self._now_s or self.replanner.due(now_s):
-            return None
-        self.counters.plans += 1
+        if self._whole.order != names:
+            if not self._demoted.isdisjoint(names):
+                return None
+            caps = dict.fromkeys(names, 1)
+            self._whole = Plan(active=True, whole=True, step_tokens=number, caps=caps, order=names)
         self._now_s = now_s
-        return self._steady
+        self.counters.plans += 1
+        self.replanner.expire(now_s)
+        self.backlog.put_in_front(())
+        self.suspensions.record((), now_s)
+        return self._whole
 
     def plan(self, now_s: float, running: Sequence[Running], free_kv_tokens: int, limits: Limits) -> Plan:
         """The next step. ``free_kv_tokens`` are free or held by the prefix cache alone."""
         self.counters.plans += 1
-        self._steady = None
+        self._whole = PASSIVE
         if now_s < self._now_s:
             self.counters.clock_steps_back += 1
             self.replanner.clock_stepped_back()
@@ -136,10 +149,7 @@ class Planner:
             )
             reclaimable = sum(request.computed_tokens for request in self._victims(batch))
             self.replanner.replan(now_s, with_targets, free_kv_tokens + reclaimable, limits)
-        plan = self._step(now_s, running, batch, free_kv_tokens, limits)
-        if len(batch.guarded) + len(batch.late) == len(plan.caps) == len(running) == plan.step_tokens:
-            self._steady = plan
-        return plan
+        return self._step(now_s, running, batch, free_kv_tokens, limits)
 
     def _demote_hopeless(self, batch: Sorted) -> None:
         """A prompt whose deadline is out of reach goes on as best effort, with what it has computed."""

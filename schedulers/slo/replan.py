@@ -21,6 +21,7 @@ from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
 from penstock.schedulers.slo.supply import PLAIN, ModelledSupply
 from penstock.schedulers.slo.targets import Tiers
 
+EXPIRED_AT_ONCE = 8
 LATEST_S = 3600.0
 """Deadlines further away than this, or none, count as this far away."""
 
@@ -88,6 +89,13 @@ class Replanner:
             or (self._arrivals > 0 and self._backlog.with_targets <= config.replan_at_once)
         )
 
+    def expire(self, now_s: float) -> None:
+        """Demote a few whose deadline has passed, where nothing is decided: the next decision finds fewer."""
+        for _ in range(EXPIRED_AT_ONCE):
+            if self._backlog.first_due_s >= now_s:
+                break
+            self._demote(self._backlog.urgent(1)[0][1])
+
     def replan(self, now_s: float, batch: Batch, free_kv_tokens: int, limits: Limits) -> None:
         """Decide who is admitted, and demote whose deadline is out of reach."""
         self._next_s = now_s + self._config.replan_s
@@ -130,10 +138,13 @@ class Replanner:
         alone = model.seconds(StepFeatures(job.missing_tokens, 1, job.tokens)) if model.corrected else 0.0
         hopeless = alone > slack_s
         if hopeless:
-            self._backlog.demote(job.request_id)
-            self.admitted.pop(job.request_id, None)
-            self.counters.demoted += 1
+            self._demote(job)
         return hopeless
+
+    def _demote(self, job: Waiting) -> None:
+        self._backlog.demote(job.request_id)
+        self.admitted.pop(job.request_id, None)
+        self.counters.demoted += 1
 
     def _supply(
         self, decodes: Sequence[Running], horizon_s: float, limits: Limits

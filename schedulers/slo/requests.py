@@ -84,8 +84,10 @@ class Limits(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """What one step of the engine may hold.
 
     ``in_flight_s`` is how long the steps before this one will still take (0 where scheduling is synchronous).
+    ``block_tokens`` is the KV cache that a decode may need for its next token.
     """
 
     step_tokens: int
     running_requests: int
     in_flight_s: float = 0.0
+    block_tokens: int = 1

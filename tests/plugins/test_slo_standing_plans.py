@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("vllm")
@@ -11,7 +13,6 @@ from stepped_scheduler import Settings, build
 
 from penstock.plugins import features, ledger
 from penstock.schedulers.slo.plan import Plan
-from penstock.schedulers.slo.requests import Limits
 
 BOTH = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 
@@ -23,29 +24,51 @@ def _own_process_state(monkeypatch):
 
 
 @BOTH
-def test_a_plan_that_stands_for_another_step_serves_what_a_new_one_would(is_async):
+def test_the_plan_of_a_batch_that_decodes_on_serves_what_a_plan_by_slack_would(is_async):
     stood = 0
     for seed in range(4):
         time = Time()
         scheduler = build(settings_of(seed, is_async), kind_of(is_async, seed), clock=time, wall_clock=time)
-        planner, again = scheduler.planner, scheduler.planner.again
+        planner, whole = scheduler.planner, scheduler.planner.whole
 
         def compared(
-            now_s: float, running: int, limits: Limits, again=again, planner=planner, scheduler=scheduler
+            now_s: float, *arguments: Any, whole=whole, planner=planner, scheduler=scheduler
         ) -> Plan | None:
             nonlocal stood
-            stands = again(now_s, running, limits)
+            stands = whole(now_s, *arguments)
             if stands is not None:
                 stood += 1
+                # vLLM itself passes over who has its last token in flight.
                 live = scheduler.records.running(scheduler.running)
-                new = planner.plan(now_s, live, scheduler._free_kv_tokens(), limits)
-                assert new.caps == stands.caps
-                assert (new.waiting, new.preempt) == (stands.waiting, stands.preempt) == ((), ())
+                ending = set(stands.caps) - {one.request_id for one in live}
+                by_slack = planner.plan(now_s, live, *arguments[1:])
+                assert by_slack.caps == {n: t for n, t in stands.caps.items() if n not in ending}
+                assert (by_slack.waiting, by_slack.preempt) == (stands.waiting, stands.preempt) == ((), ())
             return stands
 
-        planner.again = compared
+        planner.whole = compared
         traffic(scheduler, seed, is_async, targets=1.0, time=time)
     assert stood > 20
+
+
+@BOTH
+def test_a_running_request_that_is_set_back_is_planned_anew(is_async):
+    """As vLLM does where a load of its KV cache failed."""
+    time = Time()
+    scheduler = ours(Settings(budget=256, blocks=400, is_async=is_async), time)
+    stepper = TimedStepper(scheduler, time, depth=1 + is_async)
+    for name in ("a", "b", "c"):
+        scheduler.add_request(slo_request(name, 60, output=200))
+    for _ in range(8):
+        stepper.step()
+    assert scheduler.plan.whole
+    while stepper.in_flight:
+        stepper.receive()
+    scheduler.running[0].num_computed_tokens -= 48
+    served = [stepper.step().total_num_scheduled_tokens for _ in range(3)]
+    assert sum(served) >= 48 + 3
+    stepper.step()
+    assert scheduler.plan.whole
 
 
 @BOTH
@@ -57,8 +80,8 @@ def test_a_late_token_counts_although_later_ones_catch_up(is_async):
     scheduler.add_request(slo_request("stalled", 40, output=200, ttft_ms=30.0, tpot_ms=22.0))
     scheduler.add_request(slo_request("patient", 40, output=200, ttft_ms=5_000.0, tpot_ms=500.0))
     noted = []
-    note = scheduler.records.produced
-    scheduler.records.produced = lambda *args: (noted.append(time()), note(*args))
+    note = scheduler.records._note
+    scheduler.records._note = lambda *args: (noted.append(len(args[0])), note(*args))[1]
     for _ in range(6):
         stepper.step()
     time.now += 0.05
@@ -67,4 +90,4 @@ def test_a_late_token_counts_although_later_ones_catch_up(is_async):
     stepper.drain()
     tiers = scheduler._stats.payload()["slo"]["tiers"]
     assert [tier[:2] for tier in tiers.values() if tier[0]] == [[1, 0], [1, 1]]
-    assert len(noted) < len(stepper.steps) / 4
+    assert sum(noted) < len(stepper.steps) / 2

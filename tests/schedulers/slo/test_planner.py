@@ -243,3 +243,53 @@ def test_requests_leave_in_every_state():
         policy.check_integrity()
         assert len(policy.backlog) == len(alive)
     assert math.isfinite(policy.model.seconds(StepFeatures(1, 1, 1)))
+
+
+def test_a_batch_that_decodes_on_is_planned_without_a_look_at_its_slack_as_with_one():
+    stood = 0
+    for seed in range(200):
+        rng = random.Random(seed)
+        running = [
+            decoding(
+                f"r{i}",
+                Targets(rng.choice((0.5, 5.0, math.inf)), rng.choice((0.02, 0.1))),
+                rng.randint(1, 50),
+                rng.uniform(-20, 0),
+                last_token_s=rng.uniform(-1, 0),
+            )
+            for i in range(rng.randint(1, 20))
+        ]
+        limits = Limits(
+            step_tokens=rng.choice((10, 2048)), running_requests=rng.choice((len(running), 64)), block_tokens=16
+        )
+        policy, other = (planner(SLOConfig(pace=rng.choice(("mean", "gap")))) for _ in range(2))
+        for i in range(rng.randint(0, 20)):
+            for one in (policy, other):
+                due_s = rng.choice((0.001, 1.0, 30.0))
+                one.arrive(Waiting(f"w{i}", "", rng.randint(1, 3000), -0.5, targets=Targets(due_s, 0.1)))
+        free = rng.choice((16 * len(running) - 1, 16 * len(running), 100_000))
+        names = tuple(one.request_id for one in running)
+        whole = policy.whole(0.0, names, free, limits)
+        if whole is not None:
+            stood += 1
+            by_slack = other.plan(0.0, running, free, limits)
+            assert whole.caps == by_slack.caps
+            assert whole.step_tokens == by_slack.step_tokens
+            assert sorted(whole.order) == sorted(by_slack.order)
+            assert (by_slack.waiting, by_slack.preempt, by_slack.drafts) == ((), (), {})
+            assert policy.whole(0.1, names, free, limits) is whole
+            policy.check_integrity()
+    assert 50 < stood < 150
+
+
+def test_while_nobody_can_come_in_deadlines_that_pass_are_noticed_and_nobody_is_weighed():
+    policy = planner()
+    limits = Limits(step_tokens=2048, running_requests=1)
+    for i in range(30):
+        policy.arrive(Waiting(f"w{i}", "", 100, 0.0, targets=Targets(1.0 if i < 20 else 60.0, 0.1)))
+    for step in range(30):
+        assert policy.whole(0.1 * step, ("r",), 10_000, limits)
+    assert policy.replan_counters.replans == 0
+    assert policy.replan_counters.demoted == 20
+    policy.plan(3.0, [], 10_000, limits)
+    assert policy.replan_counters.replans == 1
