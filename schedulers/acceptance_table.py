@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 MOST_CLASSES = 256
 PRIOR_RATE = 0.6
 PRIOR_WEIGHT = 4.0
@@ -83,40 +82,51 @@ class AcceptanceTable:
             return
         if (accepted < 0).any() or (accepted > drafted).any():
             raise ValueError("accepted: allowed: 0 to drafted")
-        tried = self._positions < np.minimum(drafted, accepted + 1)[:, None]
+        reached = np.minimum(np.minimum(drafted, accepted + 1), self.most_tokens)
+        accepted = np.minimum(accepted, reached)
+        tried = self._positions < reached[:, None]
         right = self._positions < accepted[:, None]
         decay = np.where(tried, REQUEST_DECAY, 1.0)
-        right &= tried
         self._tried[rows] = decay * self._tried[rows] + tried
         self._accepted[rows] = decay * self._accepted[rows] + right
-        self._observe_classes(self._class[rows], tried, right)
+        self._observe_classes(self._class[rows], reached, accepted)
 
     def survival(self, rows: Ints) -> Floats:
         """``[rows, positions]``: probability that a position is accepted with all before it; rows fall."""
         expected = CLASS_WEIGHT * self._rates[self._class[rows]]
         expected += self._accepted[rows]
         expected /= CLASS_WEIGHT + self._tried[rows]
-        survival: Floats = np.cumprod(expected, axis=1)
-        return survival
+        for position in range(1, self.most_tokens):
+            expected[:, position] *= expected[:, position - 1]
+        return expected
 
-    def _observe_classes(self, classes: Ints, tried: Bools, right: Bools) -> None:
-        places = classes[:, None] * self.most_tokens + self._positions
-        shape = (len(self._classes) + 1, self.most_tokens)
-        number = np.bincount(places[tried], minlength=shape[0] * shape[1]).reshape(shape)
-        came = np.bincount(places[right], minlength=shape[0] * shape[1]).reshape(shape)
+    def _observe_classes(self, classes: Ints, reached: Ints, accepted: Ints) -> None:
+        number = self._deeper(classes, reached)
+        came = self._deeper(classes, accepted)
         kept = CLASS_DECAY**number
         added = (1.0 - kept) / (1.0 - CLASS_DECAY)
-        self._class_tried[: shape[0]] = kept * self._class_tried[: shape[0]] + added
         came_added = added * came / np.maximum(number, 1)
-        self._class_accepted[: shape[0]] = kept * self._class_accepted[: shape[0]] + came_added
-        self._estimate(shape[0])
+        known = len(number)
+        self._class_tried[:known] = kept * self._class_tried[:known] + added
+        self._class_accepted[:known] = kept * self._class_accepted[:known] + came_added
+        self._estimate(known)
+
+    def _deeper(self, classes: Ints, depths: Ints) -> Ints:
+        """``[classes, positions]``: how many rows of each class reach beyond each position."""
+        shape = (len(self._classes) + 1, self.most_tokens + 1)
+        places = classes * shape[1] + depths
+        ends = np.bincount(places, minlength=shape[0] * shape[1]).reshape(shape)
+        deeper: Ints = np.cumsum(ends[:, :0:-1], axis=1)[:, ::-1]
+        return deeper
 
     def _estimate(self, classes: int) -> None:
+        accepted = self._class_accepted[:classes]
+        tried = PRIOR_WEIGHT + self._class_tried[:classes]
+        rates = self._rates[:classes]
         rate: float | Floats = PRIOR_RATE
         for position in range(self.most_tokens):
-            accepted = self._class_accepted[:classes, position]
-            rate = (PRIOR_WEIGHT * rate + accepted) / (PRIOR_WEIGHT + self._class_tried[:classes, position])
-            self._rates[:classes, position] = rate
+            rate = (PRIOR_WEIGHT * rate + accepted[:, position]) / tried[:, position]
+            rates[:, position] = rate
 
     def _class_of(self, name: str) -> int:
         if name not in self._classes and len(self._classes) + 1 < MOST_CLASSES:

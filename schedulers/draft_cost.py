@@ -9,8 +9,6 @@ vary, a step without drafts is asked for now and then, and where passes do not, 
 
 from __future__ import annotations
 
-import numpy as np
-
 from penstock.schedulers.acceptance_table import Floats, Ints
 from penstock.schedulers.slo.step_time import LONGEST_STEP_S, StepFeatures, StepTimeModel
 
@@ -48,16 +46,12 @@ class DraftCost:
     def _slopes(self) -> tuple[float, float]:
         prior = np.array([PRIOR_TOKENS, PRIOR_PASSES]) ** 2
         (token, both), (_, passes) = self._spread + np.diag(prior)
-        first, second = self._pair_s + prior * (self._model_token_s, self._model_pass_s)
+        first, second = self._pair_s + prior * (self._model.token_s, self._model_pass_s)
         # By Cramer's rule: a solver of any size takes as long as the rest of a step's estimates together.
         scale = token * passes - both * both
         return max(0.0, (first * passes - second * both) / scale), max(
             0.0, (second * token - first * both) / scale
         )
-
-    @property
-    def _model_token_s(self) -> float:
-        return self._model.seconds(StepFeatures(1, 0, 0)) - self._model.seconds(StepFeatures(0, 0, 0))
 
     @property
     def _model_pass_s(self) -> float:
@@ -77,7 +71,7 @@ class DraftCost:
         self._last = (features.requests, varies, seconds)
         plain_s = self._model.seconds(features._replace(tokens=features.requests, draft_passes=0))
         drafts = np.array([features.requests, features.tokens])
-        predicted_s = plain_s + float(np.diff(self._added(features, drafts))[0])
+        predicted_s = plain_s + float(self._added(drafts)[1])
         predicted_s += self.pass_s * features.draft_passes
         self._level_s += (1 - LEVEL_DECAY) * (seconds - predicted_s - self._level_s)
 
@@ -90,14 +84,15 @@ class DraftCost:
         """Times of a step by its ``tokens``, rising; the first are those without drafts."""
         plain_s = self._model.seconds(features._replace(tokens=int(tokens[0]), draft_passes=0))
         plain_s = max(0.1 * plain_s, plain_s + self._level_s) + self.pass_s * features.draft_passes
-        return plain_s + self._added(features, tokens)
+        times: Floats = self._added(tokens)
+        times += plain_s
+        return times
 
-    def _added(self, features: StepFeatures, tokens: Ints) -> Floats:
+    def _added(self, tokens: Ints) -> Floats:
         """What tokens beyond the first add: the learned cost, and the model's where it is steeper."""
-        times = self._model.seconds_with(features._replace(draft_passes=0), tokens)
-        more = tokens - tokens[0]
-        steeper = times - times[0] - self._model_token_s * more
-        added: Floats = self.token_s * more + np.maximum(0.0, steeper)
+        steeper = self._model.knee_seconds(tokens)
+        added: Floats = steeper + self.token_s * (tokens - tokens[0])
+        added -= float(steeper[0])
         return added
 
     def unsure(self, drafted: int) -> bool:

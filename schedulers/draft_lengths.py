@@ -34,8 +34,12 @@ class Chosen(NamedTuple):
 def worth(survival: Floats, needed: Floats, spare: float) -> Floats:
     """What each draft token is worth, ``[rows, positions]``: 1 times its probability until a row is expected
     to get the tokens that it needs of the step (the sure one included), ``spare`` times it after."""
-    before = 1.0 + np.cumsum(survival, axis=1) - survival
-    values: Floats = survival * np.where(before < needed[:, None] - 1e-9, 1.0, spare)
+    values: Floats = spare * survival
+    paced = np.flatnonzero(needed)
+    if len(paced):
+        reached = survival[paced]
+        before = 1.0 + np.cumsum(reached, axis=1) - reached
+        values[paced] = np.where(before < needed[paced, None] - 1e-9, reached, values[paced])
     return values
 
 
@@ -81,10 +85,11 @@ def rates_by_depth(values: Floats, rest: Floats, seconds: Floats, pass_s: float)
 
 def _first(values: Floats, number: int, least: float) -> Ints:
     """Lengths with the ``number`` most valuable tokens, of which the last is worth ``least``."""
-    above = values > least
-    lengths: Ints = above.sum(axis=1)
-    equal = np.flatnonzero(values == least)[: number - int(above.sum())]
-    lengths += np.bincount(equal // values.shape[1], minlength=len(values))
+    lengths: Ints = (values >= least).sum(axis=1)
+    surplus = int(lengths.sum()) - number
+    if surplus:
+        equal = np.flatnonzero(values == least)[-surplus:]
+        lengths -= np.bincount(equal // values.shape[1], minlength=len(values))
     return lengths
 
 

@@ -5,6 +5,7 @@ ones should be. The one core of draft lengths, for a waiting order of any kind a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,21 @@ class Besides(NamedTuple):
     context_tokens: int
 
 
+@dataclass(slots=True)
+class Recent:
+    """Decodes, draft tokens and accepted ones of recent steps."""
+
+    decodes: float = 0.0
+    drafted: float = 0.0
+    accepted: float = 0.0
+
+    def step(self, decodes: int, drafted: int) -> None:
+        """A step more, in which nothing is accepted yet."""
+        self.decodes = RECENT_DECAY * self.decodes + decodes
+        self.drafted = RECENT_DECAY * self.drafted + drafted
+        self.accepted *= RECENT_DECAY
+
+
 class Drafts:
     """Drafts of up to ``most_tokens``; ``model`` is told of steps by whoever owns it.
 
@@ -55,8 +71,7 @@ class Drafts:
             least_gain=config.least_gain,
             probe_share=config.probe_share,
         )
-        self._recent = np.zeros(3)
-        """Decodes, draft tokens and accepted ones of recent steps."""
+        self._recent = Recent()
 
     def row(self, request_id: str, class_name: str) -> int:
         """The request's place in what is learned, from its first draft until ``forget``."""
@@ -113,8 +128,7 @@ class Drafts:
             pass_s=self.cost.pass_s if self.in_passes else 0.0,
             unsure_of_passes=self.cost.unsure_of_passes,
         )
-        self._recent *= RECENT_DECAY
-        self._recent[:2] += len(rows), lengths.sum()
+        self._recent.step(len(rows), int(lengths.sum()))
         return lengths
 
     def learn(self, rows: Ints, drafted: Ints, accepted: Ints) -> None:
@@ -124,13 +138,15 @@ class Drafts:
             ValueError: more were accepted than drafted, or one is negative.
         """
         self.lengths.table.observe(rows, drafted, accepted)
-        self._recent[2] += accepted.sum()
+        self._recent.accepted += int(accepted.sum())
 
     @property
     def yields(self) -> Yield:
         """What decodes lately got of a step and took there, all that might have drafted."""
-        decodes, drafted, accepted = self._recent.tolist()
-        return Yield(1.0 + accepted / decodes, 1.0 + drafted / decodes) if decodes else PLAIN
+        recent = self._recent
+        if not recent.decodes:
+            return PLAIN
+        return Yield(1.0 + recent.accepted / recent.decodes, 1.0 + recent.drafted / recent.decodes)
 
 
 def displaced_prompts(besides: Besides, drafts: Ints) -> Ints:

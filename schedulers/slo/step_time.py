@@ -69,16 +69,20 @@ class StepTimeModel:
         """The predicted time of a step."""
         return self._scale * self._unscaled(features)
 
-    def seconds_with(self, features: StepFeatures, tokens: NDArray[np.int64]) -> NDArray[np.floating[Any]]:
-        """The predicted times of steps that differ in their tokens only."""
-        _, token, knee1, knee2, *_ = self._shape
-        time_s: NDArray[np.floating[Any]] = token * tokens + self._unscaled(features._replace(tokens=0))
-        if knee1:
-            time_s += knee1 * np.maximum(0, tokens - KNEES[0])
-        if knee2:
-            time_s += knee2 * np.maximum(0, tokens - KNEES[1])
-        time_s *= self._scale
-        return time_s
+    @property
+    def token_s(self) -> float:
+        """Seconds that a token adds to a step of few."""
+        return self._scale * self._shape[1]
+
+    def knee_seconds(self, tokens: NDArray[np.int64]) -> NDArray[np.floating[Any]]:
+        """What steps of so many ``tokens``, rising, take beyond ``token_s`` for each."""
+        _, _, knee1, knee2, *_ = self._shape
+        added: NDArray[np.floating[Any]] = np.zeros(len(tokens))
+        if knee1 and tokens[-1] > KNEES[0]:
+            added += self._scale * knee1 * np.maximum(0, tokens - KNEES[0])
+        if knee2 and tokens[-1] > KNEES[1]:
+            added += self._scale * knee2 * np.maximum(0, tokens - KNEES[1])
+        return added
 
     def _unscaled(self, features: StepFeatures) -> float:
         base, token, knee1, knee2, request, context, one_pass = self._shape

@@ -231,6 +231,7 @@ def test_times_of_many_sizes_are_those_of_each_one():
         Profile(base_s=0.01, token_s=1e-5, knees_s=(1e-5, 2e-5), request_s=1e-6, context_s=1e-9)
     )
     tokens = np.arange(1, 4000, 37)
-    found = model.seconds_with(StepFeatures(0, 8, 1000), tokens)
+    plain_s = model.seconds(StepFeatures(0, 8, 1000)) + model.token_s * tokens
+    found = plain_s + model.knee_seconds(tokens)
     expected = [model.seconds(StepFeatures(int(number), 8, 1000)) for number in tokens]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
