@@ -79,11 +79,14 @@ def test_a_row_says_what_is_added_and_a_claim_takes_the_worst(times):
     assert rows[0]["decode: steps"] == len(steps)
     assert min(steps) <= rows[0]["decode: ms"] + 0.001
     assert rows[0]["decode: stock ms"] <= max(stock) + 0.001
+    both = [[one.cpu_ms for one in times[side].steps] for side in ("dlpm", overhead.STOCK)]
+    means = [sum(side) / len(side) for side in both]
+    assert rows[0]["mean beyond stock ms"] == pytest.approx(means[0] - means[1], abs=0.001)
     rows[1]["decode: own ms"] = 99.0
     worst = {claim.name: claim for claim in overhead.claims_of(rows)}
     assert worst["dlpm: most ms added to a step that admits nobody, its own work"].value == 99.0
     assert not worst["dlpm: most ms added to a step that admits nobody, its own work"].holds
-    assert len(worst) == 4
+    assert len(worst) == 5
 
 
 def test_a_load_is_the_same_for_everybody_and_clients_share_what_they_should():
