@@ -8,8 +8,9 @@ requests that lie apart in memory because they came apart. A policy that cuts st
 nobody to follow.
 
 A step is ``schedule`` and ``update_from_output``, statistics included. Steps are compared by kind, those that
-admit nobody and those that admit one request, in the median and in the mean; and all of them in the mean, with
-the requests that a step serves, since one that serves fewer is shorter. Python's garbage collection is off.
+admit nobody and those that admit one request, in the median and in the mean; and all of them in the mean,
+with the requests that a step serves, since one that serves fewer is shorter. Python's garbage collection is
+off.
 """
 
 from __future__ import annotations
@@ -227,9 +228,8 @@ def claims_of(rows: Sequence[dict[str, Any]]) -> list[Claim]:
         found = [row for row in rows if row["policy"] == policy]
         means = [row["mean beyond stock ms"] for row in found]
         if means:
-            claims.append(
-                Claim.of(f"{policy}: most ms added to a step, beyond stock's, mean", max(means), "<=", ALLOWED_MS)
-            )
+            name = f"{policy}: most ms added to a step, beyond stock's, mean"
+            claims.append(Claim.of(name, max(means), "<=", ALLOWED_MS))
         for kind, text in (("decode", "that admits nobody"), ("admission", "that admits one")):
             for column, told in (("own", ", its own work"), ("beyond stock", ", beyond stock's")):
                 extra = [row[key] for row in found if (key := f"{kind}: {column} ms") in row]

@@ -264,7 +264,7 @@ class SLOScheduling(DraftControlling):
             self._stats.stepped(flight.predicted_s, seconds)
         records = self.records
         served = output.num_scheduled_tokens
-        everyone = all([request.request_id in served for request in self.running])
+        everyone = all(request.request_id in served for request in self.running)
         if not everyone:
             records.catch_up(self.running, before_s)
         outputs = super().update_from_output(*args, **kwargs)

@@ -100,11 +100,10 @@ class Planner:
         """Whether nobody can come in beside so many running requests unless one of them is thrown out."""
         return limits.running_requests <= running or not len(self.backlog)
 
-    def whole(
-        self, now_s: float, names: tuple[str, ...], free_kv_tokens: int, limits: Limits
-    ) -> Plan | None:
-        """The plan where all that run, ``names``, decode under targets of theirs and nobody can come in: without
-        a prompt to serve each has its token, however much slack it has. None where there is more to decide.
+    def whole(self, now_s: float, names: tuple[str, ...], free_kv_tokens: int, limits: Limits) -> Plan | None:
+        """The plan where all that run, ``names``, decode under targets of theirs and nobody can come in:
+        without a prompt to serve each has its token, however much slack it has. None where there is more to
+        decide.
 
         It stands while ``names`` do. Admission is decided when somebody can come in. There is a block for
         each, so nobody will be thrown out and the order may stay as it is.

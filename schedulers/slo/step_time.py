@@ -8,7 +8,6 @@ requests and past tokens.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from typing import Any, NamedTuple
 

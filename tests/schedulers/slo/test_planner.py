@@ -260,7 +260,9 @@ def test_a_batch_that_decodes_on_is_planned_without_a_look_at_its_slack_as_with_
             for i in range(rng.randint(1, 20))
         ]
         limits = Limits(
-            step_tokens=rng.choice((10, 2048)), running_requests=rng.choice((len(running), 64)), block_tokens=16
+            step_tokens=rng.choice((10, 2048)),
+            running_requests=rng.choice((len(running), 64)),
+            block_tokens=16,
         )
         policy, other = (planner(SLOConfig(pace=rng.choice(("mean", "gap")))) for _ in range(2))
         for i in range(rng.randint(0, 20)):
