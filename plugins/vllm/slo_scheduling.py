@@ -164,7 +164,8 @@ class SLOScheduling(DraftControlling):
     def _carry_out(self, plan: Plan, holding: list[Request]) -> None:
         if plan.whole:
             self.max_num_scheduled_tokens = plan.step_tokens
-            self._leave_decodes()
+            if not self.kv_holding_waiting:
+                self._leave_decodes()
             return
         if plan.preempt:
             self._throw_out(plan.preempt)
