@@ -9,6 +9,8 @@ vary, a step without drafts is asked for now and then, and where passes do not, 
 
 from __future__ import annotations
 
+import numpy as np
+
 from penstock.schedulers.acceptance_table import Floats, Ints
 from penstock.schedulers.slo.step_time import LONGEST_STEP_S, StepFeatures, StepTimeModel
 
