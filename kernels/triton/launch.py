@@ -1,0 +1,33 @@
+"""What all launches share: tile sizes and how exact a matrix product is."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Kernels run in Triton's interpreter on a CPU; decided when Triton is imported."""
+
+SMALLEST_DOT = 16
+"""Rows and columns that a matrix product needs at least."""
+
+
+def tile(size: int) -> int:
+    """The power of two that holds ``size`` and that a matrix product takes."""
+    return max(SMALLEST_DOT, power(size))
+
+
+def power(size: int) -> int:
+    """The least power of two that is not below ``size``."""
+    result: int = triton.next_power_of_2(size)
+    return result
+
+
+def products_in_fp32(*operands: torch.Tensor) -> bool:
+    """Whether operands are made float32 before a product, which is then exact to float32.
+
+    16-bit operands are multiplied as they are, except in the interpreter, whose product of bfloat16 is wrong.
+    """
+    return INTERPRETED or any(one.dtype == torch.float32 for one in operands)

@@ -1,0 +1,138 @@
+"""Sparse decode attention of one layer: choice, attention over it, and an estimate of the rest.
+
+Everything runs on the device from tensors that stand still: a CUDA graph captured around ``run`` holds as long as
+the arguments are the same tensors, whatever is in them. There is no wait for the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from penstock.kernels.sparse.serving import ServingConfig
+from penstock.kernels.triton.cache import PagedCache
+from penstock.kernels.triton.choose import ReadLists, choose
+from penstock.kernels.triton.decode import Parts, decode_parts, estimate_parts, merge_parts
+from penstock.kernels.triton.masses import exact_log_masses, page_log_masses
+from penstock.kernels.triton.summaries import Summaries
+
+SPLIT_TOKENS = 512
+"""A part of a context is not made smaller than this: the merge would cost more than it hides."""
+WAVES = 2
+"""Programs a multiprocessor is to have."""
+MOST_SPLITS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """The most that a step may have: ``requests`` of ``pages`` each; ``heads`` KV heads of ``group`` query heads."""
+
+    requests: int
+    heads: int
+    group: int
+    head_size: int
+    pages: int
+
+    @property
+    def rows(self) -> int:
+        """Requests times KV heads."""
+        return self.requests * self.heads
+
+
+def splits_for(rows: int, tokens: int, processors: int) -> int:
+    """Parts to cut contexts of at most ``tokens`` into, so that ``rows`` of them fill ``processors``."""
+    enough = -(-WAVES * processors // max(1, rows))
+    return max(1, min(enough, -(-tokens // SPLIT_TOKENS), MOST_SPLITS))
+
+
+class SparseStep:
+    """Choice and attention for steps of one shape; its memory is reserved once and shared by all layers.
+
+    Args:
+        config: what is read whatever it holds, and where reading is dense.
+        shape: what tensors given to ``run`` have.
+        cache: any cache of the kind that ``run`` gets.
+        tail_pages: most pages at the end of a request whose masses are computed exactly; more are read, but
+            not counted.
+        processors: multiprocessors of the device.
+    """
+
+    def __init__(
+        self, config: ServingConfig, shape: StepShape, cache: PagedCache, *, tail_pages: int, processors: int
+    ) -> None:
+        self.config, self.shape = config, shape
+        self._scale = shape.head_size**-0.5
+        self._tokens = cache.block_tokens
+        self._tail_pages = tail_pages
+        self.splits = splits_for(shape.rows, shape.pages * self._tokens, processors)
+        # A page is one row of an estimate, where it is many of what is read.
+        self.rest_splits = splits_for(shape.rows, shape.pages, processors)
+        device = cache.keys.device
+        self.logs = torch.empty(shape.requests, shape.heads, shape.group, shape.pages, device=device)
+        self.reads = ReadLists.empty(shape.rows, shape.group, shape.pages, device)
+        parts = self.splits + self.rest_splits
+        self._parts = Parts.empty(shape.rows, parts, shape.group, shape.head_size, device)
+        self.lse = torch.empty(shape.requests, shape.heads, shape.group, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory in bytes."""
+        reads, parts = self.reads, self._parts
+        held = (self.logs, reads.entries, reads.lengths, reads.taken, reads.left)
+        return sum(part.nbytes for part in (*held, parts.outputs, parts.lses, self.lse))
+
+    def run(
+        self,
+        query: torch.Tensor,
+        cache: PagedCache,
+        index: Summaries,
+        table: torch.Tensor,
+        lengths: torch.Tensor,
+        counts: torch.Tensor,
+        wanted: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention of ``query`` [B, H * G, D] into ``out``, alike.
+
+        ``table`` int32 [B, P] and ``lengths`` int32 [B] are the block table and the tokens of the requests, 0 for a
+        padded one, whose output is 0; ``counts`` int32 [B] their pages that ``index`` has, full ones only, from
+        the front; ``wanted`` float32 [1] the share of mass, with its margin.
+        """
+        self.choose(query, cache, index, table, lengths, counts, wanted)
+        decode_parts(
+            query, cache, self.reads, self._scale, self._parts, unit_tokens=self._tokens, splits=self.splits
+        )
+        estimate_parts(
+            self.logs, self.reads.taken, index.values, table, counts, self._parts,
+            first=self.splits, splits=self.rest_splits,
+        )  # fmt: skip
+        merge_parts(self._parts, self.shape.heads, out, self.lse)
+        return out
+
+    def choose(
+        self,
+        query: torch.Tensor,
+        cache: PagedCache,
+        index: Summaries,
+        table: torch.Tensor,
+        lengths: torch.Tensor,
+        counts: torch.Tensor,
+        wanted: torch.Tensor,
+    ) -> ReadLists:
+        """The first half of ``run``, with the same arguments: which pages each row reads."""
+        config = self.config
+        sinks = -(-config.sink_tokens // self._tokens)
+        # The query's own token is the last one: its page is read even if nothing else recent is asked for.
+        recent = max(1, config.recent_tokens)
+        page_log_masses(query, index, table, counts, self._scale, self.logs)
+        exact_log_masses(
+            query, cache, table, lengths, counts, self._scale, self.logs,
+            sink_pages=sinks, recent_tokens=recent, tail_pages=self._tail_pages,
+        )  # fmt: skip
+        choose(
+            self.logs, table, lengths, counts, wanted, self.reads,
+            unit_tokens=self._tokens, block_tokens=self._tokens, sink_units=sinks, recent_tokens=recent,
+            least_tokens=config.least_tokens, most_share=config.most_share,
+        )  # fmt: skip
+        return self.reads
