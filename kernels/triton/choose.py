@@ -18,8 +18,10 @@ from penstock.kernels.sparse.top_p import LOG_RANGE, STEPS
 from penstock.kernels.triton.launch import power
 from penstock.kernels.triton.masses import first_recent
 
-UNITS = 512
-"""Pages or tokens that a program looks at together."""
+SHARES = 8192
+"""Shares, of a unit in a query head, that a program holds at a time."""
+LEAST_UNITS = 256
+WARPS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,23 +116,33 @@ def _choose(
     # The rounding of a running sum must not ask for one unit more than there are.
     goal = tl.minimum(tl.maximum(mass - kept_share, 0.0), free_share) * (1 - 1e-6)
 
-    # At ``low`` every head has its goal, or everything is taken; at ``high`` one of them has not.
+    # At ``low`` every head has its goal, or everything is taken; at ``high`` one of them has not. Where one unit
+    # is between them, or none, more halvings change nothing.
     low = -LOG_RANGE
     high = 1e-3
     had = tl.zeros([GROUP], tl.float32)
-    for _ in range(STEPS):
+    at_low = count
+    at_high = 0
+    step = 0
+    while (step < STEPS) & (at_low - at_high > 1):
         middle = (low + high) / 2
         threshold = top * tl.exp(middle)
         reached = tl.zeros([GROUP], tl.float32)
+        above = 0
         for first in range(0, count, UNITS):
             unit = first + tl.arange(0, UNITS)
             log, kept = _load(logs, row, unit, unit < count, sinks, tail, group, units, GROUP)
             free = tl.where(kept[None, :], 0.0, tl.exp(log - lse[:, None]))
-            reached += tl.sum(tl.where((tl.sum(free, 0) >= threshold)[None, :], free, 0.0), 1)
+            over = tl.sum(free, 0) >= threshold
+            reached += tl.sum(tl.where(over[None, :], free, 0.0), 1)
+            above += tl.sum(over.to(tl.int32), 0)
         enough = tl.min((reached >= goal).to(tl.int32), 0) > 0
         had = tl.where(enough, had, reached)
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
+        at_low = tl.where(enough, above, at_low)
+        at_high = tl.where(enough, at_high, above)
+        step += 1
     floor = tl.where(low == -LOG_RANGE, 0.0, top * tl.exp(low))
     ceiling = top * tl.exp(high)
 
@@ -199,6 +211,6 @@ def choose(
         out.entries, out.lengths, out.taken, out.left,
         heads, group, units, table.shape[1], unit_tokens, block_tokens, sink_units, recent_tokens,
         least_tokens, most_share,
-        GROUP=power(group), UNITS=min(UNITS, power(units)), STEPS=STEPS, LOG_RANGE=LOG_RANGE,
-        OTHERS=others is not None,
+        GROUP=power(group), UNITS=min(power(units), max(LEAST_UNITS, SHARES // power(group))),
+        STEPS=STEPS, LOG_RANGE=LOG_RANGE, OTHERS=others is not None, num_warps=WARPS,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from penstock.kernels.triton.cache import PagedCache
 from penstock.kernels.triton.choose import ReadLists
-from penstock.kernels.triton.launch import power, products_in_fp32, tile
+from penstock.kernels.triton.launch import power, products_in_fp32, tile, warps
 
 TOKENS = 64
 """Tokens, or pages of an estimate, that a program multiplies at a time."""
@@ -46,7 +46,7 @@ def _softmax_step(score, value, peak, total, output, FP32: tl.constexpr):
     weight = tl.exp(score - base[:, None])
     fading = tl.exp(peak - base)
     if FP32:
-        part = tl.dot(weight, value.to(tl.float32), input_precision="ieee")
+        part = tl.dot(weight, value.to(tl.float32), input_precision="tf32x3")
     else:
         part = tl.dot(weight.to(value.dtype), value)
     return higher, total * fading + tl.sum(weight, 1), output * fading[:, None] + part
@@ -105,7 +105,7 @@ def _decode(
         place = values + block * value_block + within * value_token + head * value_head
         value = tl.load(place[:, None] + channel[None, :], mask=inside, other=0.0)
         if FP32:
-            score = tl.dot(q, tl.trans(key.to(tl.float32)), input_precision="ieee")
+            score = tl.dot(q, tl.trans(key.to(tl.float32)), input_precision="tf32x3")
         else:
             score = tl.dot(q, tl.trans(key))
         score = tl.where(present[None, :], score * scale, float("-inf"))
@@ -193,6 +193,7 @@ def decode_parts(
         parts.lses.shape[1], splits, scale, query.stride(0), query.stride(1),
         keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
         GROUP=tile(group), TOKENS=TOKENS, SIZE=tile(size), FP32=products_in_fp32(query, keys),
+        num_warps=warps(TOKENS * tile(size)),
     )  # fmt: skip
 
 
@@ -215,6 +216,7 @@ def estimate_parts(
         logs, taken, means, table, counts, parts.outputs, parts.lses,
         heads, group, size, units, table.shape[1], parts.lses.shape[1], first, splits,
         GROUP=tile(group), TOKENS=TOKENS, SIZE=tile(size), FP32=products_in_fp32(means),
+        num_warps=warps(TOKENS * tile(size)),
     )  # fmt: skip
 
 

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from penstock.kernels.sparse.clusters import Clusters
-from penstock.kernels.triton.launch import power, tile
+from penstock.kernels.triton.launch import power, tile, warps
 
-Precision = Literal["ieee", "tf32"]
+Precision = Literal["tf32x3", "tf32"]
 TOKENS = 64
 CENTROIDS = 64
 MEMBERS = 32
@@ -31,18 +31,18 @@ def _nearest(
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.arange(0, SIZE)
     present = (token < tokens)[:, None] & (channel < size)[None, :]
-    rows = keys + head * key_head + token.to(tl.int64)[:, None] * key_token + channel[None, :]
-    key = tl.load(rows, mask=present, other=0.0).to(tl.float32)
+    place = token.to(tl.int64)[:, None] * key_token + channel[None, :]
+    key = tl.load(keys + head * key_head + place, mask=present, other=0.0).to(tl.float32)
     least = tl.full([TOKENS], float("inf"), tl.float32)
     winner = tl.zeros([TOKENS], tl.int32)
     for first in range(0, clusters, CENTROIDS):
         number = first + tl.arange(0, CENTROIDS)
         known = (number < clusters)[:, None] & (channel < size)[None, :]
-        rows = centroids + head * centre_head + number[:, None] * centre_row + channel[None, :]
-        centre = tl.load(rows, mask=known, other=0.0).to(tl.float32)
-        gap = tl.sum(centre * centre, 1)[None, :] - 2 * tl.dot(
-            key, tl.trans(centre), input_precision=PRECISION
-        )
+        row = number[:, None] * centre_row + channel[None, :]
+        centre = tl.load(centroids + head * centre_head + row, mask=known, other=0.0).to(tl.float32)
+        # |k - c|^2 without |k|^2, which is the same for every centroid.
+        product = tl.dot(key, tl.trans(centre), input_precision=PRECISION)
+        gap = tl.sum(centre * centre, 1)[None, :] - 2 * product
         # What is no number wins nothing, so that a label is always a cluster.
         gap = tl.where((number < clusters)[None, :] & (gap == gap), gap, float("inf"))
         nearest = tl.min(gap, 1)
@@ -88,7 +88,7 @@ def _means(
         tl.store(spreads + head * clusters + cluster, share)
 
 
-def nearest(keys: torch.Tensor, centroids: torch.Tensor, precision: Precision = "ieee") -> torch.Tensor:
+def nearest(keys: torch.Tensor, centroids: torch.Tensor, precision: Precision = "tf32x3") -> torch.Tensor:
     """``penstock.kernels.sparse.kmeans.nearest``, int32 [H, n], of ``keys`` [H, n, D] of any float type.
 
     ``tf32`` is faster and may take the second nearest of two that are alike to three digits.
@@ -100,6 +100,7 @@ def nearest(keys: torch.Tensor, centroids: torch.Tensor, precision: Precision = 
             keys, centroids, labels, tokens, centroids.shape[1], size,
             keys.stride(0), keys.stride(1), centroids.stride(0), centroids.stride(1),
             TOKENS=TOKENS, CENTROIDS=CENTROIDS, SIZE=tile(size), PRECISION=precision,
+            num_warps=warps(TOKENS * tile(size)),
         )  # fmt: skip
     return labels
 
@@ -130,7 +131,7 @@ def bounded(
     size: int,
     iterations: int,
     first: torch.Tensor,
-    precision: Precision = "ieee",
+    precision: Precision = "tf32x3",
 ) -> Clusters:
     """Clusters of at most ``size`` tokens, as ``penstock.kernels.sparse.clusters.bounded``, on one device.
 

@@ -31,3 +31,11 @@ def products_in_fp32(*operands: torch.Tensor) -> bool:
     16-bit operands are multiplied as they are, except in the interpreter, whose product of bfloat16 is wrong.
     """
     return INTERPRETED or any(one.dtype == torch.float32 for one in operands)
+
+
+def warps(elements: int) -> int:
+    """Warps of a program whose largest tile has so many ``elements``: 64 of them, or fewer, to a thread.
+
+    With more, tiles do not fit in registers, and compiling takes minutes.
+    """
+    return max(4, min(16, power(elements) // (64 * 32)))

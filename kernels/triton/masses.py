@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from penstock.kernels.triton.cache import PagedCache
-from penstock.kernels.triton.launch import power, products_in_fp32, tile
+from penstock.kernels.triton.launch import power, products_in_fp32, tile, warps
 from penstock.kernels.triton.summaries import Summaries
 
 ROWS = 64
@@ -18,7 +18,7 @@ ROWS = 64
 @triton.jit
 def _masses(
     query, means, scales, sizes, spreads, table, counts, logs, products,
-    heads, group, size, clusters, pages, blocks, scale, query_request, query_head,
+    heads, group, size, clusters, pages, scale, query_request, query_head,
     GROUP: tl.constexpr, PAGES: tl.constexpr, CLUSTERS: tl.constexpr, SIZE: tl.constexpr,
     FP32: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def _masses(
     mean = tl.load(place, mask=used[:, None] & (channel < size)[None, :], other=0)
     length = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * scale * scale
     if FP32:
-        product = tl.dot(q.to(tl.float32), tl.trans(mean.to(tl.float32)), input_precision="ieee")
+        product = tl.dot(q.to(tl.float32), tl.trans(mean.to(tl.float32)), input_precision="tf32x3")
     else:
         product = tl.dot(q, tl.trans(mean.to(q.dtype)))
     step = tl.load(scales + cell, mask=used, other=0.0)
@@ -61,7 +61,8 @@ def _masses(
     log = tl.reshape(log, [GROUP, PAGES, CLUSTERS])
     peak = tl.max(log, 2)
     base = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)
-    page_log = tl.log(tl.sum(tl.exp(log - base[:, :, None]), 2)) + base
+    # The largest adds 1: below that is only a page without any.
+    page_log = tl.log(tl.maximum(tl.sum(tl.exp(log - base[:, :, None]), 2), 1.0)) + base
     page_log = tl.where(tl.abs(peak) < float("inf"), page_log, peak)
     out_page = tl.program_id(0) * PAGES + tl.arange(0, PAGES)
     at = (row * group + member)[:, None] * pages + out_page[None, :]
@@ -103,7 +104,7 @@ def _exact(
         place = keys + block * key_block + head * key_head + token[:, None] * key_token + channel[None, :]
         key = tl.load(place, mask=present[:, None] & (channel < size)[None, :], other=0.0)
         if FP32:
-            score = tl.dot(q.to(tl.float32), tl.trans(key.to(tl.float32)), input_precision="ieee")
+            score = tl.dot(q.to(tl.float32), tl.trans(key.to(tl.float32)), input_precision="tf32x3")
         else:
             score = tl.dot(q, tl.trans(key))
         score = score * scale
@@ -111,7 +112,7 @@ def _exact(
         score = tl.where(present[None, :], score, float("-inf"))
         peak = tl.max(score, 1)
         base = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)
-        log = tl.log(tl.sum(tl.exp(score - base[:, None]), 1)) + base
+        log = tl.log(tl.maximum(tl.sum(tl.exp(score - base[:, None]), 1), 1.0)) + base
         log = tl.where(tl.abs(peak) < float("inf"), log, peak)
         tl.store(logs + (row * group + member) * pages + page, log, mask=member < group)
 
@@ -137,11 +138,11 @@ def page_log_masses(
     _masses[(triton.cdiv(pages, each), requests * heads)](
         query, index.means, index.scales, index.sizes, index.spreads, table, counts, logs,
         logs if products is None else products,
-        heads, group, query.shape[-1], index.clusters, pages, len(index.means), scale,
+        heads, group, query.shape[-1], index.clusters, pages, scale,
         query.stride(0), query.stride(1),
         GROUP=tile(group), PAGES=each, CLUSTERS=clusters, SIZE=tile(query.shape[-1]),
         FP32=products_in_fp32(query, *([index.means] if index.means.is_floating_point() else [])),
-        PRODUCTS=products is not None,
+        PRODUCTS=products is not None, num_warps=warps(each * clusters * tile(query.shape[-1])),
     )  # fmt: skip
 
 
@@ -172,4 +173,5 @@ def exact_log_masses(
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
         GROUP=tile(group), TOKENS=tile(cache.block_tokens), SIZE=tile(cache.head_size),
         FP32=products_in_fp32(query, keys),
+        num_warps=warps(tile(cache.block_tokens) * tile(cache.head_size)),
     )  # fmt: skip

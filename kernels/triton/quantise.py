@@ -119,5 +119,5 @@ def score_keys(
             query, keys.codes, keys.factors, owner, order, near, products, lengths, out,
             rows // len(lengths), group, size, keys.codes.shape[2], capacity, near.shape[1], out.shape[2],
             GROUP=tile(group), TOKENS=TOKENS, WIDTH=tile(keys.codes.shape[2]), BITS=keys.bits,
-            PRECISION="ieee",
+            PRECISION="tf32x3",
         )  # fmt: skip

@@ -20,8 +20,8 @@ NOTHING = -torch.inf
 
 
 def rows(query: torch.Tensor, heads: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Request, KV head and its query float32 [1, G, D], for each row of ``query`` [B, H * G, D]."""
-    for request, heads_of in enumerate(query.float().unflatten(1, (heads, -1))):
+    """Request, KV head and its query [1, G, D], for each row of ``query`` [B, H * G, D]."""
+    for request, heads_of in enumerate(query.unflatten(1, (heads, -1))):
         for head, group in enumerate(heads_of):
             yield request, head, group[None]
 
@@ -32,7 +32,7 @@ def page_log_masses(
     """See ``masses.page_log_masses``: float32 [B, H, G, P]."""
     heads = index.means.shape[1]
     logs = torch.full((len(table), heads, query.shape[1] // heads, table.shape[1]), NOTHING)
-    for request, head, asked in rows(query * scale, heads):
+    for request, head, asked in rows(query.float() * scale, heads):
         blocks = table[request, : counts[request]].long()
         means = index.means[blocks, head].float() * index.scales[blocks, head, :, None]
         sizes, spreads = index.sizes[blocks, head], index.spreads[blocks, head]
@@ -54,7 +54,7 @@ def exact_log_masses(
     """Exact logs of the masses of all pages, float32 [B, H, G, P]; -inf beyond the lengths."""
     size = cache.block_tokens
     logs = torch.full((len(table), cache.heads, query.shape[1] // cache.heads, table.shape[1]), NOTHING)
-    for request, head, asked in rows(query * scale, cache.heads):
+    for request, head, asked in rows(query.float() * scale, cache.heads):
         length = int(lengths[request])
         for page in range(-(-length // size)):
             keys = tokens_of(cache.keys, table[request, page : page + 1], head, min(size, length - page * size))
@@ -88,7 +88,7 @@ def attention(
     -inf are estimated.
     """
     outputs, lses = [], []
-    for row, (request, head, asked) in enumerate(rows(query * scale, cache.heads)):
+    for row, (request, head, asked) in enumerate(rows(query.float() * scale, cache.heads)):
         places = read[row, : int(lengths[request])].nonzero()[:, 0]
         blocks, within = table[request, places // cache.block_tokens].long(), places % cache.block_tokens
         part = attend(asked, cache.keys[blocks, within, head][None], cache.values[blocks, within, head][None])

@@ -14,10 +14,7 @@ import triton
 import triton.language as tl
 
 from penstock.kernels.triton.cache import PagedCache
-from penstock.kernels.triton.launch import tile
-
-CODES = 127
-"""Largest code of a mean's channel."""
+from penstock.kernels.triton.launch import tile, warps
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +51,26 @@ class Summaries:
 
 
 @triton.jit
-def _gaps(keys, means, token_inside, cluster_inside):
+def _gaps(keys, means, inside):
     # |k - c|^2 without |k|^2, which all clusters have in common.
-    gap = tl.sum(means * means, 1)[None, :] - 2 * tl.dot(keys, tl.trans(means), input_precision="ieee")
-    return tl.where(cluster_inside[None, :], gap, float("inf"))
+    gap = tl.sum(means * means, 1)[None, :] - 2 * tl.dot(keys, tl.trans(means), input_precision="tf32x3")
+    return tl.where(inside[None, :], gap, float("inf"))
 
 
 @triton.jit
 def _cluster_means(keys, labels, token_inside, CLUSTERS: tl.constexpr):
     belongs = (tl.arange(0, CLUSTERS)[:, None] == labels[None, :]) & token_inside[None, :]
     size = tl.sum(belongs.to(tl.float32), 1)
-    total = tl.dot(belongs.to(tl.float32), keys, input_precision="ieee")
+    total = tl.dot(belongs.to(tl.float32), keys, input_precision="tf32x3")
     return belongs, size, total / tl.maximum(size, 1.0)[:, None]
 
 
 @triton.jit
 def _summarise(
     keys, values, blocks, means, scales, sizes, spreads, mean_values,
-    block_tokens, clusters, size, heads,
+    block_tokens, clusters, size, heads, rounds,
     key_block, key_token, key_head, value_block, value_token, value_head,
-    ROUNDS: tl.constexpr, TOKENS: tl.constexpr, CLUSTERS: tl.constexpr, SIZE: tl.constexpr,
+    TOKENS: tl.constexpr, CLUSTERS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     block = tl.load(blocks + tl.program_id(0)).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -85,9 +82,9 @@ def _summarise(
     place = keys + block * key_block + head * key_head + token[:, None] * key_token + channel[None, :]
     key = tl.load(place, mask=present, other=0.0).to(tl.float32)
     labels = token * clusters // block_tokens
-    for _ in tl.static_range(ROUNDS):
+    for _ in range(rounds):
         _, _, mean = _cluster_means(key, labels, token_inside, CLUSTERS)
-        labels = tl.argmin(_gaps(key, mean, token_inside, cluster < clusters), 1)
+        labels = tl.argmin(_gaps(key, mean, cluster < clusters), 1)
     belongs, count, mean = _cluster_means(key, labels, token_inside, CLUSTERS)
     # Distances to the own mean from the sums of squares: both are of one page, so little cancels.
     length = tl.sum(key * key, 1)
@@ -126,8 +123,8 @@ def summarise_blocks(cache: PagedCache, blocks: torch.Tensor, into: Summaries, r
     keys, values = cache.keys, cache.values
     _summarise[(len(blocks), cache.heads)](
         keys, values, blocks, into.means, into.scales, into.sizes, into.spreads, into.values,
-        cache.block_tokens, into.clusters, cache.head_size, cache.heads,
+        cache.block_tokens, into.clusters, cache.head_size, cache.heads, rounds,
         keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
-        ROUNDS=rounds, TOKENS=tile(cache.block_tokens), CLUSTERS=tile(into.clusters),
-        SIZE=tile(cache.head_size),
+        TOKENS=tile(cache.block_tokens), CLUSTERS=tile(into.clusters), SIZE=tile(cache.head_size),
+        num_warps=warps(tile(cache.block_tokens) * tile(cache.head_size)),
     )  # fmt: skip
