@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import torch
 from rich.console import Console
 
 from penstock.benchmarks.narrator import Narrator
@@ -47,6 +48,14 @@ Sets = Iterator[tuple[str, list[Layer], list[Layer]]]
     show_default=True,
     help="Plots; the keys they are of go before the suffix.",
 )
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="cuda times decode attention on a GPU instead.",
+)
+@click.option("--mass", default=0.9, show_default=True, help="P, of what is timed on a GPU.")
 @click.option("--seed", default=0, show_default=True)
 def bench(
     quick: bool,
@@ -54,12 +63,17 @@ def bench(
     tokens: int | None,
     json_file: Path | None,
     plot_file: Path,
+    device: str,
+    mass: float,
     seed: int,
 ) -> None:
     """Measure sparse attention beside Quest, Tactic, a pruner and exact top-p.
 
     A claim that does not hold is shown as such; the exit status is 0 all the same, since this measures.
     """
+    if device == "cuda":
+        _on_gpu(mass, seed, json_file, quick=quick)
+        return
     if captured is None:
         sets = _made_up(tokens or (4096 if quick else 8192), seed, quick=quick)
     else:
@@ -86,6 +100,26 @@ def bench(
         parts = {"promise": promised, "same budget": budgets, "curve": curves}
         rows = tuple({"part": part, **row} for part, found_rows in parts.items() for row in found_rows)
         Report(bench="sparse", environment=environment, rows=rows, claims=found).write_json(json_file)
+        console.print(f"wrote {json_file}")
+
+
+def _on_gpu(mass: float, seed: int, json_file: Path | None, *, quick: bool) -> None:
+    if not torch.cuda.is_available():
+        told = f"given cuda, but torch {torch.__version__} sees no CUDA device here"
+        raise click.BadParameter(told, param_hint="--device")
+    from penstock.benchmarks.sparse_device import measure
+
+    console = wide(Console())
+    with Narrator(console).step("sparse on a GPU") as tell:
+        tell(torch.cuda.get_device_name())
+        rows, found = measure(mass, seed, tell, quick=quick)
+    console.print(rows_table(rows))
+    report = Report(
+        bench="sparse", environment=Environment.detect(seed), rows=tuple(rows), claims=tuple(found)
+    )
+    report.show(console)
+    if json_file is not None:
+        report.write_json(json_file)
         console.print(f"wrote {json_file}")
 
 

@@ -13,7 +13,9 @@ from importlib import metadata
 import click
 import msgspec
 
+from penstock.plugins.device_probe import Decode
 from penstock.plugins.doctor_report import (
+    DecodeReport,
     Examiner,
     FeatureReport,
     PackageReport,
@@ -26,6 +28,7 @@ PACKAGES = {"pyzmq": "control channel", "msgspec": "control messages", "xxhash":
 PROBE_TIMEOUT_S = 60.0
 
 PROBE = [sys.executable, "-m", "penstock.plugins.transport_probe", "UCX"]
+DEVICE_PROBE = [sys.executable, "-m", "penstock.plugins.device_probe"]
 
 # By name: nothing imports an adapter, and an engine's adapter is looked at only when it is examined.
 EXAMINATIONS = {engine: f"penstock.plugins.{engine}.examination" for engine in ("vllm", "sglang")}
@@ -61,6 +64,21 @@ def probe_nixl(timeout_s: float = PROBE_TIMEOUT_S) -> TransportReport:
     )
 
 
+def probe_decode(timeout_s: float = PROBE_TIMEOUT_S) -> DecodeReport | None:
+    """What would do sparse decode here, asked in a process that imports torch; None without torch."""
+    try:
+        done = subprocess.run(DEVICE_PROBE, capture_output=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return DecodeReport("unknown", "unknown", f"looking for a device took more than {timeout_s:.0f} s")
+    if done.returncode != 0:
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no output"])[-1]
+        return None if "No module named 'torch'" in last else DecodeReport("unknown", "unknown", last)
+    found = msgspec.json.decode(done.stdout, type=Decode)
+    choice = found.choice
+    name = "no GPU" if found.device is None else found.device.name
+    return DecodeReport(name, choice.path or "dense", choice.reason, choice.refused)
+
+
 def examiner(engine: str | None = None) -> Examiner:
     """The examiner of an engine's adapter: of the one that is named, else of the one that is installed;
     vLLM's where both are or none is."""
@@ -88,6 +106,7 @@ def examine_all(examiner: Examiner, *, probe_timeout_s: float = PROBE_TIMEOUT_S)
         transports=transports,
         packages=packages,
         problems=tuple(examiner.problems(transports, packages)),
+        decode=probe_decode(probe_timeout_s) if probe_timeout_s else None,
     )
 
 
@@ -109,6 +128,8 @@ def render(report: Report, *, verbose: bool) -> Iterator[str]:
         yield "\ntransports"
     for transport in report.transports:
         yield from _transport(transport)
+    if report.decode is not None:
+        yield from _decode(report.decode, verbose=verbose)
     yield "\npackages"
     for package in report.packages:
         yield f"  {package.name:<16}{package.version or 'missing':<12}{package.purpose}"
@@ -131,6 +152,13 @@ def _feature(feature: FeatureReport, *, verbose: bool) -> Iterator[str]:
             yield f"    {seam.state:<9}{seam.name} ({seam.use}) {seam.reason}".rstrip()
     for patch in feature.patches:
         yield f"    patch    {patch.target}: {patch.state} {patch.reason}".rstrip()
+
+
+def _decode(decode: DecodeReport, *, verbose: bool) -> Iterator[str]:
+    yield "\nkernel for sparse decode, heads of 128 in bfloat16, pages of 16 (not served on a GPU yet)"
+    yield f"  {decode.device:<20}{decode.path:<9}{decode.reason}"
+    if verbose:
+        yield from (f"    not {path}: {reason}" for path, reason in decode.refused.items())
 
 
 def _transport(transport: TransportReport) -> Iterator[str]:
@@ -156,7 +184,7 @@ def _transport(transport: TransportReport) -> Iterator[str]:
     default=PROBE_TIMEOUT_S,
     show_default=True,
     type=click.FloatRange(min=0),
-    help="Seconds that starting the transports may take; 0 leaves them out.",
+    help="Seconds that starting the transports, or finding a GPU, may take; 0 leaves them out.",
 )
 def doctor(
     *, engine: str | None, as_json: bool, require: tuple[str, ...], verbose: bool, probe_timeout: float

@@ -84,6 +84,16 @@ class PackageReport(msgspec.Struct, frozen=True):
     version: str
 
 
+class DecodeReport(msgspec.Struct, frozen=True):
+    """What kernel does sparse decode: the ``device``, ``path`` (``dense`` for none), why, and why not the
+    others."""
+
+    device: str
+    path: str
+    reason: str
+    refused: dict[str, str] = {}
+
+
 class Problem(msgspec.Struct, frozen=True):
     """What is missing, for which feature (empty: for all), and what to do about it."""
 
@@ -103,6 +113,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     transports: tuple[TransportReport, ...]
     packages: tuple[PackageReport, ...]
     problems: tuple[Problem, ...]
+    decode: DecodeReport | None = None
 
     def broken(self, feature: str) -> list[Problem]:
         """The problems that keep a feature from working."""

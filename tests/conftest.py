@@ -1,4 +1,5 @@
-"""Triton interprets its kernels on the CPU unless a run says otherwise; it looks once, when it is imported."""
+"""Triton interprets its kernels on the CPU unless a run says otherwise; it looks once, when it is
+imported."""
 
 from __future__ import annotations
 

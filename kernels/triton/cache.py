@@ -26,7 +26,9 @@ class PagedCache:
             given = f"{tuple(self.keys.shape)} and {tuple(self.values.shape)}"
             raise ValueError(f"keys and values: given {given}, allowed: two alike of [blocks, N, H, D]")
         if self.keys.dtype != self.values.dtype:
-            raise ValueError(f"keys and values: given {self.keys.dtype} and {self.values.dtype}, allowed: one type")
+            raise ValueError(
+                f"keys and values: given {self.keys.dtype} and {self.values.dtype}, allowed: one type"
+            )
         if self.keys.stride(-1) != 1 or self.values.stride(-1) != 1:
             raise ValueError("keys and values: given channels that lie apart, allowed: stride 1")
 

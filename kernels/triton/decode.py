@@ -1,9 +1,9 @@
 # ruff: noqa: ANN001, ANN202
 """Decode attention over lists of pages or tokens: split-KV, an estimate of what is not read, and their merge.
 
-A row's list is cut into parts that are done at the same time, each with its output and log-sum-exp; what is not
-read adds parts of its own, through the mean values of pages. The merge is :func:`penstock.kernels.sparse.attention.merge` over
-all parts.
+A row's list is cut into parts that are done at the same time, each with its output and log-sum-exp; what is
+not read adds parts of its own, through the mean values of pages. The merge is
+:func:`penstock.kernels.sparse.attention.merge` over all parts.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ class Parts:
             torch.empty(rows, parts, group, size, device=device),
             torch.empty(rows, parts, group, device=device),
         )
+
+    def first(self, parts: int) -> Parts:
+        """The memory of the first ``parts`` of each row, packed, for use without the others."""
+        rows, _, group, size = self.outputs.shape
+        packed = self.outputs.flatten()[: rows * parts * group * size].view(rows, parts, group, size)
+        return Parts(packed, self.lses.flatten()[: rows * parts * group].view(rows, parts, group))
 
 
 @triton.jit
@@ -183,7 +189,8 @@ def decode_parts(
 ) -> None:
     """Attention of ``query`` [B, H * G, D] over what each row reads into the first ``splits`` of ``parts``.
 
-    Nothing but the listed tokens is loaded, so that what a block holds beyond them, or another block, cannot show.
+    Nothing but the listed tokens is loaded, so that what a block holds beyond them, or another block, cannot
+    show.
     """
     rows, _, group, size = parts.outputs.shape
     keys, values = cache.keys, cache.values
@@ -208,8 +215,8 @@ def estimate_parts(
     first: int,
     splits: int,
 ) -> None:
-    """Attention over pages that are not ``taken`` (uint8 [R, U]), each of mass ``exp(logs)`` (float32 [B, H, G, U]) with
-    its mean value of ``means`` [blocks, H, D], into ``splits`` parts from ``first`` on."""
+    """Attention over pages that are not ``taken`` (uint8 [R, U]), each of mass ``exp(logs)`` (float32 [B, H,
+    G, U]) with its mean value of ``means`` [blocks, H, D], into ``splits`` parts from ``first`` on."""
     requests, heads, group, units = logs.shape
     size = means.shape[-1]
     _estimate[(splits, requests * heads)](
@@ -221,7 +228,8 @@ def estimate_parts(
 
 
 def merge_parts(parts: Parts, heads: int, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """All ``parts`` of ``B * heads`` rows as one: ``out`` [B, H * G, D] of any type, ``lse`` float32 [B, H, G]."""
+    """All ``parts`` of ``B * heads`` rows as one: ``out`` [B, H * G, D] of any type, ``lse`` float32 [B, H,
+    G]."""
     rows, count, group, size = parts.outputs.shape
     _merge[(rows, group)](
         parts.outputs, parts.lses, out, lse, heads, group, size, count, out.stride(0), out.stride(1),

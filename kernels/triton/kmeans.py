@@ -19,6 +19,7 @@ from penstock.kernels.triton.launch import power, tile, warps
 Precision = Literal["tf32x3", "tf32"]
 TOKENS = 64
 CENTROIDS = 64
+"""Of heads of up to 128; half of them of larger ones, whose tiles fill more shared memory."""
 MEMBERS = 32
 
 
@@ -44,7 +45,8 @@ def _nearest(
         product = tl.dot(key, tl.trans(centre), input_precision=PRECISION)
         gap = tl.sum(centre * centre, 1)[None, :] - 2 * product
         # What is no number wins nothing, so that a label is always a cluster.
-        gap = tl.where((number < clusters)[None, :] & (gap == gap), gap, float("inf"))
+        valid = (number < clusters)[None, :] & (gap == gap)  # noqa: PLR0124
+        gap = tl.where(valid, gap, float("inf"))
         nearest = tl.min(gap, 1)
         winner = tl.where(nearest < least, first + tl.argmin(gap, 1), winner)
         least = tl.minimum(least, nearest)
@@ -99,8 +101,8 @@ def nearest(keys: torch.Tensor, centroids: torch.Tensor, precision: Precision = 
         _nearest[(triton.cdiv(tokens, TOKENS), heads)](
             keys, centroids, labels, tokens, centroids.shape[1], size,
             keys.stride(0), keys.stride(1), centroids.stride(0), centroids.stride(1),
-            TOKENS=TOKENS, CENTROIDS=CENTROIDS, SIZE=tile(size), PRECISION=precision,
-            num_warps=warps(TOKENS * tile(size)),
+            TOKENS=TOKENS, CENTROIDS=CENTROIDS if size <= 128 else CENTROIDS // 2, SIZE=tile(size),
+            PRECISION=precision, num_warps=warps(TOKENS * tile(size)),
         )  # fmt: skip
     return labels
 
@@ -108,8 +110,8 @@ def nearest(keys: torch.Tensor, centroids: torch.Tensor, precision: Precision = 
 def summarise(
     rows: torch.Tensor, labels: torch.Tensor, previous: torch.Tensor, *, spreads: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Means [H, C, D], spreads and sizes (float32 [H, C]) of the clusters that ``labels`` [H, n] make of ``rows``
-    [H, n, D].
+    """Means [H, C, D], spreads and sizes (float32 [H, C]) of the clusters that ``labels`` [H, n] make of
+    ``rows`` [H, n, D].
 
     A cluster without tokens keeps its row of ``previous`` (float32 [H, C, D]) and has spread 0. Spreads
     are 0 unless asked for.
@@ -136,8 +138,8 @@ def bounded(
     """Clusters of at most ``size`` tokens, as ``penstock.kernels.sparse.clusters.bounded``, on one device.
 
     ``first`` (int64 [C], distinct) are the tokens whose keys k-means starts from. It does all ``iterations``:
-    to stop when nothing moves, the host would have to wait. For the same reason there are always ``C + n // size``
-    clusters, the empty ones at the end of each head.
+    to stop when nothing moves, the host would have to wait. For the same reason there are always ``C + n //
+    size`` clusters, the empty ones at the end of each head.
     """
     heads, tokens, width = keys.shape
     centroids = keys[:, first].float()

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 """Estimated masses of pages from their clusters, and exact ones of pages that are read anyway."""
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def _masses(
 
 @triton.jit
 def first_recent(length, indexed, recent, block_tokens):
-    """The first of the last pages, which are read whatever they hold: recent tokens, and what no summary has."""
+    """The first of the last pages, which are read whatever they hold: recent tokens, and what no summary
+    has."""
     return tl.minimum(tl.maximum(length - recent, 0) // block_tokens, indexed)
 
 
@@ -108,7 +109,7 @@ def _exact(
         else:
             score = tl.dot(q, tl.trans(key))
         score = score * scale
-        score = tl.where(score == score, score, float("inf"))
+        score = tl.where(score == score, score, float("inf"))  # noqa: PLR0124
         score = tl.where(present[None, :], score, float("-inf"))
         peak = tl.max(score, 1)
         base = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)
@@ -128,9 +129,10 @@ def page_log_masses(
 ) -> None:
     """Logs of the estimated sums of exponentials of pages into ``logs`` (float32 [B, H, G, P]).
 
-    ``query`` [B, H * G, D]; ``table`` int32 [B, P], the block (or cell) of ``index`` of each page; ``counts`` int32 [B],
-    pages that have a summary; the others become -inf. +inf marks a page that must be read, since a key or the
-    query is not finite. ``products`` (float32 [B, H, G, P * S]), if given, takes the scores of the means.
+    ``query`` [B, H * G, D]; ``table`` int32 [B, P], the block (or cell) of ``index`` of each page;
+    ``counts`` int32 [B], pages that have a summary; the others become -inf. +inf marks a page that must be
+    read, since a key or the query is not finite. ``products`` (float32 [B, H, G, P * S]), if given, takes
+    the scores of the means.
     """
     requests, heads, group, pages = logs.shape
     clusters = power(index.clusters)

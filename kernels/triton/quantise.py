@@ -107,10 +107,10 @@ def score_keys(
 ) -> None:
     """Estimated scores of the tokens of ``near`` clusters into ``out``; nothing else of it is touched.
 
-    Of ``R`` rows: ``query`` float32 [R, G, D], rotated; ``keys`` of [R, m, D] in the order of clusters; ``owner`` and
-    ``order`` int32 [R, m], the cluster and the position of each; ``near`` uint8 [R, C]; ``products`` float32
-    [R, G, C] of query and centroids; ``lengths`` int32 [B], how many of the ``m`` a request has; ``out`` float32 [R,
-    G, n] by position. All are contiguous.
+    Of ``R`` rows: ``query`` float32 [R, G, D], rotated; ``keys`` of [R, m, D] in the order of clusters;
+    ``owner`` and ``order`` int32 [R, m], the cluster and the position of each; ``near`` uint8 [R, C];
+    ``products`` float32 [R, G, C] of query and centroids; ``lengths`` int32 [B], how many of the ``m`` a
+    request has; ``out`` float32 [R, G, n] by position. All are contiguous.
     """
     rows, group, size = query.shape
     capacity = owner.shape[1]

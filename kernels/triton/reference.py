@@ -1,7 +1,7 @@
 """What the kernels compute, in torch, one row after another: the reference beside them.
 
-Masses, top-p and merges are those of :mod:`penstock.kernels.sparse`; here they meet block tables and lengths. Nothing
-is read that the kernels may not read.
+Masses, top-p and merges are those of :mod:`penstock.kernels.sparse`; here they meet block tables and
+lengths. Nothing is read that the kernels may not read.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def page_log_masses(
 
 
 def tokens_of(rows: torch.Tensor, blocks: torch.Tensor, head: int, length: int) -> torch.Tensor:
-    """The first ``length`` tokens of ``rows`` [blocks, N, H, D] in ``blocks`` and ``head``, float32 [1, length, D]."""
+    """The first ``length`` tokens of ``rows`` [blocks, N, H, D] in ``blocks`` and ``head``, float32 [1,
+    length, D]."""
     return rows[blocks.long(), :, head].flatten(0, 1)[:length].float()[None]
 
 
@@ -57,13 +58,18 @@ def exact_log_masses(
     for request, head, asked in rows(query.float() * scale, cache.heads):
         length = int(lengths[request])
         for page in range(-(-length // size)):
-            keys = tokens_of(cache.keys, table[request, page : page + 1], head, min(size, length - page * size))
+            keys = tokens_of(
+                cache.keys, table[request, page : page + 1], head, min(size, length - page * size)
+            )
             logs[request, head, :, page] = (asked @ keys.transpose(1, 2)).logsumexp(-1)[0]
     return logs.nan_to_num(torch.inf, torch.inf, NOTHING)
 
 
-def chosen(logs: torch.Tensor, kept: torch.Tensor, wanted: float, others: torch.Tensor | None = None) -> torch.Tensor:
-    """Units that one row reads, bool [U]: ``kept`` (bool [U]), and what ``logs`` float32 [G, U] ask for besides."""
+def chosen(
+    logs: torch.Tensor, kept: torch.Tensor, wanted: float, others: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Units that one row reads, bool [U]: ``kept`` (bool [U]), and what ``logs`` float32 [G, U] ask for
+    besides."""
     kept = kept | (logs.isnan() | (logs == torch.inf)).any(0)
     known = logs.masked_fill(~logs.isfinite(), NOTHING)
     total = known.logsumexp(-1) if others is None else torch.logaddexp(known.logsumexp(-1), others)
@@ -82,10 +88,11 @@ def attention(
     read: torch.Tensor,
     rest: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Partial:
-    """Attention over the tokens that are ``read`` (bool [R, n] by position): output [B, H * G, D], lse [B, H, G].
+    """Attention over the tokens that are ``read`` (bool [R, n] by position): output [B, H * G, D], lse [B,
+    H, G].
 
-    ``rest``, if given, has logs float32 [B, H, G, P] and mean values [blocks, H, D] of pages; those of logs above
-    -inf are estimated.
+    ``rest``, if given, has logs float32 [B, H, G, P] and mean values [blocks, H, D] of pages; those of logs
+    above -inf are estimated.
     """
     outputs, lses = [], []
     for row, (request, head, asked) in enumerate(rows(query.float() * scale, cache.heads)):

@@ -1,7 +1,7 @@
 """Sparse decode attention of one layer: choice, attention over it, and an estimate of the rest.
 
-Everything runs on the device from tensors that stand still: a CUDA graph captured around ``run`` holds as long as
-the arguments are the same tensors, whatever is in them. There is no wait for the host.
+Everything runs on the device from tensors that stand still: a CUDA graph captured around ``run`` holds as
+long as the arguments are the same tensors, whatever is in them. There is no wait for the host.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ MOST_SPLITS = 64
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """The most that a step may have: ``requests`` of ``pages`` each; ``heads`` KV heads of ``group`` query heads."""
+    """The most that a step may have: ``requests`` of ``pages`` each; ``heads`` KV heads of ``group`` query
+    heads."""
 
     requests: int
     heads: int
@@ -72,13 +73,13 @@ class SparseStep:
         self.logs = torch.empty(shape.requests, shape.heads, shape.group, shape.pages, device=device)
         self.reads = ReadLists.empty(shape.rows, shape.group, shape.pages, device)
         parts = self.splits + self.rest_splits
-        self._parts = Parts.empty(shape.rows, parts, shape.group, shape.head_size, device)
+        self.parts = Parts.empty(shape.rows, parts, shape.group, shape.head_size, device)
         self.lse = torch.empty(shape.requests, shape.heads, shape.group, device=device)
 
     @property
     def nbytes(self) -> int:
         """Memory in bytes."""
-        reads, parts = self.reads, self._parts
+        reads, parts = self.reads, self.parts
         held = (self.logs, reads.entries, reads.lengths, reads.taken, reads.left)
         return sum(part.nbytes for part in (*held, parts.outputs, parts.lses, self.lse))
 
@@ -95,19 +96,19 @@ class SparseStep:
     ) -> torch.Tensor:
         """Attention of ``query`` [B, H * G, D] into ``out``, alike.
 
-        ``table`` int32 [B, P] and ``lengths`` int32 [B] are the block table and the tokens of the requests, 0 for a
-        padded one, whose output is 0; ``counts`` int32 [B] their pages that ``index`` has, full ones only, from
-        the front; ``wanted`` float32 [1] the share of mass, with its margin.
+        ``table`` int32 [B, P] and ``lengths`` int32 [B] are the block table and the tokens of the requests,
+        0 for a padded one, whose output is 0; ``counts`` int32 [B] their pages that ``index`` has, full ones
+        only, from the front; ``wanted`` float32 [1] the share of mass, with its margin.
         """
         self.choose(query, cache, index, table, lengths, counts, wanted)
         decode_parts(
-            query, cache, self.reads, self._scale, self._parts, unit_tokens=self._tokens, splits=self.splits
+            query, cache, self.reads, self._scale, self.parts, unit_tokens=self._tokens, splits=self.splits
         )
         estimate_parts(
-            self.logs, self.reads.taken, index.values, table, counts, self._parts,
+            self.logs, self.reads.taken, index.values, table, counts, self.parts,
             first=self.splits, splits=self.rest_splits,
         )  # fmt: skip
-        merge_parts(self._parts, self.shape.heads, out, self.lse)
+        merge_parts(self.parts, self.shape.heads, out, self.lse)
         return out
 
     def choose(

@@ -1,8 +1,9 @@
 # ruff: noqa: ANN001, ANN202
 """What is kept of each block of a paged KV cache, and the kernel that takes it.
 
-The clusters are those of :mod:`penstock.kernels.sparse.page_clusters`: they belong to the block alone, so that requests
-that share a block share them. The mean value stands for the block in the estimate of what is not read.
+The clusters are those of :mod:`penstock.kernels.sparse.page_clusters`: they belong to the block alone, so
+that requests that share a block share them. The mean value stands for the block in the estimate of what is
+not read.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from penstock.kernels.triton.launch import tile, warps
 
 @dataclass(frozen=True, slots=True)
 class Summaries:
-    """``S`` clusters of each block and KV head: ``means`` int8 [blocks, H, S, D], to be multiplied by ``scales``
-    [blocks, H, S]; ``sizes`` and ``spreads`` [blocks, H, S], the latter the mean square of a channel's distance to the
-    mean; and ``values`` [blocks, H, D], the mean of the block's values, in the cache's type."""
+    """``S`` clusters of each block and KV head: ``means`` int8 [blocks, H, S, D], to be multiplied by
+    ``scales`` [blocks, H, S]; ``sizes`` and ``spreads`` [blocks, H, S], the latter the mean square of a
+    channel's distance to the mean; and ``values`` [blocks, H, D], the mean of the block's values, in the
+    cache's type."""
 
     means: torch.Tensor
     scales: torch.Tensor
@@ -95,7 +97,7 @@ def _summarise(
     broken = tl.sum((mean * 0 != 0).to(tl.int32), 1) > 0
     scale = tl.where(broken, float("nan"), scale)
     code = mean / scale[:, None]
-    code = tl.where(code == code, code, 0.0)
+    code = tl.where(code == code, code, 0.0)  # noqa: PLR0124
     code = tl.floor(tl.abs(code) + 0.5) * tl.where(code < 0, -1.0, 1.0)
     out = (block * heads + head) * clusters + cluster
     known = cluster < clusters
@@ -115,8 +117,8 @@ def _summarise(
 def summarise_blocks(cache: PagedCache, blocks: torch.Tensor, into: Summaries, rounds: int) -> None:
     """Take the summaries of ``blocks`` (int32 or int64 [P], all full) of ``cache``.
 
-    k-means starts from runs of positions and makes ``rounds`` rounds, as ``PageClusters.of``. Keys that are not
-    finite leave scales that are not, by which the choice knows that the block must be read.
+    k-means starts from runs of positions and makes ``rounds`` rounds, as ``PageClusters.of``. Keys that are
+    not finite leave scales that are not, by which the choice knows that the block must be read.
     """
     if not len(blocks):
         return

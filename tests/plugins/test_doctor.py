@@ -12,13 +12,22 @@ import pytest
 from click.testing import CliRunner
 
 from penstock.plugins import doctor as command
-from penstock.plugins.doctor_report import EngineReport, Problem, Report, TransportReport, examine
+from penstock.plugins.doctor_report import (
+    DecodeReport,
+    EngineReport,
+    Problem,
+    Report,
+    TransportReport,
+    examine,
+)
 from penstock.plugins.features import Feature
 from penstock.plugins.seams import Seam, Use
 from penstock.plugins.trees import SourceTree
 from penstock.plugins.vllm.examination import VllmExaminer, declared_layouts, minor_of
 
 WORKING = TransportReport(name="nixl", version="1.5.1", available=True, plugins=("UCX",), devices=("tcp/lo",))
+
+ON_A_GPU = DecodeReport("H200", "triton", "gives the log-sum-exp", {"xqa": "FlashInfer is not installed"})
 
 
 class Examiner:
@@ -54,6 +63,7 @@ def ask(tmp_path, monkeypatch):
         engine = EngineReport("engine", "1.0", "engine", True, "1.0 to 1.2")
         monkeypatch.setattr(command, "examiner", lambda _: Examiner(SourceTree(tmp_path), engine))
         monkeypatch.setattr(command, "probe_nixl", lambda timeout_s: transport)
+        monkeypatch.setattr(command, "probe_decode", lambda timeout_s: ON_A_GPU)
         return CliRunner().invoke(command.doctor, [*arguments])
 
     return ask
@@ -88,6 +98,19 @@ def test_json_is_the_report(ask):
 
 def test_verbose_names_every_seam(ask):
     assert "upd:Pool.take (call)" in ask(FINE, "-v").output
+
+
+def test_the_kernel_for_sparse_decode_is_named_and_the_others_on_request(ask):
+    assert "H200                triton   gives the log-sum-exp" in ask(FINE).output
+    assert "FlashInfer is not installed" not in ask(FINE).output
+    assert "not xqa: FlashInfer is not installed" in ask(FINE, "-v").output
+
+
+def test_a_device_probe_that_crashes_is_reported(monkeypatch, tmp_path):
+    (tmp_path / "broken.py").write_text(CRASHING)
+    monkeypatch.setattr(command, "DEVICE_PROBE", [sys.executable, str(tmp_path / "broken.py")])
+    report = command.probe_decode(timeout_s=20.0)
+    assert (report.path, report.reason) == ("unknown", "UCX  ERROR broken fabric")
 
 
 def test_unknown_feature_is_refused_with_the_known_ones(ask):

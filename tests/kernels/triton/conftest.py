@@ -54,7 +54,16 @@ def make() -> Callable[..., Requests]:
     """``make(lengths, heads, group, size, block_tokens, dtype)`` in vLLM's order of memory, on the CPU."""
 
     def build(
-        lengths, *, heads=2, group=4, size=64, block_tokens=16, dtype=torch.float32, pages=None, sharp=2.0, seed=0
+        lengths,
+        *,
+        heads=2,
+        group=4,
+        size=64,
+        block_tokens=16,
+        dtype=torch.float32,
+        pages=None,
+        sharp=2.0,
+        seed=0,
     ):
         generator = torch.Generator().manual_seed(seed)
         pages = pages or max(1, -(-max(lengths) // block_tokens)) + 1

@@ -19,8 +19,8 @@ def run(device, logs, lengths, counts, wanted, *, unit=1, block=16, sinks=0, rec
     out = ReadLists.empty(requests * heads, group, units, device)
     given = (table.int(), torch.tensor(lengths), torch.tensor(counts))
     choose(
-        logs.to(device), *(one.to(device, torch.int32) for one in given), torch.tensor([wanted], device=device),
-        out, unit_tokens=unit, block_tokens=block, sink_units=sinks, recent_tokens=recent,
+        logs.to(device), *(one.to(device, torch.int32) for one in given), torch.tensor([wanted],
+        device=device), out, unit_tokens=unit, block_tokens=block, sink_units=sinks, recent_tokens=recent,
         others=None if others is None else others.to(device), **rest,
     )  # fmt: skip
     return table, ReadLists(*(getattr(out, name).cpu() for name in ReadLists.__slots__))
@@ -67,7 +67,7 @@ def test_more_units_than_a_program_holds_at_a_time(device):
 
 
 def test_what_ties_is_taken_from_the_front_and_no_more(device):
-    table, found = run(device, torch.zeros(1, 1, 4, 40), [40], [40], 0.5)
+    _, found = run(device, torch.zeros(1, 1, 4, 40), [40], [40], 0.5)
     assert found.taken[0].nonzero()[:, 0].tolist() == [*range(19), 39]
     assert found.lengths.tolist() == [20]
 

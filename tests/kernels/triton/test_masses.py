@@ -61,13 +61,19 @@ def test_masses_are_those_of_torch(device, make, group, size, block_tokens, clus
     want = reference.page_log_masses(requests.query, on_cpu(index), requests.table, requests.full, SCALE)
     close = {"rtol": 1e-5, "atol": 1e-4} if device.type == "cpu" else {"rtol": 1e-2, "atol": 1e-1}
     torch.testing.assert_close(logs.cpu(), want, **close)
-    exact = reference.exact_log_masses(requests.query, requests.cache, requests.table, requests.lengths, SCALE)
+    exact = reference.exact_log_masses(
+        requests.query, requests.cache, requests.table, requests.lengths, SCALE
+    )
     exact_log_masses(
         there.query, there.cache, there.table, there.lengths, there.full, SCALE, logs,
         sink_pages=1, recent_tokens=1, tail_pages=2,
     )  # fmt: skip
     # Pages 1 and 2 of the longer request are neither first nor recent.
-    want[0, :, :, 0], want[1, :, :, 0], want[1, :, :, 3] = exact[0, :, :, 0], exact[1, :, :, 0], exact[1, :, :, 3]
+    want[0, :, :, 0], want[1, :, :, 0], want[1, :, :, 3] = (
+        exact[0, :, :, 0],
+        exact[1, :, :, 0],
+        exact[1, :, :, 3],
+    )
     torch.testing.assert_close(logs.cpu(), want, **close)
 
 
