@@ -1,7 +1,7 @@
 """Attention in two levels for requests that share a prefix: what is shared is read once for all of them.
 
-FlashInfer calls such a split of one attention matrix composable formats (arXiv 2501.01005). Here is what needs
-no GPU: which requests to put together, and the two levels in torch.
+FlashInfer calls such a split of one attention matrix composable formats (arXiv 2501.01005). Here is what
+needs no GPU: which requests to put together, and the two levels in torch.
 """
 
 from __future__ import annotations

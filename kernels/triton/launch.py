@@ -26,7 +26,7 @@ def power(size: int) -> int:
 
 
 def products_in_fp32(*operands: torch.Tensor) -> bool:
-    """Whether operands are made float32 before a product, which is then exact to float32.
+    """Whether operands are made float32 before a product, whose error is then about float32's.
 
     16-bit operands are multiplied as they are, except in the interpreter, whose product of bfloat16 is wrong.
     """

@@ -22,6 +22,7 @@ SPLIT_TOKENS = 512
 WAVES = 2
 """Programs a multiprocessor is to have."""
 MOST_SPLITS = 64
+MOST_HEAD_SIZE, MOST_PAGE_TOKENS = 256, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +58,20 @@ class SparseStep:
         tail_pages: most pages at the end of a request whose masses are computed exactly; more are read, but
             not counted.
         processors: multiprocessors of the device.
+
+    Raises:
+        ValueError: a group rule that ``choose`` has not, or heads or pages that are too large for a program.
     """
 
     def __init__(
         self, config: ServingConfig, shape: StepShape, cache: PagedCache, *, tail_pages: int, processors: int
     ) -> None:
+        if config.group_rule != "ranked":
+            raise ValueError(f"group_rule: given {config.group_rule!r}, allowed on a GPU: 'ranked'")
+        if shape.head_size > MOST_HEAD_SIZE:
+            raise ValueError(f"head size: given {shape.head_size}, allowed: at most {MOST_HEAD_SIZE}")
+        if cache.block_tokens > MOST_PAGE_TOKENS:
+            raise ValueError(f"page tokens: given {cache.block_tokens}, allowed: at most {MOST_PAGE_TOKENS}")
         self.config, self.shape = config, shape
         self._scale = shape.head_size**-0.5
         self._tokens = cache.block_tokens

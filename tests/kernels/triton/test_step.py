@@ -65,6 +65,20 @@ def test_the_whole_mass_is_dense_attention(device, make):
     torch.testing.assert_close(out, want.output, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("config", "size", "block_tokens", "message"),
+    [
+        (ServingConfig(group_rule="union"), 64, 16, "given 'union', allowed on a GPU: 'ranked'"),
+        (CONFIG, 320, 16, "given 320, allowed: at most 256"),
+        (CONFIG, 64, 256, "given 256, allowed: at most 128"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused(make, config, size, block_tokens, message):
+    requests = make([1], size=size, block_tokens=block_tokens)
+    with pytest.raises(ValueError, match=message):
+        SparseStep(config, StepShape(1, 2, 4, size, 2), requests.cache, tail_pages=1, processors=1)
+
+
 class NoReading(TorchDispatchMode):
     """Refuses what makes the host wait for a device."""
 
