@@ -22,7 +22,8 @@ from rich.console import Console
 from penstock.benchmarks.attention_rig import AttentionRig, Shape
 from penstock.benchmarks.narrator import Narrator
 from penstock.benchmarks.parts import wide
-from penstock.benchmarks.report import Claim, Environment, Report, rows_table
+from penstock.benchmarks.report import Claim, Environment, Report
+from penstock.benchmarks.sparse_build import GOALS, build_claims, build_row
 from penstock.benchmarks.sparse_keys import LEVELS, Layer, made_up
 from penstock.benchmarks.tiny_model import ensure_model
 from penstock.kernels.sparse.page_choice import exact_log_masses, page_shares
@@ -33,6 +34,8 @@ COLD_BYTES = 256 * 2**20
 """Copies of a context fill at least this much, so that none is in a cache when its turn comes."""
 LEARNING = 24
 """Steps before the clock starts: margins settle and summaries are taken."""
+BUDGET = 1 / 8
+"""Of the pages, in the rows that say what selection costs whatever it finds."""
 SLOWEST = 1.03
 """Time to that of dense attention that no case may exceed."""
 
@@ -47,6 +50,8 @@ class Case:
     block_tokens: int
     steps: int
     seed: int
+    budget: float | None = None
+    """Share of the pages that each head reads; None for as many as have the mass."""
 
 
 @click.command("sparse-kernel")
@@ -71,7 +76,7 @@ def bench(
     enable()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows = []
+    rows: list[dict[str, Any]] = []
     try:
         with Narrator(console).step("sparse-kernel") as tell:
             for level in levels:
@@ -80,16 +85,21 @@ def bench(
                         level, seed=seed, tokens=tokens + 2 * LEARNING, steps=2 * LEARNING, heads=8
                     )
                     tell(f"{level}, {tokens} tokens")
-                    rows.append(run_case(Case(level, tokens, mass, block_tokens, LEARNING, seed), layer))
+                    for budget in (None, BUDGET):
+                        case = Case(level, tokens, mass, block_tokens, LEARNING, seed, budget)
+                        rows.append(run_case(case, layer))
+            builds = []
+            for tokens in (8192,) if quick else GOALS:
+                tell(f"index of {tokens} tokens")
+                builds.append(build_row(tokens, block_tokens, seed))
     finally:
         torch.set_num_threads(threads)
     report = Report(
         bench="sparse-kernel",
         environment=Environment.detect(seed),
-        rows=tuple(rows),
-        claims=tuple(claims(rows)),
+        rows=(*rows, *builds),
+        claims=(*claims(rows), *build_claims(builds)),
     )
-    console.print(rows_table(rows))
     report.show(console)
     if json_file is not None:
         report.write_json(json_file)
@@ -117,11 +127,14 @@ def run_case(case: Case, layer: Layer) -> dict[str, Any]:
     masses.sort()
     return {
         "keys": case.level,
-        "P": case.mass,
+        "budget": case.budget,
+        "P": case.mass if case.budget is None else None,
         "tokens": case.tokens,
         "dense ms": 1e3 * median(dense),
         "sparse ms": 1e3 * median(sparse),
+        "choice ms": 1e3 * median(stands.recorder.seconds[-case.steps :]),
         "speed": median(dense) / median(sparse),
+        "mean to dense": sum(sparse) / sum(dense),
         "pages read": sum(shares) / len(shares),
         "attained": sum(mass >= case.mass for mass in masses) / len(masses),
         "mass P10": masses[len(masses) // 10],
@@ -147,7 +160,7 @@ class Stands:
         model = str(ensure_model())
         self.dense = AttentionRig(model, shape, "CPU_ATTN")
         self.sparse = AttentionRig(
-            model, shape, "CUSTOM", {"mass": case.mass, "least_tokens": 1, "log_steps": 0}
+            model, shape, "CUSTOM", {"mass": case.mass, "least_tokens": 1, "log_steps": 0, "budget": case.budget}
         )
         self.sparse.cache = self.dense.cache
         order = torch.randperm(shape.blocks, generator=torch.Generator().manual_seed(case.seed))
@@ -197,23 +210,32 @@ class Recorder:
     def __init__(self, decode: PagedDecode) -> None:
         self._decode = decode
         self.pages_read: torch.Tensor | None = None
+        self.seconds: list[float] = []
 
     def pages(self, *arguments: Any) -> torch.Tensor | None:
         """``PagedDecode.pages``."""
+        began = time.thread_time()
         self.pages_read = self._decode.pages(*arguments)
+        self.seconds.append(time.thread_time() - began)
         return self.pages_read
 
 
 def claims(rows: Sequence[dict[str, Any]]) -> Iterator[Claim]:
     """What is promised of the mass and of the time."""
-    active = [row for row in rows if row["tokens"] >= ServingConfig().least_tokens]
-    worst = max(row["sparse ms"] / row["dense ms"] for row in active)
+    floating = [row for row in rows if row["budget"] is None]
+    active = [row for row in floating if row["tokens"] >= ServingConfig().least_tokens]
+    worst = max(row["mean to dense"] for row in active)
     yield Claim.of(
         "time to dense attention's, the worst case that is sparse by default", worst, "<=", SLOWEST
     )
-    least = min(row["attained"] for row in rows)
+    least = min(row["attained"] for row in floating)
     yield Claim.of("share of query heads and steps that attain P, the worst case", least, ">=", 0.95)
     for tokens, goal in ((16384, 3.0), (32768, 5.0)):
-        speeds = [row["speed"] for row in rows if row["tokens"] == tokens]
-        if speeds:
-            yield Claim.of(f"speed at {tokens} tokens, the best case", max(speeds), ">=", goal)
+        here = [row for row in rows if row["tokens"] == tokens]
+        fixed = [row["speed"] for row in here if row["budget"] is not None]
+        if fixed:
+            name = f"speed at {tokens} tokens and {BUDGET:g} of the pages, the worst case"
+            yield Claim.of(name, min(fixed), ">=", goal)
+        if tokens == 32768 and here:
+            share = max(row["choice ms"] / row["dense ms"] for row in here)
+            yield Claim.of(f"choice of pages at {tokens} tokens to dense attention", share, "<=", 0.08)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from penstock.kernels.numba_support import HAS_NUMBA
 from penstock.kernels.sparse.page_clusters import PageClusters, log_page_masses
 
 CODES = 127
@@ -30,30 +31,26 @@ class BlockIndex:
     ) -> None:
         self._clusters = max(1, block_tokens // summary_tokens)
         self._rounds = rounds
-        # Means in 8 bits with a scale each: half the memory of 16 bits buys twice as many clusters.
-        self._codes = torch.empty(heads, blocks, self._clusters, head_size, dtype=torch.int8)
-        self._scales, self._sizes, self._spreads = (
-            torch.empty(heads, blocks, self._clusters) for _ in range(3)
-        )
+        # Means in 8 bits with a scale each: half the memory of 16 bits buys twice as many clusters. What a
+        # block has of all heads lies together, since blocks of a request lie anywhere.
+        self._codes = torch.empty(blocks, heads, self._clusters, head_size, dtype=torch.int8)
+        self._facts = torch.empty(blocks, heads, 3, self._clusters)
         self._known = torch.zeros(blocks, dtype=torch.bool)
 
     @property
     def nbytes(self) -> int:
         """Memory in bytes if every block is summarised."""
-        return self._known.nbytes + sum(table.nbytes for table in self._tables)
+        return self._known.nbytes + self._codes.nbytes + self._facts.nbytes
 
     @property
     def blocks(self) -> int:
         """How many blocks it can tell apart."""
         return len(self._known)
 
-    @property
-    def _tables(self) -> tuple[torch.Tensor, ...]:
-        return self._codes, self._scales, self._sizes, self._spreads
-
     def missing(self, blocks: torch.Tensor) -> torch.Tensor:
         """Those of ``blocks`` (int64 [P]) that have no summary."""
-        return blocks[~self._known[blocks]]
+        known = self._known[blocks]
+        return blocks[:0] if known.all() else blocks[~known]
 
     def put(self, blocks: torch.Tensor, keys: torch.Tensor) -> None:
         """Summarise ``blocks`` (int64 [P]), whose keys are ``keys`` [H, P, N, D]."""
@@ -61,26 +58,31 @@ class BlockIndex:
         scales = found.means.abs().amax(-1).clamp(min=1e-30) / CODES
         # Keys that are not finite show in the scale; a code has no value for them.
         codes = (found.means / scales[..., None]).round().nan_to_num(0.0)
-        self._codes[:, blocks] = codes.to(torch.int8)
-        self._scales[:, blocks] = scales
-        self._sizes[:, blocks] = found.sizes
-        self._spreads[:, blocks] = found.spreads
+        self._codes[blocks] = codes.to(torch.int8).transpose(0, 1)
+        facts = torch.stack([scales, found.spreads, found.sizes.log()], 2)
+        self._facts[blocks] = facts.transpose(0, 1)
         self._known[blocks] = True
 
     def forget(self, blocks: torch.Tensor) -> None:
         """Drop the summaries of ``blocks`` (int64 [P])."""
         self._known[blocks] = False
 
-    def log_masses(self, query: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """``PageClusters.log_page_masses`` of ``blocks`` (int64 [P], none missing); [H, G, P]."""
-        codes, scales, sizes, spreads = self._at(blocks)
-        rows = codes.bfloat16().flatten(1, 2)
-        products = torch.bmm(query.bfloat16(), rows.transpose(1, 2)).float() * scales.flatten(1)[:, None]
-        return log_page_masses(query.float(), products, sizes, spreads)
+    def log_masses(self, query: torch.Tensor, blocks: torch.Tensor, logs: torch.Tensor) -> None:
+        """Write ``PageClusters.log_page_masses`` of ``query`` float32 [H, G, D] and ``blocks`` (int64 [P],
+        none missing) to the first P of ``logs`` (float32 [H, G, P or more]); all contiguous."""
+        if not HAS_NUMBA:
+            logs[..., : len(blocks)] = self._log_masses(query, blocks)
+            return
+        from penstock.kernels.sparse import fused_masses
 
-    def _at(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        first = int(blocks[0]) if len(blocks) else 0
-        if torch.equal(blocks, torch.arange(first, first + len(blocks))):
-            # Neighbouring blocks, as a fresh pool gives them, are read where they are.
-            return tuple(table[:, first : first + len(blocks)] for table in self._tables)
-        return tuple(table.index_select(1, blocks) for table in self._tables)
+        lengths = query.square().sum(-1).mean(1)
+        tables = self._codes.numpy(), self._facts.numpy()
+        fused_masses.log_masses(
+            *tables, blocks.numpy(), query.numpy(), lengths.numpy(), logs.numpy()
+        )
+
+    def _log_masses(self, query: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        codes, facts = self._codes[blocks].transpose(0, 1), self._facts[blocks].transpose(0, 1)
+        scales, spreads, rooms = facts.unbind(2)
+        products = query @ codes.float().flatten(1, 2).transpose(1, 2) * scales.flatten(1)[:, None]
+        return log_page_masses(query, products, rooms.exp(), spreads)

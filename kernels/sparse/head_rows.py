@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from penstock.kernels.numba_support import HAS_NUMBA
+
 
 class HeadRows(NamedTuple):
     """A block table of one row a request and KV head: ``table`` int32 [B * H, most], padded with 0, and
@@ -30,6 +32,8 @@ def head_rows(reads: Sequence[Read], heads: int, block_tokens: int, stride: int)
 
     Blocks stay in the order of their positions, so that only the last one of a row is partial.
     """
+    if HAS_NUMBA:
+        return _compiled_rows(reads, heads, block_tokens, stride)
     rows = [_rows(read, heads, block_tokens, stride) for read in reads]
     most = max(row.table.shape[1] for row in rows)
     tables = [torch.nn.functional.pad(row.table, (0, most - row.table.shape[1])) for row in rows]
@@ -47,3 +51,28 @@ def _rows(read: Read, heads: int, block_tokens: int, stride: int) -> HeadRows:
     used = torch.arange(most) < counts[:, None]
     table = torch.where(used, numbers.gather(1, order), 0).int()
     return HeadRows(table, ((counts - 1) * block_tokens + read.tail).int())
+
+
+def _compiled_rows(reads: Sequence[Read], heads: int, block_tokens: int, stride: int) -> HeadRows:
+    from penstock.kernels.sparse import fused_choice
+
+    count = len(reads) * heads
+    table = torch.zeros(count, max(len(read.blocks) for read in reads), dtype=torch.int32)
+    lengths = torch.empty(count, dtype=torch.int32)
+    most = 0
+    for number, read in enumerate(reads):
+        rows = slice(number * heads, (number + 1) * heads)
+        pages = read.pages
+        if pages is None:
+            pages = torch.ones(heads, len(read.blocks), dtype=torch.bool)
+        found = fused_choice.list_blocks(
+            read.blocks.numpy(),
+            pages.numpy(),
+            stride,
+            block_tokens,
+            read.tail,
+            table.numpy()[rows],
+            lengths.numpy()[rows],
+        )
+        most = max(most, found)
+    return HeadRows(table[:, :most].contiguous(), lengths)

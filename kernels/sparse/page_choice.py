@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from penstock.kernels.numba_support import HAS_NUMBA
 from penstock.kernels.sparse.calibration import LEAST, MOST, needed_margin, with_margin
 from penstock.kernels.sparse.config import GroupRule
 from penstock.kernels.sparse.groups import agree
@@ -22,11 +23,43 @@ def page_shares(log_masses: torch.Tensor) -> torch.Tensor:
 def choose_pages(
     rule: GroupRule, shares: torch.Tensor, kept: torch.Tensor, mass: torch.Tensor
 ) -> torch.Tensor:
-    """``kept`` pages (bool [H, P]) and those with which ``shares`` [H, G, P] reach ``mass`` [H, G]; bool
-    [H, P]."""
+    """``kept`` pages (bool [H, P]) and those with which ``shares`` float32 [H, G, P] reach ``mass`` [H] in
+    every query head; bool [H, P]."""
+    if rule == "ranked" and HAS_NUMBA:
+        from penstock.kernels.sparse import fused_choice
+
+        chosen = torch.empty_like(kept)
+        arrays = (each.numpy() for each in (shares.contiguous(), kept.contiguous(), mass, chosen))
+        fused_choice.choose_ranked(*arrays)
+        return chosen
     had = (shares * kept[:, None]).sum(-1)
     free = shares.masked_fill(kept[:, None], 0.0)
-    return kept | (agree(rule, free, (mass - had).clamp(min=0)) & (free > 0).any(1))
+    return kept | (agree(rule, free, (mass[:, None] - had).clamp(min=0)) & (free > 0).any(1))
+
+
+def weigh(logs: torch.Tensor, always: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shares [H, G, P] of the masses with ``logs`` (float32, contiguous, may be written to), and pages that
+    are kept whatever they weigh, bool [H, P].
+
+    Kept are those of ``always`` (int64) and those whose mass is not finite, so that NaN shows where dense
+    attention shows it.
+    """
+    kept = torch.zeros(len(logs), logs.shape[2], dtype=torch.bool)
+    kept[:, always] = True
+    if HAS_NUMBA:
+        from penstock.kernels.sparse import fused_choice
+
+        fused_choice.to_shares(logs.numpy(), kept.numpy())
+        return logs, kept
+    return page_shares(logs), kept | ~logs.isfinite().all(1)
+
+
+def most_massive(shares: torch.Tensor, kept: torch.Tensor, count: int) -> torch.Tensor:
+    """``kept`` pages (bool [H, P]) and those with the largest sums over a group, ``count`` in each head if no
+    more are kept; bool [H, P]."""
+    sums = shares.sum(1).masked_fill(kept, torch.inf)
+    best = sums.topk(min(count, sums.shape[1]), dim=1, sorted=False).indices
+    return kept.scatter(1, best, True)
 
 
 def exact_log_masses(query: torch.Tensor, keys: torch.Tensor, tail: int) -> torch.Tensor:
@@ -50,7 +83,6 @@ def measure(
     """
     asked = [with_margin(mass, margin) for margin in MARGINS]
     many = len(asked)
-    wanted = torch.tensor(asked)[:, None].expand(-1, len(shares))
-    chosen = choose_pages(rule, shares.expand(many, -1, -1), kept.expand(many, -1), wanted)
+    chosen = choose_pages(rule, shares.expand(many, -1, -1), kept.expand(many, -1), torch.tensor(asked))
     attained = (exact * chosen[:, None]).sum(-1)
     return [needed_margin(asked, attained[:, head].tolist(), mass) for head in range(len(shares))]

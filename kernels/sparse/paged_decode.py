@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import random
 import time
-from typing import Protocol
 
 import torch
 
 from penstock.kernels.sparse.block_index import BlockIndex
 from penstock.kernels.sparse.calibration import Calibration
 from penstock.kernels.sparse.fallback import Reason, reason_before
-from penstock.kernels.sparse.page_choice import choose_pages, exact_log_masses, measure, page_shares
+from penstock.kernels.sparse.page_choice import choose_pages, measure, most_massive, page_shares, weigh
+from penstock.kernels.sparse.paged_keys import Keys
 from penstock.kernels.sparse.serving import ServingConfig
 from penstock.kernels.sparse.serving_stats import ServingStats
 
 BUILD_BLOCKS = 64
 """Blocks that are summarised at a time: bounds the copy of their keys."""
 MOST_PATIENCE = 64
-
-
-class Keys(Protocol):
-    """Keys of a layer's KV cache, whatever their order in memory."""
-
-    def read(self, blocks: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
-        """Keys [H, P, N, D] of ``blocks`` (int64 [P]) and of ``heads``; slots that were never written hold
-        anything."""
 
 
 class PagedDecode:
@@ -63,21 +55,15 @@ class PagedDecode:
             self._stats.dense(reason)
             return None
         began = time.perf_counter()
-        built = self._summarise(blocks[:-1])
+        built = self.summarise(blocks[:-1])
         tail = tokens - (len(blocks) - 1) * block_tokens
-        always = self._always(len(blocks), tokens, block_tokens)
-        logs, kept = self._log_masses(query, blocks, always, tail)
-        shares = page_shares(logs)
-        wanted = torch.full(shares.shape[:2], self._calibration.ask(self.layer))
-        chosen = choose_pages(self.config.group_rule, shares, kept, wanted)
-        whole = chosen.sum(1) > self.config.most_share * len(blocks)
-        chosen |= whole[:, None]
-        # Heads that need everything make the others' savings too small for what choosing costs.
-        nothing_saved = int(chosen.sum()) > self.config.most_share * chosen.numel()
-        if nothing_saved:
-            chosen[:] = True
+        always = self._always(tokens, block_tokens)
+        logs = self._log_masses(query, blocks, always, tail)
+        shares, kept = weigh(logs, always)
+        chosen = self._choose(shares, kept)
+        read, nothing_saved = self._widen(chosen)
         self._be_patient(nothing_saved)
-        self._stats.chosen(self.layer, int(chosen.sum()), chosen.numel(), time.perf_counter() - began - built)
+        self._stats.chosen(self.layer, read, chosen.numel(), time.perf_counter() - began - built)
         if self._is_measured():
             self._measure(query, blocks, tail, shares, kept, chosen)
         return None if nothing_saved else chosen
@@ -95,7 +81,7 @@ class PagedDecode:
         self._patience = min(max(1, 2 * self._patience), MOST_PATIENCE) if nothing_saved else 0
         self._waits = self._patience
 
-    def _summarise(self, blocks: torch.Tensor) -> float:
+    def summarise(self, blocks: torch.Tensor) -> float:
         """Take the summaries that are missing; returns the seconds it took."""
         missing = self.index.missing(blocks)
         if not len(missing):
@@ -107,23 +93,42 @@ class PagedDecode:
         self._stats.indexed(len(missing), took)
         return took
 
-    def _always(self, pages: int, tokens: int, block_tokens: int) -> torch.Tensor:
-        """Pages with tokens that are read whatever they hold, and the last one; bool [P]."""
-        page = torch.arange(pages)
-        recent = max(0, tokens - max(1, self.config.recent_tokens)) // block_tokens
-        return (page * block_tokens < self.config.sink_tokens) | (page >= recent)
-
     def _log_masses(
         self, query: torch.Tensor, blocks: torch.Tensor, always: torch.Tensor, tail: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logs of page masses [H, G, P], exact where ``always``, and pages that are read anyway, bool [H, P].
-
-        Those that are not finite are among them, so that NaN shows where dense attention shows it.
-        """
+    ) -> torch.Tensor:
+        """Logs of page masses [H, G, P], exact for the pages ``always``."""
         logs = torch.empty(*query.shape[:2], len(blocks))
-        logs[..., :-1] = self.index.log_masses(query, blocks[:-1])
-        logs[..., always] = exact_log_masses(query, self._keys.read(blocks[always]), tail)
-        return logs, always | ~logs.isfinite().all(1)
+        self.index.log_masses(query, blocks[:-1], logs)
+        self._keys.log_masses(query, blocks, always, tail, logs)
+        return logs
+
+    def _always(self, tokens: int, block_tokens: int) -> torch.Tensor:
+        """Pages with tokens that are read whatever they hold, and the last one; int64, ascending."""
+        pages = -(-tokens // block_tokens)
+        recent = max(0, tokens - max(1, self.config.recent_tokens)) // block_tokens
+        sinks = min(recent, -(-self.config.sink_tokens // block_tokens))
+        return torch.tensor([*range(sinks), *range(recent, pages)])
+
+    def _choose(self, shares: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        heads, _, pages = shares.shape
+        if self.config.budget is not None:
+            return most_massive(shares, kept, int(self.config.budget * pages))
+        asked = torch.full((heads,), self._calibration.ask(self.layer))
+        return choose_pages(self.config.group_rule, shares, kept, asked)
+
+    def _widen(self, chosen: torch.Tensor) -> tuple[int, bool]:
+        """Have heads that would read most pages read all; returns the pages that are read then, of all heads,
+        and whether that is so many that nothing is saved, and all are.
+
+        Heads that need everything make the others' savings too small for what choosing costs.
+        """
+        heads, pages = chosen.shape
+        counts = [pages if count > self.config.most_share * pages else count for count in chosen.sum(1).tolist()]
+        nothing_saved = sum(counts) > self.config.most_share * heads * pages
+        for head, count in enumerate(counts):
+            if nothing_saved or count == pages:
+                chosen[head] = True
+        return heads * pages if nothing_saved else sum(counts), nothing_saved
 
     def _is_measured(self) -> bool:
         # Until the margin rests on measurements, every step makes one.
@@ -142,7 +147,9 @@ class PagedDecode:
         began = time.perf_counter()
         head = self._random.randrange(len(query))
         one = slice(head, head + 1)
-        exact = page_shares(exact_log_masses(query[one], self._keys.read(blocks, one), tail))[0]
+        logs = torch.empty(1, query.shape[1], len(blocks))
+        self._keys.log_masses(query[one], blocks, torch.arange(len(blocks)), tail, logs, one)
+        exact = page_shares(logs)[0]
         needed = measure(self.config.group_rule, self.config.mass, shares[head], exact, kept[head])
         for attained, margin in zip((exact * chosen[head]).sum(-1).tolist(), needed, strict=True):
             self._calibration.measured(self.layer, attained, margin)

@@ -26,6 +26,8 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """Rounds of k-means within a page; 0 leaves its runs of ``summary_tokens`` as they are."""
     group_rule: GroupRule = "ranked"
     least_tokens: Tokens = 16384
+    budget: Share | None = None
+    """Pages that each KV head reads at every step, of all; None for as many as have the mass."""
     dense_layers: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 2
     most_share: Share = 0.6
     calibration_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.02

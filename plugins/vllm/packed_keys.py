@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
+
+from penstock.kernels.numba_support import HAS_NUMBA
+from penstock.kernels.sparse.paged_keys import Keys
 
 DIGIT = 256
 """Whole numbers up to it are exact in every type of a cache."""
@@ -37,7 +41,7 @@ def _written(numbers: torch.Tensor, isa: str, dtype: torch.dtype, tokens: int, s
     return keys.flatten().long()
 
 
-class PackedKeys:
+class PackedKeys(Keys):
     """The keys of one layer's cache [B, H, N, 2 * D], of any strides that keep a head of a block together."""
 
     def __init__(self, cache: torch.Tensor, isa: str) -> None:
@@ -50,11 +54,46 @@ class PackedKeys:
             cache.storage_offset(),
         )
         self._order = key_order(isa, cache.dtype, *self._shape)
+        self._places = (torch.empty(0, dtype=torch.int64) if self._order is None else self._order).numpy()
+        self._stride = cache.stride(0) // cache.stride(1)
+        self._rows = _rows(cache, self._stride)
 
     def read(self, blocks: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
-        """``penstock.kernels.sparse.paged_decode.Keys.read``."""
+        """``penstock.kernels.sparse.paged_keys.Keys.read``."""
         tokens, size = self._shape
         packed = self._keys[:, heads].index_select(0, blocks).transpose(0, 1)
         if self._order is not None:
             return packed[..., self._order].unflatten(-1, (tokens, size))
         return packed.unflatten(-1, (size, tokens)).transpose(-1, -2)
+
+    def log_masses(
+        self,
+        query: torch.Tensor,
+        blocks: torch.Tensor,
+        pages: torch.Tensor,
+        tail: int,
+        logs: torch.Tensor,
+        heads: slice = slice(None),
+    ) -> None:
+        """``penstock.kernels.sparse.paged_keys.Keys.log_masses``, in one pass where it is compiled."""
+        if self._rows is None:
+            super().log_masses(query, blocks, pages, tail, logs, heads)
+            return
+        from penstock.kernels.sparse import fused_exact
+
+        arrays = (each.numpy() for each in (blocks, pages, query))
+        first = heads.start or 0
+        fused_exact.exact_log_masses(
+            self._rows, self._stride, first, self._places, *arrays, tail, logs.numpy()
+        )
+
+
+def _rows(cache: torch.Tensor, stride: int) -> Any:
+    """The cache as compiled kernels read it, or None where they do not."""
+    blocks, heads, tokens, width = cache.shape
+    if not HAS_NUMBA or cache.dtype not in (torch.bfloat16, torch.float32) or cache.stride(1) != tokens * width:
+        return None
+    shape = (blocks - 1) * stride + heads, tokens * width
+    rows = cache.as_strided(shape, (cache.stride(1), 1), cache.storage_offset())
+    # NumPy knows no bfloat16; compiled kernels know its bits.
+    return (rows.view(torch.int16) if cache.dtype == torch.bfloat16 else rows).numpy()

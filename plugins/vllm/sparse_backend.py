@@ -30,6 +30,7 @@ from penstock.kernels.sparse.paged_decode import PagedDecode
 from penstock.plugins.configuration import sparse_config
 from penstock.plugins.vllm import sparse_blocks
 from penstock.plugins.vllm.packed_keys import PackedKeys
+from penstock.plugins.vllm.sparse_warm_up import warm_up
 from penstock.plugins.vllm.sparse_worker import SparseWorker, check, dense_reason
 
 
@@ -80,6 +81,8 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
         for name, layer in layers.items():
             if isinstance(layer.impl, SparseCPUImpl):
                 layer.impl.bind(worker, extract_layer_index(name))
+        if any(isinstance(layer.impl, SparseCPUImpl) and layer.impl.worker for layer in layers.values()):
+            worker.tell_ready(warm_up(self.config, kv_cache_spec, self.isa))
         worker.tell_layers({name: layer.impl.dense_reason for name, layer in layers.items()})
 
     def build(
@@ -118,6 +121,7 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
         self._number = 0
         self.decode: PagedDecode | None = None
         self._cache_at = 0
+        self._flat: tuple[torch.Tensor, torch.Tensor]
 
     def bind(self, worker: SparseWorker, number: int) -> None:
         """Share ``worker`` with other layers; this is layer ``number`` of the model."""
@@ -184,21 +188,16 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
                 worker.config, self._number, index, keys, worker.calibration, worker.stats
             )
             self._cache_at = kv_cache.data_ptr()
+            self._flat = _one_head(kv_cache)
             worker.tell_index(index.nbytes, kv_cache.nbytes)
         return self.decode
 
     def _attend(
         self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, reads: list[Read], output: torch.Tensor
     ) -> None:
-        blocks, heads, block_tokens, width = kv_cache.shape
+        heads, block_tokens = kv_cache.shape[1:3]
+        keys, values = self._flat
         stride = kv_cache.stride(0) // kv_cache.stride(1)
-        # Heads of all blocks in one row: a layout in which layers lie between the blocks only skips more.
-        flat = kv_cache.as_strided(
-            ((blocks - 1) * stride + heads, 1, 2 * block_tokens, width // 2),
-            (kv_cache.stride(1), kv_cache.stride(1), width // 2, 1),
-            kv_cache.storage_offset(),
-        )
-        keys, values = flat.chunk(2, dim=2)
         table, lengths = head_rows(reads, heads, block_tokens, stride)
         count, group = len(lengths), self.num_queries_per_kv
         starts = torch.arange(count + 1, dtype=torch.int32)
@@ -232,3 +231,17 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
             scheduler_metadata=metadata,
             s_aux=None,
         )
+
+
+def _one_head(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a cache [B, H, N, 2 * D] as of one head, [B' , 1, N, D]: head ``h`` of block ``b`` is
+    number ``b * stride + h``, and a layout in which layers lie between the blocks only skips more."""
+    blocks, heads, block_tokens, width = cache.shape
+    stride = cache.stride(0) // cache.stride(1)
+    flat = cache.as_strided(
+        ((blocks - 1) * stride + heads, 1, 2 * block_tokens, width // 2),
+        (cache.stride(1), cache.stride(1), width // 2, 1),
+        cache.storage_offset(),
+    )
+    keys, values = flat.chunk(2, dim=2)
+    return keys, values

@@ -31,7 +31,8 @@ ATTENTION = (
         "causal",
         "dynamic_causal",
     ),
-    *read(f"{_CPU}:CPUAttentionMetadataBuilder", "block_size"),
+    *read(f"{_CPU}:CPUAttentionMetadataBuilder", "block_size", "isa"),
+    *read("vllm.v1.kv_cache_interface:AttentionSpec", "num_kv_heads", "head_size", "dtype"),
     *read(
         f"{_CPU}:CPUAttentionBackendImpl",
         "scale",

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from penstock.kernels.numba_support import HAS_NUMBA
 from penstock.kernels.sparse.calibration import Calibration
 from penstock.kernels.sparse.serving import ServingConfig
 from penstock.kernels.sparse.serving_stats import ServingStats, Snapshot
@@ -29,6 +30,13 @@ class SparseWorker:
         if dense:
             listed = "; ".join(f"{name}: {reason}" for name, reason in dense.items())
             logger.warning("penstock: sparse attention leaves %d layers dense: %s", len(dense), listed)
+
+    def tell_ready(self, seconds: float) -> None:
+        """Say how pages are chosen, and how long that took to compile or to load."""
+        if HAS_NUMBA:
+            logger.info("penstock: sparse attention has compiled kernels after %.1f s", seconds)
+        else:
+            logger.warning("penstock: sparse attention without Numba: choosing pages takes several times as long")
 
     def tell_index(self, index_bytes: int, cache_bytes: int) -> None:
         """A layer has an index of so many bytes at most, beside its KV cache."""

@@ -18,13 +18,14 @@ from penstock.kernels.sparse.head_rows import Read, head_rows
 from penstock.kernels.sparse.page_choice import exact_log_masses, page_shares
 from penstock.kernels.sparse.page_clusters import PageClusters
 from penstock.kernels.sparse.paged_decode import PagedDecode
+from penstock.kernels.sparse.paged_keys import Keys
 from penstock.kernels.sparse.serving import ServingConfig
 from penstock.kernels.sparse.serving_stats import ServingStats
 
 PAGE = 32
 
 
-class Cache:
+class Cache(Keys):
     """Keys of a pool of blocks; counts the blocks that are read."""
 
     def __init__(self, keys: torch.Tensor) -> None:
