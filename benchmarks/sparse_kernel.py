@@ -160,7 +160,10 @@ class Stands:
         model = str(ensure_model())
         self.dense = AttentionRig(model, shape, "CPU_ATTN")
         self.sparse = AttentionRig(
-            model, shape, "CUSTOM", {"mass": case.mass, "least_tokens": 1, "log_steps": 0, "budget": case.budget}
+            model,
+            shape,
+            "CUSTOM",
+            {"mass": case.mass, "least_tokens": 1, "log_steps": 0, "budget": case.budget},
         )
         self.sparse.cache = self.dense.cache
         order = torch.randperm(shape.blocks, generator=torch.Generator().manual_seed(case.seed))

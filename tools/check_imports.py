@@ -42,7 +42,9 @@ class Room:
 RULES = {
     "schedulers": Room(packages=frozenset({"numpy", "msgspec", "sortedcontainers"})),
     "connectors": Room(packages=frozenset({"numpy", "msgspec", "sortedcontainers", "xxhash", *ONE_FILE})),
-    "kernels": Room(packages=frozenset({"numpy", "msgspec", "torch", "triton", "flashinfer", "numba", "llvmlite"})),
+    "kernels": Room(
+        packages=frozenset({"numpy", "msgspec", "torch", "triton", "flashinfer", "numba", "llvmlite"})
+    ),
     "routers": Room(rooms=CORES),
     "simulation": Room(rooms=CORES),
     "patches": Room(rooms=CORES | {"kernels"}),

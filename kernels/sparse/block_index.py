@@ -77,9 +77,7 @@ class BlockIndex:
 
         lengths = query.square().sum(-1).mean(1)
         tables = self._codes.numpy(), self._facts.numpy()
-        fused_masses.log_masses(
-            *tables, blocks.numpy(), query.numpy(), lengths.numpy(), logs.numpy()
-        )
+        fused_masses.log_masses(*tables, blocks.numpy(), query.numpy(), lengths.numpy(), logs.numpy())
 
     def _log_masses(self, query: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         codes, facts = self._codes[blocks].transpose(0, 1), self._facts[blocks].transpose(0, 1)

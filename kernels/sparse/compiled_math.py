@@ -57,8 +57,8 @@ def log(x: Any) -> Any:
     return F32(k) * F32(0.69314718) + F32(2) * t * series if x < np.inf else x
 
 
-@intrinsic
-def prefetch(_typing: Any, array: Any, offset: Any) -> Any:
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(_typing: Any, array: Any, offset: Any) -> Any:  # noqa: ARG001
     """``prefetch(array, offset)``: have the line ``offset`` bytes into a contiguous ``array`` read soon.
 
     Blocks of a cache lie anywhere, so that a processor cannot guess the next; told of it, half of the time is
@@ -84,7 +84,7 @@ def widen(x: Any) -> Any:
     raise NotImplementedError("for compiled code alone")
 
 
-@overload(widen, inline="always")
+@overload(widen, inline="always")  # type: ignore[untyped-decorator]
 def _widen(x: Any) -> Any:
     def of_bits(x: Any) -> Any:
         return np.int32(np.int32(x) << np.int32(16)).view(np.float32)

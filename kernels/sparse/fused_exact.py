@@ -13,7 +13,6 @@ from penstock.kernels.numba_support import compiled
 from penstock.kernels.sparse.compiled_math import F32, exp, log, widen
 
 
-
 @compiled
 def exact_log_masses(
     rows: Any,

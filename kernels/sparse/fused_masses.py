@@ -21,9 +21,7 @@ NOTHING = F32(-1e30)
 
 
 @compiled
-def log_masses(
-    codes: Any, facts: Any, blocks: Any, query: Any, lengths: Any, logs: Any
-) -> None:
+def log_masses(codes: Any, facts: Any, blocks: Any, query: Any, lengths: Any, logs: Any) -> None:
     """Write the logs of the estimated masses of ``blocks`` to ``logs``.
 
     ``codes`` int8 [B, H, S, D] and ``facts`` float32 [B, H, 3, S] are tables of a ``BlockIndex``; ``blocks``

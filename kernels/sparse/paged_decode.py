@@ -123,7 +123,9 @@ class PagedDecode:
         Heads that need everything make the others' savings too small for what choosing costs.
         """
         heads, pages = chosen.shape
-        counts = [pages if count > self.config.most_share * pages else count for count in chosen.sum(1).tolist()]
+        counts = [
+            pages if count > self.config.most_share * pages else count for count in chosen.sum(1).tolist()
+        ]
         nothing_saved = sum(counts) > self.config.most_share * heads * pages
         for head, count in enumerate(counts):
             if nothing_saved or count == pages:

@@ -81,17 +81,27 @@ class PackedKeys(Keys):
             return
         from penstock.kernels.sparse import fused_exact
 
-        arrays = (each.numpy() for each in (blocks, pages, query))
-        first = heads.start or 0
         fused_exact.exact_log_masses(
-            self._rows, self._stride, first, self._places, *arrays, tail, logs.numpy()
+            self._rows,
+            self._stride,
+            heads.start or 0,
+            self._places,
+            blocks.numpy(),
+            pages.numpy(),
+            query.numpy(),
+            tail,
+            logs.numpy(),
         )
 
 
 def _rows(cache: torch.Tensor, stride: int) -> Any:
     """The cache as compiled kernels read it, or None where they do not."""
     blocks, heads, tokens, width = cache.shape
-    if not HAS_NUMBA or cache.dtype not in (torch.bfloat16, torch.float32) or cache.stride(1) != tokens * width:
+    if (
+        not HAS_NUMBA
+        or cache.dtype not in (torch.bfloat16, torch.float32)
+        or cache.stride(1) != tokens * width
+    ):
         return None
     shape = (blocks - 1) * stride + heads, tokens * width
     rows = cache.as_strided(shape, (cache.stride(1), 1), cache.storage_offset())

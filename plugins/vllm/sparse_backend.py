@@ -234,7 +234,7 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
 
 
 def _one_head(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of a cache [B, H, N, 2 * D] as of one head, [B' , 1, N, D]: head ``h`` of block ``b`` is
+    """Keys and values of a cache [B, H, N, 2 * D] as of one head, [R, 1, N, D]: head ``h`` of block ``b`` is
     number ``b * stride + h``, and a layout in which layers lie between the blocks only skips more."""
     blocks, heads, block_tokens, width = cache.shape
     stride = cache.stride(0) // cache.stride(1)

@@ -36,7 +36,9 @@ class SparseWorker:
         if HAS_NUMBA:
             logger.info("penstock: sparse attention has compiled kernels after %.1f s", seconds)
         else:
-            logger.warning("penstock: sparse attention without Numba: choosing pages takes several times as long")
+            logger.warning(
+                "penstock: sparse attention without Numba: choosing pages takes several times as long"
+            )
 
     def tell_index(self, index_bytes: int, cache_bytes: int) -> None:
         """A layer has an index of so many bytes at most, beside its KV cache."""

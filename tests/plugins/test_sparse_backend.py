@@ -221,9 +221,35 @@ def test_what_no_layer_can_be_sparse_with_is_refused(cache, size, message):
         check(cache, size, [32, 64])
 
 
-def test_first_layers_stay_stocks():
+def test_first_layers_stay_stocks(caplog):
     rig = AttentionRig(str(ensure_model()), SHAPE, "CUSTOM", SPARSE, layer=1)
     assert rig.impl.worker is None
+    assert "compiled kernels" not in caplog.text
+
+
+def test_nothing_is_compiled_after_start_up(caplog):
+    pytest.importorskip("numba")
+    caplog.set_level("INFO", "vllm.penstock")
+    shape = Shape(heads=8, kv_heads=2, head_size=64, block_tokens=32, blocks=96)
+    rig = AttentionRig(str(ensure_model()), shape, "CUSTOM", {**SPARSE, "calibration_share": 1.0})
+    assert "sparse attention has compiled kernels after" in caplog.text
+    before = compiled_signatures()
+    query, keys, values, blocks = (part if isinstance(part, list) else part.bfloat16() for part in context(8))
+    rig.write(keys, values, blocks)
+    rig.attend(query, rig.metadata([blocks], [TOKENS], [1]))
+    assert rig.impl.worker.stats.selections == 1
+    assert compiled_signatures() == before
+
+
+def compiled_signatures():
+    from penstock.kernels.sparse import fused_choice, fused_exact, fused_masses
+
+    return {
+        name: len(function.signatures)
+        for module in (fused_choice, fused_exact, fused_masses)
+        for name, function in vars(module).items()
+        if hasattr(function, "signatures")
+    }
 
 
 def test_the_log_says_what_was_measured_once_for_every_so_many_selections(caplog):

@@ -94,6 +94,18 @@ def test_chosen_pages_attain_the_mass_and_leave_pages_out(level, rule):
     assert set(cache.read_blocks) <= set(blocks.tolist())
 
 
+def test_a_budget_is_read_whatever_mass_it_has():
+    layer = made_up("flat", seed=1, tokens=2048, steps=3, heads=2)
+    decode, stats = decoding(placed(layer.keys, list(range(64)), 64), budget=0.25, calibration_share=1.0)
+    for query, keys, _ in layer.steps():
+        pages = decode.pages(query, torch.arange(64), keys.shape[1], PAGE)
+        assert pages is not None
+        assert pages.sum(1).tolist() == [16, 16]
+        assert pages[:, 0].all()
+        assert pages[:, -2:].all()
+    assert stats.snapshot().mass_p50 < 0.9
+
+
 def test_foreign_blocks_are_never_read_nor_chosen_and_broken_keys_always_are():
     layer = made_up("peaky", seed=1, tokens=1000, steps=4, heads=2)
     blocks = torch.randperm(64)[:32]
