@@ -25,7 +25,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     summary_rounds: Annotated[int, msgspec.Meta(ge=0, le=10)] = 2
     """Rounds of k-means within a page; 0 leaves its runs of ``summary_tokens`` as they are."""
     group_rule: GroupRule = "ranked"
-    least_tokens: Tokens = 4096
+    least_tokens: Tokens = 8192
     budget: Share | None = None
     """Pages that each KV head reads at every step, of all; None for as many as have the mass."""
     dense_layers: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 2
