@@ -22,7 +22,8 @@ def compiled(function: Function) -> Function:
     """Compile ``function`` at its first call for the types that it gets, without the interpreter's lock.
 
     The result is kept on disk for the next process, but for where neither the package's folder nor the user's
-    cache can be written.
+    cache can be written. Numba watches the file of ``function`` alone: after a change to what it calls in
+    another file, delete ``__pycache__``.
     """
     import numba
 
