@@ -184,7 +184,10 @@ class Stands:
         return time.thread_time() - began
 
     def record(self) -> None:
-        """Note from here on what the sparse layer reads."""
+        """Note from here on what the sparse layer reads; every copy is summarised before, as timed apart."""
+        full = self._layer.prompt // self.sparse.shape.block_tokens
+        for table in self._tables:
+            self.sparse.impl.decode.summarise(torch.tensor(table[:full]))
         self.recorder = Recorder(self.sparse.impl.decode)
         self.sparse.impl.decode = self.recorder
 
