@@ -266,7 +266,55 @@ SPECULATION = Dashboard(
     ],
 )
 
-DASHBOARDS = (FLOWKV, REQUESTS, SLO, SPECULATION)
+SPARSE = "penstock_sparse_"
+
+SPARSE_ATTENTION = Dashboard(
+    "sparse-attention",
+    "Penstock: sparse attention",
+    SPARSE + "selections",
+    [
+        Panel(
+            "Attained mass",
+            "percentunit",
+            [(f"{SPARSE}attained_mass{{{AT}}}", "quantile {{quantile}}, {{engine}}")],
+            "Exact, of query heads that do not read everything, on samples.",
+        ),
+        Panel(
+            "Pages read, by layer",
+            "percentunit",
+            [(share(SPARSE + "pages_read", SPARSE + "pages", "layer"), "layer {{layer}}")],
+            "Of those of the steps in which pages were chosen.",
+        ),
+        totals("Selections and measurements", "cps", "selections", "measurements", of=SPARSE),
+        Panel(
+            "Dense all the same",
+            "cps",
+            [(growth(SPARSE + "dense_selections", "reason"), "{{reason}}")],
+            "Layer and request in a step, by reason.",
+        ),
+        Panel(
+            "Time a selection",
+            "s",
+            [
+                (share(SPARSE + "selection_seconds", SPARSE + "selections", "engine"), "choosing"),
+                (share(SPARSE + "measuring_seconds", SPARSE + "selections", "engine"), "measuring"),
+            ],
+        ),
+        Panel(
+            "Time a summary of a block",
+            "s",
+            [(share(SPARSE + "index_seconds", SPARSE + "index_blocks", "engine"), "{{engine}}")],
+        ),
+        Panel(
+            "Memory of the index",
+            "percentunit",
+            [(f"{gauge(SPARSE + 'index_bytes')} / {gauge(SPARSE + 'cache_bytes')}", "{{engine}}")],
+            "At most, to the KV cache of the layers that have an index.",
+        ),
+    ],
+)
+
+DASHBOARDS = (FLOWKV, REQUESTS, SLO, SPECULATION, SPARSE_ATTENTION)
 
 
 def as_json(board: Dashboard) -> str:

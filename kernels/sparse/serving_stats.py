@@ -21,6 +21,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Of the pages, how many were read, over all selections."""
     layer_shares: dict[int, float]
     """The same by layer."""
+    layer_pages: dict[int, tuple[int, int]]
+    """Pages read, and pages there were, by layer."""
     mass_mean: float | None
     mass_p10: float | None
     mass_p50: float | None
@@ -41,6 +43,8 @@ class ServingStats:
         self._pages: dict[int, list[int]] = {}
         self._dense: Counter[str] = Counter()
         self._masses: deque[float] = deque(maxlen=WINDOW)
+        self._ordered: list[float] | None = []
+        """Masses in order, until another one comes."""
         self._measurements = self._selections = self._blocks = 0
         self._selecting = self._measuring = self._indexing = 0.0
 
@@ -64,6 +68,7 @@ class ServingStats:
     def measured(self, mass: float) -> None:
         """The exact mass of what a query head reads."""
         self._masses.append(mass)
+        self._ordered = None
         self._measurements += 1
 
     def measuring(self, seconds: float) -> None:
@@ -77,11 +82,14 @@ class ServingStats:
 
     def snapshot(self) -> Snapshot:
         """All of it at this moment."""
-        masses = sorted(self._masses)
+        if self._ordered is None:
+            self._ordered = sorted(self._masses)
+        masses = self._ordered
         return Snapshot(
             selections=self._selections,
             selected_share=_share(list(self._pages.values())),
             layer_shares={layer: _share([pages]) for layer, pages in sorted(self._pages.items())},
+            layer_pages={layer: (read, of) for layer, (read, of) in sorted(self._pages.items())},
             mass_mean=sum(masses) / len(masses) if masses else None,
             mass_p10=_quantile(masses, 0.1),
             mass_p50=_quantile(masses, 0.5),

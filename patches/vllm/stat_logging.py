@@ -1,8 +1,8 @@
-"""Take a scheduler's own statistics out of vLLM's before vLLM's loggers see them, and export them.
+"""Take statistics of ours out of vLLM's before vLLM's loggers see them, and export them.
 
-Why: ``SchedulerStats`` has no field for statistics of a scheduler that is not vLLM's. The seam for foreign
-loggers, the entry points ``vllm.stat_logger_plugins``, sees the same fields only, and a plugin that is
-installed there turns statistics on for every server, also for those that it has nothing to do with.
+Why: ``SchedulerStats`` has no field for statistics of a scheduler or a worker that is not vLLM's. The seam
+for foreign loggers, the entry points ``vllm.stat_logger_plugins``, sees the same fields only, and a plugin
+that is installed there turns statistics on for every server, also for those that it has nothing to do with.
 
 Remove when: ``SchedulerStats`` has an open field, and stat logger plugins can be added by configuration.
 """
@@ -46,7 +46,7 @@ def _replace(original: Any) -> Any:
                 from penstock.patches.vllm.slo_gauges import slo_gauges
 
                 slo_gauges().show(payload["slo"], engine_idx or 0)
-            else:
+            elif "clients" in payload:
                 from penstock.patches.vllm.client_gauges import gauges
 
                 gauges().show(payload, engine_idx or 0)
@@ -54,6 +54,10 @@ def _replace(original: Any) -> Any:
                 from penstock.patches.vllm.draft_gauges import draft_gauges
 
                 draft_gauges().show(payload["drafts"], engine_idx or 0)
+            if "sparse" in payload:
+                from penstock.patches.vllm.sparse_gauges import sparse_gauges
+
+                sparse_gauges().show(payload["sparse"], engine_idx or 0)
         return original(
             self, scheduler_stats, iteration_stats, mm_cache_stats=mm_cache_stats, engine_idx=engine_idx
         )

@@ -9,14 +9,15 @@ from penstock.patches.vllm import (
     distribution_version,
     handed_out_blocks,
     stat_logging,
+    worker_stats,
 )
 from penstock.plugins.features import Feature
 from penstock.plugins.seams import Seam, Use
-from penstock.plugins.vllm import flags, sparse_blocks
+from penstock.plugins.vllm import flags, sparse_blocks, sparse_stats
 from penstock.plugins.vllm.draft_seams import CONTROL, DRAFTER
 from penstock.plugins.vllm.flowkv_seams import ALLOCATION, CONNECTOR, GEOMETRY, REGISTRY, read
 from penstock.plugins.vllm.scheduler_seams import CACHE, PLANS, QUEUE, REQUESTS, SETTINGS, STEPS
-from penstock.plugins.vllm.sparse_seams import ATTENTION, BLOCKS
+from penstock.plugins.vllm.sparse_seams import ATTENTION, BLOCKS, STATISTICS
 
 COMMAND_LINE = Feature(
     name="command-line",
@@ -77,8 +78,13 @@ SLO_SCHEDULER = Feature(
 SPARSE_ATTENTION = Feature(
     name="sparse-attention",
     summary="decode steps read the pages that hold a chosen share of the attention mass, on CPU",
-    seams=(*ATTENTION, *BLOCKS),
-    patches=(cpu_backend.PATCH, handed_out_blocks.watching(sparse_blocks.hear)),
+    seams=(*ATTENTION, *BLOCKS, *STATISTICS),
+    patches=(
+        cpu_backend.PATCH,
+        handed_out_blocks.watching(sparse_blocks.hear),
+        *worker_stats.carrying(sparse_stats.sources.collect),
+        stat_logging.PATCH,
+    ),
 )
 
 REPACKAGED_VERSION = Feature(

@@ -28,6 +28,13 @@ def enable() -> None:
 def __getattr__(name: str) -> Any:
     if name != "SparseCPUBackend":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from penstock.plugins.features import asked_for
+    from penstock.plugins.vllm.features import SPARSE_ATTENTION
+    from penstock.plugins.vllm.sparse_stats import sources
+
+    if SPARSE_ATTENTION.name not in asked_for():
+        # ``--attention-backend CUSTOM`` alone: the process that started this one knows nothing of us.
+        sources.mute()
     enable()
     from penstock.plugins.vllm.sparse_backend import SparseCPUBackend
 

@@ -81,3 +81,11 @@ BLOCKS = (
     Seam("vllm.distributed.kv_transfer.kv_transfer_state:has_kv_transfer_group", Use.CALL, "()"),
 )
 """Which blocks a step hands out."""
+
+STATISTICS = (
+    *read("vllm.v1.outputs:ModelRunnerOutput", "req_ids"),
+    *read("vllm.v1.engine:EngineCoreOutputs", "scheduler_stats"),
+    *read("vllm.v1.metrics.stats:SchedulerStats", "kv_connector_stats"),
+    Seam("vllm.v1.core.sched.scheduler:Scheduler.get_num_unfinished_requests", Use.CALL, "(self)"),
+)
+"""How statistics of a worker reach the front end."""

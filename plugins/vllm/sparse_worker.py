@@ -11,6 +11,7 @@ from penstock.kernels.sparse.calibration import Calibration
 from penstock.kernels.sparse.serving import ServingConfig
 from penstock.kernels.sparse.serving_stats import ServingStats, Snapshot
 from penstock.plugins.configuration import ConfigurationError
+from penstock.plugins.vllm.sparse_stats import sources
 
 logger = logging.getLogger("vllm.penstock")
 
@@ -22,7 +23,10 @@ class SparseWorker:
         self.config = config
         self.calibration = Calibration(config.core())
         self.stats = ServingStats()
-        self._told = self._index_bytes = self._cache_bytes = 0
+        self._told = 0
+        self.index_bytes = self.cache_bytes = 0
+        """Of all layers: what the index takes at most, and the KV cache."""
+        sources.add(self)
 
     def tell_layers(self, reasons: Mapping[str, str | None]) -> None:
         """Say which layers stay dense whatever they hold."""
@@ -42,8 +46,8 @@ class SparseWorker:
 
     def tell_index(self, index_bytes: int, cache_bytes: int) -> None:
         """A layer has an index of so many bytes at most, beside its KV cache."""
-        self._index_bytes += index_bytes
-        self._cache_bytes += cache_bytes
+        self.index_bytes += index_bytes
+        self.cache_bytes += cache_bytes
 
     def tell_progress(self) -> None:
         """Write a line every ``log_steps`` selections."""
@@ -58,11 +62,11 @@ class SparseWorker:
         if now.mass_p10 is not None and now.mass_p50 is not None:
             mass = f"P10 {now.mass_p10:.3f}, P50 {now.mass_p50:.3f} of {now.measurements} measured"
         dense = ", ".join(f"{reason} {count}" for reason, count in sorted(now.dense.items())) or "none"
-        index = 100 * self._index_bytes / max(1, self._cache_bytes)
+        index = 100 * self.index_bytes / max(1, self.cache_bytes)
         return (
             f"read {100 * now.selected_share:.1f} % of pages in {now.selections} selections, "
             f"{1e3 * now.selection_seconds / max(1, now.selections):.2f} ms each; attained mass {mass}; "
-            f"dense: {dense}; index at most {self._index_bytes / 2**20:.0f} MiB, {index:.1f} % of the KV "
+            f"dense: {dense}; index at most {self.index_bytes / 2**20:.0f} MiB, {index:.1f} % of the KV "
             f"cache, {now.index_blocks} blocks in {now.index_seconds:.2f} s"
         )
 

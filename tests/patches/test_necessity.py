@@ -14,6 +14,7 @@ from penstock.patches.vllm import (
     distribution_version,
     handed_out_blocks,
     stat_logging,
+    worker_stats,
 )
 from penstock.plugins.trees import SourceTree, installed_tree
 from penstock.plugins.vllm.examination import BLOCK_OUTERMOST, CPU_BACKENDS, declared_layouts
@@ -75,3 +76,14 @@ def test_attention_metadata_does_not_say_whose_blocks_are_new(source):
     fields = {node.target.id for node in common.body if isinstance(node, ast.AnnAssign)}
     assert "block_table_tensor" in fields
     assert not {name for name in fields if "new_block" in name or "req_ids" in name}
+
+
+def test_outputs_of_a_step_have_no_field_for_foreign_statistics(source):
+    worker, scheduler = worker_stats.carrying(dict)
+    assert worker.target == "vllm.v1.worker.gpu_worker:Worker.sample_tokens"
+    assert scheduler.target == "vllm.v1.core.sched.scheduler:Scheduler.update_from_output"
+    tree = source.parse("vllm.v1.outputs")
+    (output,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "ModelRunnerOutput"]
+    fields = [node for node in output.body if isinstance(node, ast.AnnAssign)]
+    assert "req_ids" in {node.target.id for node in fields}
+    assert not [node.target.id for node in fields if "Any" in ast.unparse(node.annotation)]

@@ -1,0 +1,60 @@
+"""Prometheus series of sparse attention, in the process that serves ``/metrics``."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from prometheus_client import Gauge
+
+TOTALS = {
+    "selections": "Times that a layer chose pages for a request.",
+    "measurements": "Exact masses that were computed, of query heads.",
+    "selection_seconds": "Time that choosing took, without indexing and measuring.",
+    "measuring_seconds": "Time that exact masses took.",
+    "index_blocks": "Blocks that were summarised, a layer.",
+    "index_seconds": "Time that summaries took.",
+    "index_bytes": "Memory of the index if every block is summarised.",
+    "cache_bytes": "Memory of the KV cache of the layers that have an index.",
+}
+"""Totals since the start, but for the bytes. Each is a series ``penstock_sparse_<name>``."""
+
+
+class SparseGauges:
+    """Shows the latest totals of each engine."""
+
+    def __init__(self) -> None:
+        # As vLLM does for its gauges: several front ends hear of one engine in turn.
+        mode: Any = "mostrecent"
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"penstock_sparse_{name}", text, ("engine", *labels), multiprocess_mode=mode)
+
+        self._mass = gauge(
+            "attained_mass",
+            "Quantile of the attention mass of what query heads read, as measured on samples.",
+            "quantile",
+        )
+        self._read = gauge("pages_read", "Pages that KV heads read where pages were chosen.", "layer")
+        self._pages = gauge("pages", "Pages that they could have read.", "layer")
+        self._dense = gauge("dense_selections", "Times that a layer was dense for a request.", "reason")
+        self._totals = {name: gauge(name, text) for name, text in TOTALS.items()}
+
+    def show(self, payload: dict[str, Any], engine: int) -> None:
+        """Replace what is shown of one engine."""
+        label = str(engine)
+        for quantile, mass in payload["masses"].items():
+            self._mass.labels(label, quantile).set(mass)
+        for layer, (read, pages) in payload["layers"].items():
+            self._read.labels(label, layer).set(read)
+            self._pages.labels(label, layer).set(pages)
+        for reason, count in payload["dense"].items():
+            self._dense.labels(label, reason).set(count)
+        for name, value in payload["totals"].items():
+            self._totals[name].labels(label).set(value)
+
+
+@cache
+def sparse_gauges() -> SparseGauges:
+    """The series of this process."""
+    return SparseGauges()
