@@ -1,13 +1,15 @@
 """``penstock bench sparse``: the attention mass that selectors attain, by the tokens that they read.
 
-Every selector sees the same queries and keys, made up at three levels of peakiness or captured from a model.
-Margins are learned on layers that are not scored. Nothing here is timed: this is about accuracy.
+Every selector sees the same queries and keys: made up at three levels of peakiness, those of the trained
+needle, or captured from another model. Margins are learned on layers or prompts that are not scored. Nothing
+here is timed: this is about accuracy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 SHOWN = ("oracle", "hybrid", "hybrid, pages of 16", "tactic", "pruner", "quest")
 SCORED_FROM = 700
+NEEDLE = "needle"
+NEEDLE_SEED = 90_000
+"""Seeds of the needle's prompts begin here, apart from those that its accuracy is measured with."""
 Sets = Iterator[tuple[str, list[Layer], list[Layer]]]
 
 
@@ -36,7 +41,13 @@ Sets = Iterator[tuple[str, list[Layer], list[Layer]]]
 @click.option(
     "--captured",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Layers of a model, as benchmarks/sparse_keys.py saves them, instead of made-up ones.",
+    help="Layers of a model, as benchmarks/sparse_keys.py saves them, alone.",
+)
+@click.option(
+    "--keys",
+    type=click.Choice([*LEVELS, NEEDLE]),
+    multiple=True,
+    help="May be given more than once.  [default: all]",
 )
 @click.option("--tokens", type=click.IntRange(1024), help="Of a layer.  [default: 8192, 4096 with --quick]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write rows and claims here.")
@@ -60,6 +71,7 @@ Sets = Iterator[tuple[str, list[Layer], list[Layer]]]
 def bench(
     quick: bool,
     captured: Path | None,
+    keys: tuple[str, ...],
     tokens: int | None,
     json_file: Path | None,
     plot_file: Path,
@@ -75,7 +87,11 @@ def bench(
         _on_gpu(mass, seed, json_file, quick=quick)
         return
     if captured is None:
-        sets = _made_up(tokens or (4096 if quick else 8192), seed, quick=quick)
+        length = tokens or (4096 if quick else 8192)
+        levels = [level for level in LEVELS if level in keys or not keys]
+        sets = _made_up(levels, length, seed, quick=quick)
+        if NEEDLE in keys or not keys:
+            sets = chain(sets, _needle(length, seed, quick=quick))
     else:
         sets = _captured(captured)
     console = wide(Console())
@@ -123,9 +139,9 @@ def _on_gpu(mass: float, seed: int, json_file: Path | None, *, quick: bool) -> N
         console.print(f"wrote {json_file}")
 
 
-def _made_up(tokens: int, seed: int, *, quick: bool) -> Sets:
+def _made_up(levels: Sequence[str], tokens: int, seed: int, *, quick: bool) -> Sets:
     layers, steps = (1, 5) if quick else (2, 8)
-    for level in LEVELS:
+    for level in levels:
         make = partial(made_up, level, tokens=tokens, steps=steps)
         first = 1000 * seed
         yield (
@@ -133,6 +149,19 @@ def _made_up(tokens: int, seed: int, *, quick: bool) -> Sets:
             [make(seed=first + number) for number in range(layers)],
             [make(seed=first + SCORED_FROM + number) for number in range(layers)],
         )
+
+
+def _needle(tokens: int, seed: int, *, quick: bool) -> Sets:
+    from penstock.benchmarks.needle.captured import needle_layers
+    from penstock.benchmarks.needle.checkpoint import load
+    from penstock.benchmarks.needle.task import TASKS
+
+    tasks = ("multikey", "crowded") if quick else TASKS
+    first = NEEDLE_SEED + 1000 * seed
+    model = load()
+    learned, scored = (needle_layers(model, tasks, tokens, [at]) for at in (first, first + SCORED_FROM))
+    for calibrating, others in zip(learned, scored, strict=True):
+        yield calibrating[0].name, calibrating, others
 
 
 def _captured(file: Path) -> Sets:
