@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 import urllib.request
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Self
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from penstock.benchmarks.processes import ServerError
 
@@ -47,17 +49,30 @@ def samples(url: str) -> dict[str, float]:
     Raises:
         ServerError: the server did not answer.
     """
+    sums: defaultdict[str, float] = defaultdict(float)
+    for sample in _samples(url):
+        if not sample.name.endswith(("_bucket", "_created")):
+            sums[sample.name] += sample.value
+    return dict(sums)
+
+
+def by_label(url: str, name: str, label: str) -> dict[str, float]:
+    """The samples of one series by the value of one label, as in ``samples``."""
+    sums: defaultdict[str, float] = defaultdict(float)
+    for sample in _samples(url):
+        if sample.name == name:
+            sums[sample.labels[label]] += sample.value
+    return dict(sums)
+
+
+def _samples(url: str) -> Iterator[Sample]:
     try:
         with urllib.request.urlopen(f"{url}/metrics", timeout=ANSWER_S) as page:
             text = page.read().decode()
     except OSError as error:
         raise ServerError(f"{url}/metrics: {error}") from error
-    sums: defaultdict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if not sample.name.endswith(("_bucket", "_created")):
-                sums[sample.name] += sample.value
-    return dict(sums)
+        yield from family.samples
 
 
 def transfers(url: str, connector: str) -> Transfers:

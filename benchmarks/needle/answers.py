@@ -1,15 +1,15 @@
-"""How often dense attention answers the needle's prompts: by transformers in this process, or by a server."""
+"""How often the needle's prompts are answered: by transformers in this process, or by a server."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from penstock.benchmarks.asks import Ask, ask_together
-from penstock.benchmarks.needle.task import TASKS, Prompt, Task, make_prompts, most_questions, words
+from penstock.benchmarks.asks import Ask, ask_all
+from penstock.benchmarks.needle.task import Prompt, Task, make_prompts, most_questions, shared_tokens, words
 
 QUESTIONS = 8
 """Most questions that are asked of one context."""
@@ -17,13 +17,16 @@ Score = Callable[[Sequence[Prompt]], list[float]]
 """Scores of prompts that share a context."""
 
 
-def accuracy(task: Task, length: int, contexts: int, seed: int, score: Score) -> float:
-    """Mean score of a task: ``contexts`` contexts of ``length`` tokens with up to ``QUESTIONS`` each."""
+def contexts(task: Task, length: int, prompts: int, seed: int) -> Iterator[list[Prompt]]:
+    """At least ``prompts`` prompts of ``length`` tokens, those that share a context together."""
     questions = min(QUESTIONS, most_questions(task, length))
-    scores = []
-    for number in range(contexts):
-        scores += score(make_prompts(task, length, 1000 * seed + number, questions))
-    return sum(scores) / len(scores)
+    for number in range(-(-prompts // questions)):
+        yield make_prompts(task, length, 1000 * seed + number, questions)
+
+
+def scores(task: Task, length: int, prompts: int, seed: int, score: Score) -> list[float]:
+    """The score of each of ``contexts``' prompts."""
+    return [one for asked in contexts(task, length, prompts, seed) for one in score(asked)]
 
 
 class TransformersScore:
@@ -40,7 +43,7 @@ class TransformersScore:
             return self._scores(prompts)
 
     def _scores(self, prompts: Sequence[Prompt]) -> list[float]:
-        shared = _shared_tokens(prompts)
+        shared = shared_tokens(prompts)
         context = torch.tensor([prompts[0].tokens[:shared]])
         cache = self._model(context, use_cache=True, logits_to_keep=1).past_key_values
         scores = []
@@ -62,49 +65,31 @@ class TransformersScore:
 class ServerScore:
     """Scores by a server with an OpenAI interface, such as ``vllm serve``, and its own tokenizer."""
 
-    def __init__(self, url: str, model: str) -> None:
-        self._url, self._model, self._words = url, model, words()
+    def __init__(self, url: str, model: str, *, decoded: bool = False) -> None:
+        """``decoded``: even the first token of an answer is to come out of a step that decodes.
+
+        That takes a prefix cache and prompts of one token more than whole blocks have: all but that token
+        are sent before, and cached.
+        """
+        self._url, self._model, self._decoded = url, model, decoded
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[float]:
         """Greedy answers. The first request fills the prefix cache for those after it."""
-        asks = [
-            Ask(
-                name=f"{prompt.task} {number}",
-                # The tokenizer puts the first token, <s>, before every text.
-                prompt=" ".join(self._words[token] for token in prompt.tokens[1:]),
-                max_tokens=len(prompt.answer),
-            )
-            for number, prompt in enumerate(prompts)
-        ]
-        answers = ask_together(self._url, self._model, asks, at_once=1)
-        return [prompt.score(answer.token_ids) for prompt, answer in zip(prompts, answers, strict=True)]
+        found = []
+        for number, prompt in enumerate(prompts):
+            name = f"{prompt.task} {number}"
+            if self._decoded:
+                self._ask(f"{name}, all but one token", prompt.tokens[:-1], 1)
+            found.append(prompt.score(self._ask(name, prompt.tokens, len(prompt.answer))))
+        return found
+
+    def _ask(self, name: str, tokens: Sequence[int], most: int) -> Sequence[int]:
+        ask = Ask(name=name, prompt=prompt_text(tokens), max_tokens=most)
+        (answer,) = ask_all(self._url, self._model, [ask])
+        return answer.token_ids
 
 
-def _shared_tokens(prompts: Sequence[Prompt]) -> int:
-    """Length of the longest common beginning, at least one token short of the shortest prompt."""
-    columns = zip(*(prompt.tokens[:-1] for prompt in prompts), strict=False)
-    count = 0
-    for column in columns:
-        if len(set(column)) > 1:
-            break
-        count += 1
-    return count
-
-
-def accuracies(
-    way: str,
-    lengths: Sequence[int],
-    contexts: int,
-    seed: int,
-    score: Score,
-    tell: Callable[[str], None] = lambda _: None,
-) -> list[dict[str, Any]]:
-    """One row for each length: the accuracy of every task."""
-    rows = []
-    for length in lengths:
-        row: dict[str, Any] = {"way": way, "tokens": length, "contexts": contexts}
-        for task in TASKS:
-            tell(f"{task} at {length:,} tokens")
-            row[task] = accuracy(task, length, contexts, seed, score)
-        rows.append(row)
-    return rows
+def prompt_text(tokens: Sequence[int]) -> str:
+    """What the tokenizer turns into ``tokens``: it puts the first one, ``<s>``, before every text."""
+    spoken = words()
+    return " ".join(spoken[token] for token in tokens[1:])

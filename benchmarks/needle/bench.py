@@ -1,33 +1,39 @@
-"""``penstock bench needle``: how often dense attention finds what the needle's prompts ask for.
-
-The trained model answers through transformers and through stock ``vllm serve``. Sparse attention is
-compared with these figures: what it loses is then its own doing.
+"""``penstock bench needle``: what the trained needle answers with dense attention, and what sparse attention
+costs it.
 """
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
-from penstock.benchmarks.narrator import Narrator
-from penstock.benchmarks.report import Claim, Environment, Report, write_plot
+from penstock.benchmarks import parts as parted
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-LENGTHS = (4096, 8192, 16384)
-LEAST = 0.95
-FILE_WIDTH = 200
-Rows = list[dict[str, Any]]
+PARTS = {
+    "dense": "penstock.benchmarks.needle.dense",
+    "peers": "penstock.benchmarks.needle.peers",
+    "served": "penstock.benchmarks.needle.served",
+}
+"""Modules with a ``measure(options, tell)``, in the order in which they run."""
+QUICK = ("peers",)
+QUICK_PROMPTS = 4
 
 
 @click.command("needle")
-@click.option("--quick", is_flag=True, help="4k tokens, transformers alone, under a minute on two cores.")
-@click.option("--contexts", default=4, show_default=True, help="Contexts for each task and length.")
+@click.option("--quick", is_flag=True, help="Part peers at 4k tokens, under a minute on two cores.")
+@click.option("--parts", help=f"Comma-separated, of {', '.join(PARTS)}.  [default: all]")
+@click.option(
+    "--prompts", type=click.IntRange(1), help="Of each task and length.  [default: 16, 4 with --quick]"
+)
+@click.option(
+    "--tokens",
+    "lengths",
+    type=click.IntRange(2048, 32_000),
+    multiple=True,
+    help="Of a prompt; may be given more than once.  [default: 4096, 8192 and 16384; 4096 with --quick]",
+)
 @click.option(
     "--model",
     "folder",
@@ -41,79 +47,37 @@ Rows = list[dict[str, Any]]
     type=click.Path(path_type=Path),
     default=Path("needle.svg"),
     show_default=True,
-    help="Accuracy by length.",
+    help="Plots; the part's name goes before the suffix.",
 )
 @click.option("--seed", default=0, show_default=True)
 def bench(
-    quick: bool, contexts: int, folder: Path | None, json_file: Path | None, plot_file: Path, seed: int
+    quick: bool,
+    parts: str | None,
+    prompts: int | None,
+    lengths: tuple[int, ...],
+    folder: Path | None,
+    json_file: Path | None,
+    plot_file: Path,
+    seed: int,
 ) -> None:
-    """Measure the dense accuracy of the needle, through transformers and through vLLM.
+    """Measure the needle's answers through transformers, through vLLM, and with sparse attention.
 
     A claim that does not hold is shown as such; the exit status is 0 all the same, since this measures.
     """
-    from penstock.benchmarks.needle.checkpoint import shipped
+    from penstock.benchmarks.needle.part import LENGTHS, PROMPTS, NeedleOptions
 
-    console = Console()
-    console = console if console.is_terminal else Console(width=FILE_WIDTH)
-    rows = _measure(quick, contexts, folder or shipped(), seed, Narrator(console))
-    report = Report(
-        bench="needle", environment=Environment.detect(seed), rows=tuple(rows), claims=tuple(claims(rows))
+    todo = parted.chosen(parts, list(PARTS), QUICK if quick else list(PARTS))
+    parted.run(
+        "needle",
+        {part: PARTS[part] for part in todo},
+        NeedleOptions(
+            quick=quick,
+            seed=seed,
+            prompts=prompts or (QUICK_PROMPTS if quick else PROMPTS),
+            lengths=lengths or (LENGTHS[:1] if quick else LENGTHS),
+            folder=folder,
+        ),
+        parted.wide(Console()),
+        json_file=json_file,
+        plot_file=plot_file,
     )
-    report.show(console)
-    console.print(f"wrote {write_plot(plot_file, lambda axes: _draw(axes, rows))}")
-    if json_file is not None:
-        report.write_json(json_file)
-        console.print(f"wrote {json_file}")
-
-
-def _measure(quick: bool, contexts: int, folder: Path, seed: int, narrator: Narrator) -> Rows:
-    from penstock.benchmarks.needle.answers import ServerScore, TransformersScore, accuracies
-    from penstock.benchmarks.servers import Engine, engine_server, serving
-
-    lengths = LENGTHS[:1] if quick else LENGTHS
-    contexts = 1 if quick else contexts
-    with narrator.step("needle, transformers") as tell:
-        rows = accuracies("transformers", lengths, contexts, seed, TransformersScore(folder), tell)
-    if quick:
-        return rows
-    # Room for the answer on top of the prompt.
-    engine = Engine(model=str(folder), max_model_len=max(lengths) + 64)
-    with tempfile.TemporaryDirectory(prefix="penstock-needle-") as logs:
-        server = engine_server(engine, Path(logs))
-        with serving([server]), narrator.step("needle, vLLM") as tell:
-            score = ServerScore(server.url, engine.model)
-            rows += accuracies("vLLM", lengths, contexts, seed, score, tell)
-    return rows
-
-
-def claims(rows: Rows) -> list[Claim]:
-    """What is promised of every task, at the length where it goes worst."""
-    from penstock.benchmarks.needle.task import TASKS
-
-    ways = list(dict.fromkeys(row["way"] for row in rows))
-    return [
-        Claim.of(
-            f"{task} through {way}, worst length",
-            min(row[task] for row in rows if row["way"] == way),
-            ">=",
-            LEAST,
-        )
-        for way in ways
-        for task in TASKS
-    ]
-
-
-def _draw(axes: Axes, rows: Rows) -> None:
-    from penstock.benchmarks.needle.task import TASKS
-
-    for way, style in zip(dict.fromkeys(row["way"] for row in rows), ("-o", "--x"), strict=False):
-        mine = [row for row in rows if row["way"] == way]
-        for number, task in enumerate(TASKS):
-            lengths, shares = [row["tokens"] for row in mine], [row[task] for row in mine]
-            axes.plot(lengths, shares, style, color=f"C{number}", label=f"{task}, {way}")
-    axes.axhline(LEAST, color="grey", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(0, 1.02)
-    axes.set_xlabel("tokens of the prompt")
-    axes.set_ylabel("share of the references found")
-    axes.legend(fontsize="small")

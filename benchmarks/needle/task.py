@@ -83,6 +83,16 @@ def most_questions(task: Task, length: int) -> int:
     return 1 + OTHER_CHAINS if task == "tracking" else _needle_count(task, length)
 
 
+def shared_tokens(prompts: Sequence[Prompt]) -> int:
+    """Length of the longest common beginning, at least one token short of the shortest prompt."""
+    count = 0
+    for column in zip(*(prompt.tokens[:-1] for prompt in prompts), strict=False):
+        if len(set(column)) > 1:
+            break
+        count += 1
+    return count
+
+
 def make_prompt(task: Task, length: int, seed: int) -> Prompt:
     """The first of ``make_prompts``."""
     return make_prompts(task, length, seed)[0]

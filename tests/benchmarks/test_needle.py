@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -14,14 +15,16 @@ transformers = pytest.importorskip("transformers")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from penstock.benchmarks.needle import task  # noqa: E402
-from penstock.benchmarks.needle.answers import TransformersScore, accuracy  # noqa: E402
-from penstock.benchmarks.needle.bench import claims  # noqa: E402
+from penstock.benchmarks.needle import answers, task  # noqa: E402
+from penstock.benchmarks.needle.answers import ServerScore, TransformersScore, contexts, scores  # noqa: E402
+from penstock.benchmarks.needle.captured import needle_layers  # noqa: E402
 from penstock.benchmarks.needle.checkpoint import load, save, shipped  # noqa: E402
+from penstock.benchmarks.needle.dense import claims  # noqa: E402
 from penstock.benchmarks.needle.lessons import IGNORED, Lesson, make_batch  # noqa: E402
 from penstock.benchmarks.needle.model import NeedleModel, NeedleShape, capture  # noqa: E402
 from penstock.benchmarks.needle.task import TASKS, make_prompt, make_prompts, most_questions  # noqa: E402
 from penstock.benchmarks.needle.train import STAGES, Stage, Trainer  # noqa: E402
+from penstock.kernels.sparse.attention import attend  # noqa: E402
 
 SMALL = NeedleShape(layers=2, hidden_size=32, intermediate_size=32, head_size=16)
 SHORT = (
@@ -189,7 +192,8 @@ def scored():
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_shipped_checkpoint_answers(scored, name):
-    assert accuracy(name, 1024, 1, 0, scored) >= 0.85
+    found = scores(name, 1024, 2, 0, scored)
+    assert sum(found) / len(found) >= 0.85
 
 
 def test_the_checkpoint_s_tokenizer_and_configuration_are_those_of_its_prompts():
@@ -204,13 +208,53 @@ def test_the_checkpoint_s_tokenizer_and_configuration_are_those_of_its_prompts()
     assert msgspec.convert(stages, tuple[Stage, ...]) == STAGES
 
 
-def test_a_claim_takes_the_worst_length_of_each_way():
+def test_a_claim_takes_the_worst_length_of_each_task():
     rows = [
-        {"way": way, "tokens": tokens, "contexts": 1, **dict.fromkeys(TASKS, 1.0), "tracking": share}
-        for way, tokens, share in (("a", 1, 0.97), ("a", 2, 0.9), ("b", 1, 0.99))
+        {"task": name, "tokens": tokens, "dense": share}
+        for name, tokens, share in (("single", 1, 0.97), ("single", 2, 0.9), ("tracking", 1, 0.99))
     ]
-    found = {claim.name: claim for claim in claims(rows)}
-    assert found["tracking through a, worst length"].value == 0.9
-    assert not found["tracking through a, worst length"].holds
-    assert found["tracking through b, worst length"].holds
-    assert len(found) == 2 * len(TASKS)
+    single, tracking = claims(rows)
+    assert (single.value, single.holds) == (0.9, False)
+    assert (tracking.value, tracking.holds) == (0.99, True)
+
+
+def test_there_are_as_many_prompts_as_asked_for_and_contexts_are_used_up():
+    asked = list(contexts("tracking", 600, 6, 0))
+    assert [len(prompts) for prompts in asked] == [4, 4]
+    assert [len(prompts) for prompts in contexts("single", 600, 3, 0)] == [1, 1, 1]
+    shared = [task.shared_tokens(prompts) for prompts in asked]
+    assert all(600 - 3 <= tokens < 600 for tokens in shared)
+
+
+def test_a_server_is_sent_all_but_the_last_token_first(monkeypatch):
+    sent = []
+
+    def ask_all(url, model, asks):
+        sent.extend(asks)
+        return [SimpleNamespace(token_ids=prompt.answer)]
+
+    prompt = make_prompt("multikey", 257, 0)
+    monkeypatch.setattr(answers, "ask_all", ask_all)
+    assert ServerScore("url", "model", decoded=True)([prompt]) == [1.0]
+    before, whole = (ask.prompt.split() for ask in sent)
+    assert before == whole[:-1]
+    assert len(whole) == 256  # the tokenizer adds the first
+    assert [ask.max_tokens for ask in sent] == [1, 2]
+
+
+def test_layers_for_the_selectors_give_the_attention_of_the_steps_that_answer():
+    model = load()
+    prompt = make_prompt("tracking", 300, 4)
+    (layers,) = needle_layers(model, ["tracking"], 300, [4])[1:2]
+    found = capture(model, torch.tensor(prompt.tokens + prompt.answer[:-1]))[1]
+    steps = list(layers[0].steps())
+    assert len(steps) == len(prompt.answer)
+    query, keys, values = steps[0]
+    assert keys.shape[1] == 300
+    for number, (query, keys, values) in enumerate(steps):
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            found.queries[:, 299 + number][:, None],
+            keys.repeat_interleave(4, 0),
+            values.repeat_interleave(4, 0),
+        )
+        torch.testing.assert_close(attend(query, keys, values).output.flatten(0, 1), expected[:, 0])
