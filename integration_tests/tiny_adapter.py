@@ -1,4 +1,4 @@
-"""A LoRA adapter with random weights for the tiny model, made on the spot."""
+"""A LoRA adapter with random weights for the tiny model or the needle, made on the spot."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from penstock.benchmarks.needle.model import NeedleShape
 from penstock.benchmarks.tiny_model import TinyLlama
 
 RANK = 4
 
 
-def write_adapter(folder: Path, seed: int, spec: TinyLlama | None = None) -> Path:
-    """Write an adapter of the query projections, large enough to change what greedy decoding says."""
+def write_adapter(
+    folder: Path, seed: int, spec: TinyLlama | NeedleShape | None = None, *, size: float = 0.3
+) -> Path:
+    """Write an adapter of the query projections; its default ``size`` changes what greedy decoding says."""
     spec = spec or TinyLlama()
+    width = spec.heads * spec.head_size
     rng = np.random.default_rng(seed)
     weights = {}
     for layer in range(spec.layers):
         prefix = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        for half, shape in (("lora_A", (RANK, spec.hidden_size)), ("lora_B", (spec.hidden_size, RANK))):
-            weights[f"{prefix}.{half}.weight"] = rng.standard_normal(shape, dtype=np.float32) * 0.3
+        for half, shape in (("lora_A", (RANK, spec.hidden_size)), ("lora_B", (width, RANK))):
+            weights[f"{prefix}.{half}.weight"] = rng.standard_normal(shape, dtype=np.float32) * size
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "adapter_model.safetensors")
     config = {
