@@ -19,6 +19,7 @@ from penstock.kernels.sparse.block_index import BlockIndex
 from penstock.kernels.sparse.calibration import Calibration
 from penstock.kernels.sparse.config import SparseConfig
 from penstock.kernels.sparse.paged_decode import PagedDecode
+from penstock.kernels.sparse.paged_keys import Keys
 from penstock.kernels.sparse.quest import Quest, QuestIndex
 from penstock.kernels.sparse.serving import ServingConfig
 from penstock.kernels.sparse.serving_stats import ServingStats
@@ -170,14 +171,14 @@ class TacticPages:
         return attend(query, keys, values, tokens).output
 
 
-class _Paged:
-    """``penstock.kernels.sparse.paged_decode.Keys`` of one layer whose block n is the n-th run of tokens."""
+class _Paged(Keys):
+    """Keys of one layer whose block n is the n-th run of tokens."""
 
     def __init__(self, keys: Tensor) -> None:
         self._pages = keys.unflatten(1, (-1, BLOCK_TOKENS))
 
     def read(self, blocks: Tensor, heads: slice = slice(None)) -> Tensor:
-        """Keys [H, P, N, D] of ``blocks``."""
+        """``penstock.kernels.sparse.paged_keys.Keys.read``."""
         return self._pages[heads].index_select(1, blocks)
 
 
