@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from penstock.connectors.alloc_pairing import fill_window, pieces_of
 from penstock.connectors.alloc_windows import AllocatorConfig, Window, WindowSearch
 from penstock.connectors.free_index import WORTHLESS, Extent, FreeIndex, Hold
-from penstock.connectors.runs import Run, count_blocks, slice_runs
+from penstock.connectors.runs import Run, count_blocks, runs_of, slice_runs
 
 __all__ = ["AllocatorConfig", "AllocatorStats", "RunAllocator"]
 
@@ -77,6 +77,11 @@ class RunAllocator:
     def num_free(self) -> int:
         """Free blocks, whether reserved or not."""
         return self._index.num_free - (self._touched[1] - self._touched[0])
+
+    def free_runs(self) -> list[Run]:
+        """All free blocks, whether reserved or not, in ascending order. O(blocks)."""
+        self._settle()
+        return runs_of(block for e in self._index.extents() for block in range(e.start, e.stop))
 
     @property
     def num_known_requests(self) -> int:

@@ -30,13 +30,18 @@ def register() -> None:
 def _apply_inherited() -> None:
     from penstock.plugins.configuration import ConfigurationError
     from penstock.plugins.features import FeatureError, require
-    from penstock.plugins.sglang.features import REQUEST_SCHEDULER
+    from penstock.plugins.sglang.features import FLOWKV, REQUEST_SCHEDULER
     from penstock.plugins.sglang.flags import refuse
+    from penstock.plugins.sglang.flowkv_settings import BACKEND, ease, flowkv_config
     from penstock.plugins.sglang.installation import upstream
     from penstock.plugins.sglang.settings import inherited, scheduler_config
 
     try:
-        if scheduler_config(inherited()) is not None:
+        given = inherited()
+        if scheduler_config(given) is not None:
             require(REQUEST_SCHEDULER, upstream())
+        if BACKEND in given:
+            ease(flowkv_config(given, host="127.0.0.1"))
+            require(FLOWKV, upstream())
     except (ConfigurationError, FeatureError) as error:
         refuse(error)

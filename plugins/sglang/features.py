@@ -10,12 +10,16 @@ from typing import Any
 
 from penstock.plugins.features import Feature
 from penstock.plugins.seams import Seam, Use
-from penstock.plugins.sglang import flags
+from penstock.plugins.sglang import flags, transfer_backend
+from penstock.plugins.sglang.flowkv_seams import ALLOCATION, ENDS, MANAGER, POOL, REGISTRY
+from penstock.plugins.sglang.flowkv_settings import BACKEND
 from penstock.plugins.sglang.hooks import Around
 from penstock.plugins.sglang.scheduler_seams import ADMISSION, PASSES, POLICY, REQUESTS
 
 _SERVER_ARGS = "sglang.srt.server_args:ServerArgs"
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
+_PLATFORM = "sglang.srt.platforms.interface:SRTPlatform"
+_TRANSFER = "sglang.srt.disaggregation.utils"
 _SAMPLING = "sglang.srt.sampling.sampling_params:SamplingParams"
 
 
@@ -69,4 +73,16 @@ REQUEST_SCHEDULER = Feature(
     hooks=SCHEDULER_HOOKS,
 )
 
-FEATURES = {feature.name: feature for feature in (COMMAND_LINE, REQUEST_SCHEDULER)}
+FLOWKV = Feature(
+    name="flowkv",
+    summary="--disaggregation-transfer-backend flowkv: prefill to decode in few, verified transfers",
+    seams=(*REGISTRY, *MANAGER, *ENDS, *POOL, *ALLOCATION),
+    hooks=(
+        transfer_backend.Member(f"{_TRANSFER}:TransferBackend", "FLOWKV", BACKEND),
+        Around(f"{_TRANSFER}:get_kv_class", transfer_backend.get_kv_class),
+        Around(f"{_PLATFORM}.get_kv_pool_cls", transfer_backend.get_kv_pool_cls),
+        Around(f"{_PLATFORM}.get_paged_allocator_cls", transfer_backend.get_paged_allocator_cls),
+    ),
+)
+
+FEATURES = {feature.name: feature for feature in (COMMAND_LINE, REQUEST_SCHEDULER, FLOWKV)}

@@ -7,8 +7,10 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from penstock.plugins.configuration import ConfigurationError
+from penstock.plugins.configuration import NAMESPACE, ConfigurationError, section
 from penstock.plugins.features import FeatureError
+from penstock.plugins.sglang.flowkv_settings import BACKEND, ease, flowkv_config, require_transferable
+from penstock.plugins.sglang.flowkv_settings import FLAG as TRANSFER_FLAG
 from penstock.plugins.sglang.settings import (
     FLAG,
     POLICIES,
@@ -21,6 +23,8 @@ from penstock.plugins.sglang.settings import (
 )
 
 DESTINATION = "penstock_config"
+ANY_HOST = "127.0.0.1"
+"""Stands for the address that each rank finds for itself."""
 
 
 def add_cli_args(original: Callable[[ArgumentParser], Any], parser: ArgumentParser) -> Any:
@@ -42,6 +46,9 @@ def add_cli_args(original: Callable[[ArgumentParser], Any], parser: ArgumentPars
             action.help = (
                 f"{action.help} Penstock adds dlpm (fair to clients, keeps prefixes together) and vtc."
             )
+        if action.dest == "disaggregation_transfer_backend" and action.choices is not None:
+            action.choices = [*action.choices, *(name for name in (BACKEND,) if name not in action.choices)]
+            action.help = f"{action.help} Penstock adds flowkv (few descriptors, every page verified)."
     return result
 
 
@@ -68,23 +75,36 @@ def join(args: Namespace) -> None:
             raise ConfigurationError(f"{FLAG} and {VARIABLE} differ; give one of them")
         given = from_flag
     config = scheduler_config(given, flag=args.schedule_policy if args.schedule_policy in POLICIES else None)
-    if config is None:
+    if config is not None:
+        require_supported(args, config)
+        args.schedule_policy = config.policy
+        ours = {**section({NAMESPACE: given}, "scheduler"), "policy": config.policy}
+        given = {**given, "scheduler": ours}
+    transfers = args.disaggregation_transfer_backend == BACKEND
+    if transfers:
+        require_transferable(args)
+        given = {**given, BACKEND: section({NAMESPACE: given}, BACKEND)}
+        ease(flowkv_config(given, host=ANY_HOST))
+    elif BACKEND in given:
+        raise ConfigurationError(f"section {BACKEND!r} is given without {TRANSFER_FLAG} {BACKEND}")
+    if config is None and not transfers:
         return
-    require_supported(args, config)
-    args.schedule_policy = config.policy
-    hand_on(config, given)
-    _apply()
+    hand_on(given)
+    _apply(scheduler=config is not None, transfers=transfers)
 
 
-def _apply() -> None:
+def _apply(*, scheduler: bool, transfers: bool) -> None:
     from penstock.plugins.features import require
-    from penstock.plugins.sglang.features import REQUEST_SCHEDULER, SCHEDULER_HOOKS
+    from penstock.plugins.sglang.features import FLOWKV, REQUEST_SCHEDULER
     from penstock.plugins.sglang.hooks import apply_now, confirm
     from penstock.plugins.sglang.installation import upstream
 
-    require(REQUEST_SCHEDULER, upstream())
+    asked = [feature for feature, on in ((REQUEST_SCHEDULER, scheduler), (FLOWKV, transfers)) if on]
+    for feature in asked:
+        require(feature, upstream())
     apply_now()
-    confirm(SCHEDULER_HOOKS)
+    for feature in asked:
+        confirm(feature.hooks)
 
 
 def refuse(error: Exception) -> NoReturn:

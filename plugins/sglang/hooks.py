@@ -10,11 +10,24 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from penstock.plugins.features import FeatureError
 
 _registered: set[str] = set()
+
+
+class Placed(Protocol):
+    """A hook of which one can see afterwards whether it is in place."""
+
+    @property
+    def target(self) -> str:
+        """The upstream name that it changes."""
+        ...
+
+    def in_place(self) -> bool:
+        """Whether it has changed it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +58,7 @@ def apply_now() -> None:
     HookRegistry.apply_hooks()
 
 
-def confirm(hooks: Iterable[Around]) -> None:
+def confirm(hooks: Iterable[Placed]) -> None:
     """Check that hooks are in place.
 
     Raises:

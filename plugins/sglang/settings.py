@@ -18,6 +18,7 @@ from penstock.schedulers.config import SchedulerConfig
 
 VARIABLE = "PENSTOCK_CONFIG"
 FLAG = "--penstock-config"
+SECTIONS = ("scheduler", "flowkv")
 POLICIES = ("dlpm", "vtc")
 """Of ours. SGLang has an ``lpm`` and an ``fcfs`` of its own, which stay what they are."""
 STOCK_POLICY = "fcfs"
@@ -61,8 +62,9 @@ def parse(source: str, text: str) -> dict[str, Any]:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{source}: allowed is a JSON object: {error}") from None
     for name in found:
-        if name != "scheduler":
-            raise ConfigurationError(f"{source}: given section {name!r}, allowed on SGLang: scheduler")
+        if name not in SECTIONS:
+            allowed = ", ".join(SECTIONS)
+            raise ConfigurationError(f"{source}: given section {name!r}, allowed on SGLang: {allowed}")
     return found
 
 
@@ -101,10 +103,9 @@ def inherited() -> dict[str, Any]:
     return parse(VARIABLE, text) if text else {}
 
 
-def hand_on(config: SchedulerConfig, given: Mapping[str, Any]) -> None:
-    """Let this process and those that it starts read ``given``, with the policy that was settled on."""
-    ours = {**section({NAMESPACE: given}, "scheduler"), "policy": config.policy}
-    os.environ[VARIABLE] = msgspec.json.encode({"scheduler": ours}).decode()
+def hand_on(given: Mapping[str, Any]) -> None:
+    """Let this process and those that it starts read ``given``, as it was settled on."""
+    os.environ[VARIABLE] = msgspec.json.encode(given).decode()
 
 
 def require_supported(settings: Any, config: SchedulerConfig) -> None:

@@ -10,11 +10,12 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from penstock.connectors.config import FlowKVConfig
 from penstock.connectors.control import ControlClient
-from penstock.connectors.digest import DramDigester, sampled_positions
+from penstock.connectors.digest import sampled_positions
 from penstock.connectors.messages import Welcome
 from penstock.connectors.receiver import Outcome, Receiver
 from penstock.connectors.receiver_thread import ReceiverThread
 from penstock.connectors.transports.factory import make_transport
+from penstock.plugins.cache_digest import digester_of
 from penstock.plugins.vllm.record import geometry_of, record_of
 from penstock.plugins.vllm.transfer_meta import HandshakeMetadata, StepMetadata, WorkerMetadata
 from penstock.plugins.vllm.transfer_stats import TransferStatsData
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from penstock.connectors.digest import Digester, Pending
-    from penstock.connectors.geometry import CacheGeometry
     from penstock.connectors.transports.base import Transport
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class TransferWorker:
         """Register the whole allocation with the transport; the engine may serve peers from now on."""
         config = self._config
         geometry = geometry_of(self._kv_cache_config, kv_caches)
-        self._digester = _digester(geometry, kv_caches)
+        self._digester = digester_of(geometry, next(iter(kv_caches.values())))
         digest = "off" if config.digest == "off" else f"{self._digester.algorithm} {config.digest}"
         record = record_of(self._vllm_config, self._kv_cache_config, geometry, digest)
         transport = self._transport = make_transport(
@@ -165,16 +165,3 @@ class TransferWorker:
         self._invalid_blocks.update(blocks)
         self._reported.failed.add(request_id)
         self._stats.add_failure(kind)
-
-
-def _digester(geometry: CacheGeometry, kv_caches: Mapping[str, torch.Tensor]) -> Digester:
-    if geometry.memory == "DRAM":
-        return DramDigester(geometry)
-    import torch
-
-    from penstock.kernels.block_digest import WORD_BYTES, DeviceDigester
-
-    first = next(iter(kv_caches.values()))
-    words = torch.empty(0, dtype=torch.int64, device=first.device)
-    words.set_(first.untyped_storage(), 0, (geometry.size // WORD_BYTES,), (1,))
-    return DeviceDigester(words, [(s.offset, s.width, s.stride) for s in geometry.strips])
