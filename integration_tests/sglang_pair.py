@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine_pair import eventually
 from sglang_server import ask, sglang_server
 
 from penstock.benchmarks.processes import Port, Server
+from penstock.benchmarks.reaper import signal_group
 from penstock.benchmarks.servers import serving
 
 PAGE = 16
@@ -21,11 +24,16 @@ PAGE = 16
 
 @dataclass(frozen=True, slots=True)
 class SglangPair:
-    """Two servers; ``port`` is where prefill's bootstrap server listens."""
+    """Two servers, and where the bootstrap server of each listens if it is the prefill server."""
 
     prefill: Server
     decode: Server
     bootstrap: Port
+    others_bootstrap: Port
+
+    def swapped(self) -> SglangPair:
+        """The pair after a change of roles."""
+        return SglangPair(self.decode, self.prefill, self.others_bootstrap, self.bootstrap)
 
     def generate(self, prompt: Sequence[int], tokens: int, *, room: int | None = None) -> dict[str, Any]:
         """What decode answers to a greedy request that both servers get, as a router would send it.
@@ -57,29 +65,37 @@ def pair_of(
     *arguments: str,
     backend: str = "flowkv",
     name: str = "flowkv",
-    prefill: Sequence[str] = (),
-    decode: Sequence[str] = (),
     **environment: str,
 ) -> SglangPair:
     """The two servers, not started yet."""
-    bootstrap = Port.reserve()
+    bootstraps = Port.reserve(), Port.reserve()
     both = [
         "--disaggregation-transfer-backend", backend,
-        "--disaggregation-bootstrap-port", str(bootstrap.number),
         "--page-size", str(PAGE),
         # Overlap asks for CUDA's events on a prefill server.
         "--disable-overlap-schedule",
         *arguments,
     ]  # fmt: skip
     environment = {"SGLANG_HOST_IP": "127.0.0.1", **environment}
+    retraction = ("--disaggregation-decode-retraction-backup", "cpu_tensor")
     servers = [
-        sglang_server(model, logs, f"{name}-{role}", ["--disaggregation-mode", role, *both, *own], environment)
-        for role, own in (
-            ("prefill", prefill),
-            ("decode", ("--disaggregation-decode-retraction-backup", "cpu_tensor", *decode)),
+        sglang_server(
+            model,
+            logs,
+            f"{name}-{role}",
+            [
+                "--disaggregation-mode",
+                role,
+                "--disaggregation-bootstrap-port",
+                str(port.number),
+                *both,
+                *own,
+            ],
+            environment,
         )
+        for role, port, own in (("prefill", bootstraps[0], ()), ("decode", bootstraps[1], retraction))
     ]
-    return SglangPair(servers[0], servers[1], bootstrap)
+    return SglangPair(servers[0], servers[1], *bootstraps)
 
 
 @contextlib.contextmanager
@@ -101,3 +117,39 @@ def router_of(pair: SglangPair, logs: Path) -> Server:
         "--decode", pair.decode.url,
     ]  # fmt: skip
     return Server(name="sglang-router", command=command, port=port, log=logs / "sglang-router.log")
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    """A prompt of ordinary token ids that does not repeat itself."""
+    draw = random.Random(seed)
+    return [draw.randrange(10, 600) for _ in range(length)]
+
+
+def load(server: Server) -> dict[str, Any]:
+    """What the server says of its queues and its pool."""
+    found: dict[str, Any] = ask(server, "/v1/loads?include=all")["loads"][0]
+    return found
+
+
+def all_back(*servers: Server) -> None:
+    """Wait until nothing runs or waits, and no page is in use but for the prefix cache."""
+    for server in servers:
+        eventually(
+            f"{server.name} has all pages back",
+            lambda server=server: (
+                not any(
+                    load(server)[key] for key in ("num_running_reqs", "num_waiting_reqs", "num_used_tokens")
+                )
+            ),
+        )
+
+
+def queued(server: Server, queue: str) -> int:
+    """Requests in one of SGLang's queues of a P/D server, such as ``decode_transfer``."""
+    return int(load(server)["disaggregation"][f"{queue}_queue_reqs"])
+
+
+def kill(server: Server) -> None:
+    """As the kernel ends a process that has taken all memory."""
+    signal_group(server.pid, signal.SIGKILL)
+    eventually(f"{server.name} is gone", lambda: not server.running)

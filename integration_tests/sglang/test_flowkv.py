@@ -1,13 +1,19 @@
-"""``--disaggregation-transfer-backend flowkv``: two stock SGLang servers answer what one does."""
+"""``--disaggregation-transfer-backend flowkv``: two stock SGLang servers answer what one does.
+
+Both may change roles, so decode has a prefix cache of its own.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import partial
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
-from sglang_pair import PAGE, SglangPair, router_of, serving_sglang_pair
+from engine_pair import eventually
+from sglang_pair import PAGE, SglangPair, all_back, load, prompt, router_of, serving_sglang_pair
 from sglang_server import CHUNK, all_at_once, ask, generate
 
 from penstock.benchmarks.processes import Server
@@ -15,11 +21,14 @@ from penstock.benchmarks.servers import serving
 
 TOKENS = 8
 LENGTHS = (1, PAGE, PAGE + 1, 100, CHUNK, 3 * CHUNK + 5)
+CLIENTS = 200
 
 
 @pytest.fixture(scope="module")
 def pair(model: str, logs: Path) -> Iterator[SglangPair]:
-    with serving_sglang_pair(model, logs) as pair:
+    # Without a prefix cache on decode, SGLang loses pages when a prefill server becomes one.
+    switching = ("--enable-pd-role-switch", "--disaggregation-decode-enable-radix-cache")
+    with serving_sglang_pair(model, logs, *switching) as pair:
         yield pair
 
 
@@ -29,13 +38,57 @@ def router(pair: SglangPair, logs: Path) -> Iterator[Server]:
         yield server
 
 
-def prompt(seed: int, length: int) -> list[int]:
-    return [10 + (seed * 131 + i * 7 + i * i) % 500 for i in range(length)]
-
-
-def test_answers_are_those_of_one_server(pair: SglangPair, router: Server, greedy):
+def test_answers_behind_sglang_s_router_are_transformers_cold_and_from_the_prefix_caches(
+    pair: SglangPair, router: Server, greedy
+):
     prompts = [prompt(i, length) for i, length in enumerate(LENGTHS)]
     wanted = [greedy(row, TOKENS) for row in prompts]
     for _wave in range(2):
         answers = all_at_once([partial(generate, router, row, TOKENS) for row in prompts])
         assert [answer["output_ids"] for answer in answers] == wanted
+    all_back(pair.prefill, pair.decode)
+
+
+def test_two_hundred_at_once_that_begin_alike(pair: SglangPair, router: Server, greedy):
+    shared = prompt(50, 3 * PAGE)
+    prompts = [[*shared, *prompt(60 + i % 20, 1 + i % 20)] for i in range(CLIENTS)]
+    wanted = {tuple(row): greedy(row, 2) for row in prompts}
+    answers = all_at_once([partial(generate, router, row, 2) for row in prompts])
+    assert [answer["output_ids"] for answer in answers] == [wanted[tuple(row)] for row in prompts]
+    all_back(pair.prefill, pair.decode)
+
+
+@pytest.mark.parametrize("asleep", ["prefill", "decode"])
+def test_a_client_that_leaves_takes_its_pages_along(pair: SglangPair, greedy, asleep: str):
+    row = prompt(70, 2 * CHUNK)
+    sleeper, awake = (pair.prefill, pair.decode)[:: 1 if asleep == "prefill" else -1]
+    sleeper.pause()
+    try:
+        leave(pair, row, awake)
+    finally:
+        sleeper.resume()
+    all_back(pair.prefill, pair.decode)
+    assert pair.generate(row, TOKENS)["output_ids"] == greedy(row, TOKENS)
+
+
+def leave(pair: SglangPair, row: list[int], awake: Server) -> None:
+    """Ask both servers, and hang up when the one that is awake has the request."""
+    body = json.dumps(pair.body(row, TOKENS))
+    lines = [HTTPConnection("127.0.0.1", server.port.number) for server in (pair.prefill, pair.decode)]
+    for line in lines:
+        line.request("POST", "/generate", body, {"Content-Type": "application/json"})
+    eventually(f"{awake.name} has the request", lambda: load(awake)["num_waiting_reqs"] > 0)
+    for line in lines:
+        line.close()
+
+
+def test_both_servers_change_roles_and_back(pair: SglangPair, greedy):
+    all_back(pair.prefill, pair.decode)
+    row = prompt(80, CHUNK + 9)
+    for now in (pair.swapped(), pair):
+        for server, role in ((now.prefill, "prefill"), (now.decode, "decode")):
+            answer = ask(server, "/pd_role_switch", {"new_role": role, "decode_cuda_graph_memory_gb": 0})
+            assert answer["success"], answer
+        for _time in range(2):
+            assert now.generate(row, TOKENS)["output_ids"] == greedy(row, TOKENS)
+        all_back(now.prefill, now.decode)

@@ -3,26 +3,51 @@
 from __future__ import annotations
 
 import json
+import os
 from argparse import ArgumentParser, Namespace
 
 import pytest
 
 from penstock.plugins.configuration import ConfigurationError
 from penstock.plugins.sglang import flags
+from penstock.plugins.sglang.flowkv_settings import POST_CAPTURE, RELEASE_TIMEOUT, flowkv_config
 from penstock.plugins.sglang.settings import VARIABLE, inherited, parse, scheduler_config
 
 STOCK = ["fcfs", "lpm"]
+SWITCHES = (
+    "enable-hisparse",
+    "enable-unified-memory",
+    "disaggregation-enable-kv-checksum",
+    "enable-pd-role-switch",
+    "disable-radix-cache",
+    "disaggregation-decode-enable-radix-cache",
+)
+FLOWKV = (
+    "--disaggregation-transfer-backend",
+    "flowkv",
+    "--disaggregation-mode",
+    "prefill",
+    "--page-size",
+    "16",
+)
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
     monkeypatch.setenv(VARIABLE, "")
+    for name in (RELEASE_TIMEOUT, POST_CAPTURE):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture
 def applied(monkeypatch) -> list[str]:
     calls: list[str] = []
-    monkeypatch.setattr(flags, "_apply", lambda: calls.append("applied"))
+
+    def apply(*, scheduler: bool, transfers: bool) -> None:
+        calls.extend(name for name, asked in (("applied", scheduler), ("flowkv", transfers)) if asked)
+
+    monkeypatch.setattr(flags, "_apply", apply)
     return calls
 
 
@@ -35,6 +60,16 @@ def parsed(*words: str) -> Namespace:
         parser.add_argument("--lora-drain-wait-threshold", type=float, default=0.0)
         parser.add_argument("--dllm-algorithm")
         parser.add_argument("--disaggregation-mode", default="null")
+        parser.add_argument(
+            "--disaggregation-transfer-backend", choices=["mooncake"], default="mooncake", help=""
+        )
+        parser.add_argument("--disaggregation-decode-host-receive-threshold", type=float, default=1.0)
+        parser.add_argument("--page-size", type=int)
+        for name in ("attn-cp", "dcp"):
+            parser.add_argument(f"--{name}-size", type=int, default=1)
+        parser.add_argument("--speculative-algorithm")
+        for name in SWITCHES:
+            parser.add_argument(f"--{name}", action="store_true")
         parser.add_argument("--tp-size", type=int, default=1)
         parser.add_argument("--pp-size", type=int, default=1)
 
@@ -85,7 +120,8 @@ def test_a_file_says_the_same_as_its_text(applied, tmp_path):
     [
         (["--penstock-config", "nowhere.json"], "--penstock-config: given 'nowhere.json'"),
         (["--penstock-config", "{"], "--penstock-config: allowed is a JSON object"),
-        (["--penstock-config", '{"flowkv": {}}'], "given section 'flowkv', allowed on SGLang: scheduler"),
+        (["--penstock-config", '{"suffix": {}}'], "given section 'suffix', allowed on SGLang: scheduler"),
+        (["--penstock-config", '{"flowkv": {}}'], "without --disaggregation-transfer-backend flowkv"),
         (["--penstock-config", '{"scheduler": 1}'], "penstock.scheduler: given 1"),
         (["--penstock-config", config(polciy="vtc")], "did you mean policy?"),
         (["--penstock-config", config(policy="lpm")], "scheduler.policy: given 'lpm', allowed on SGLang"),
@@ -108,6 +144,45 @@ def test_what_cannot_be_is_refused_by_name(applied, words, reason):
         flags.join(parsed(*words))
     assert reason in str(refused.value)
     assert applied == []
+
+
+def test_flowkv_is_one_more_transfer_backend_and_its_section_reaches_children(applied):
+    flags.join(parsed(*FLOWKV, "--penstock-config", '{"flowkv": {"transfer_timeout_s": 7}}'))
+    assert applied == ["flowkv"]
+    found = flowkv_config(inherited(), host="10.0.0.7")
+    assert (found.transfer_timeout_s, found.host) == (7, "10.0.0.7")
+    assert float(os.environ[RELEASE_TIMEOUT]) > 7
+    assert (
+        parsed("--disaggregation-transfer-backend", "mooncake").disaggregation_transfer_backend == "mooncake"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--disaggregation-mode", "null"], "given --disaggregation-mode null, allowed: prefill, decode"),
+        (["--page-size", "1"], "--page-size: given 1"),
+        (["--pp-size", "2"], "--pp-size: given 2"),
+        (["--dcp-size", "2"], "--dcp-size: given 2"),
+        (["--speculative-algorithm", "EAGLE"], "--speculative-algorithm contradicts"),
+        (["--disaggregation-enable-kv-checksum"], "--disaggregation-enable-kv-checksum contradicts"),
+        (["--disaggregation-decode-host-receive-threshold", "0.5"], "host-receive-threshold contradicts"),
+        (["--enable-pd-role-switch"], "leaks pages in SGLang"),
+        (["--penstock-config", '{"flowkv": {"lease_s": 5}}'], "flowkv.lease_s: does nothing on SGLang"),
+        (["--penstock-config", '{"flowkv": {"digests": "off"}}'], "did you mean digest?"),
+    ],
+)
+def test_what_flowkv_cannot_stand_beside_is_refused_by_name(applied, words, reason):
+    with pytest.raises(ConfigurationError) as refused:
+        flags.join(parsed(*FLOWKV, *words))
+    assert reason in str(refused.value)
+    assert applied == []
+
+
+@pytest.mark.parametrize("cache", ["--disable-radix-cache", "--disaggregation-decode-enable-radix-cache"])
+def test_roles_may_change_where_sglang_loses_no_page(applied, cache):
+    flags.join(parsed(*FLOWKV, "--enable-pd-role-switch", cache))
+    assert applied == ["flowkv"]
 
 
 def test_flag_and_variable_must_agree(applied, monkeypatch):
