@@ -1,0 +1,94 @@
+"""The worn pages of SGLang's pools, moved by real NIXL between two processes' memory.
+
+Stock's way is the one of its NIXL backend: every piece of both pools is prepared once, and a request is one
+call that names ``2 * layers * pages`` of them. The agents and processes are those of the FlowKV bench.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+
+from penstock.benchmarks.flowkv_memory import Shape
+from penstock.benchmarks.flowkv_movers import LAYERS_APART, FlowKV, Job, Lists
+from penstock.benchmarks.flowkv_part import Finding, Options, Tell, percentile
+from penstock.benchmarks.flowkv_sides import Side, both_sides
+from penstock.benchmarks.flowkv_transfer import GIB, Timing
+from penstock.benchmarks.report import Cell, Claim
+from penstock.benchmarks.sglang_pages import NIXL, SIDES
+from penstock.benchmarks.sglang_pools import Sent, hand_overs
+from penstock.connectors.runs import runs_of
+from penstock.simulation.traces import read_mooncake, replay
+
+LLAMA_8B = Shape("Llama 3.1 8B", layers=SIDES, page_bytes=32 << 10)
+"""A page of 16 tokens: 32 KiB of K and as much of V in each layer."""
+PREFILL_PAGES, DECODE_PAGES = 4_000, 2_300
+"""A third of what the pages are counted in: four pools have to be mapped at once."""
+
+
+def measure(options: Options, tell: Tell) -> Finding:
+    """Hand-overs of worn pools, each moved by both, in turn."""
+    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
+    warm, measured = (60, 6) if options.quick else (400, 100)
+    tell("SGLang's allocators are being worn")
+    trace = None if options.trace is None else read_mooncake(options.trace)
+    sent, _ = hand_overs(
+        replay(trace, options.seed), warm, measured, prefill_pages=PREFILL_PAGES, decode_pages=DECODE_PAGES
+    )
+    timings = {NIXL: Timing(), FlowKV.name: Timing()}
+    tell("mapping two pools a side")
+    # Page 0 is SGLang's padding.
+    with both_sides(LLAMA_8B, PREFILL_PAGES + 1, DECODE_PAGES + 1) as sides:
+        for number, one in enumerate(sent):
+            tell(f"request {number + 1} of {len(sent)}")
+            for name, side, mover, job in _turns(one, sides)[:: 1 if number % 2 else -1]:
+                took = side.move(mover, job)
+                timing = timings[name]
+                timing.wall_s.append(took.wall_s)
+                timing.cpu_s.append(took.cpu_s)
+                timing.calls.append(took.calls)
+                timing.descriptors.append(took.descriptors)
+                timing.num_bytes.append(job.num_blocks * LLAMA_8B.block_bytes)
+    return Finding(
+        rows=[row_of(name, timing) for name, timing in timings.items()],
+        claims=claims_of(timings[NIXL], timings[FlowKV.name]),
+        notes=[f"{LLAMA_8B.name}, NIXL over UCX, UCX_TLS={os.environ.get('UCX_TLS', 'unset')}, DRAM"],
+    )
+
+
+def _turns(sent: Sent, sides: tuple[Side, ...]) -> list[tuple[str, Side, str, Job]]:
+    by_mover = {mover: side for side in sides for mover in side.movers}
+    return [
+        (NIXL, by_mover[LAYERS_APART], LAYERS_APART, _whole(sent.stock)),
+        (FlowKV.name, by_mover[FlowKV.name], FlowKV.name, _whole(sent.flowkv)),
+    ]
+
+
+def _whole(chunks: list[tuple[list[int], list[int]]]) -> Job:
+    """All chunks as one transfer, which favours whoever has fewer descriptors to begin with the least."""
+    source = [page for pages, _ in chunks for page in pages]
+    target = [page for _, pages in chunks for page in pages]
+    return Job(Lists(runs_of(source), runs_of(target)))
+
+
+def row_of(name: str, timing: Timing) -> dict[str, Cell]:
+    """What one way took."""
+    return {
+        "way": name,
+        "requests": len(timing.wall_s),
+        "MiB median": statistics.median(timing.num_bytes) / (1 << 20),
+        "descriptors": statistics.fmean(timing.descriptors),
+        "P50 ms": statistics.median(timing.wall_s) * 1e3,
+        "P99 ms": percentile(timing.wall_s, 0.99) * 1e3,
+        "CPU P50 ms": statistics.median(timing.cpu_s) * 1e3,
+        "GiB/s": sum(timing.num_bytes) / sum(timing.wall_s) / GIB,
+    }
+
+
+def claims_of(stock: Timing, flowkv: Timing) -> list[Claim]:
+    """What the times must show."""
+    p99 = percentile(flowkv.wall_s, 0.99) / percentile(stock.wall_s, 0.99)
+    return [
+        Claim.of("transfer: time P50 to stock NIXL", flowkv.over(stock), "<=", 0.5),
+        Claim.of("transfer: time P99 to stock NIXL", p99, "<=", 0.5),
+    ]
