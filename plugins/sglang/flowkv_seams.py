@@ -100,7 +100,14 @@ ENDS = (
         Use.CALL,
         "(self, kv_indices, state_indices=..., num_kv_tokens=..., indices_event=...)",
     ),
-    *override(_RECEIVER, poll="(self)", clear="(self)"),
+    *override(_RECEIVER, poll="(self)", clear="(self)", failure_exception="(self)"),
+    Seam(
+        f"{_RECEIVER}._get_bootstrap_info_from_server",
+        Use.CALL,
+        "(self, prefill_dp_rank, prefill_cp_rank, target_tp_rank, target_pp_rank)",
+    ),
+    Seam(f"{_RECEIVER}.ensure_abort_notified", Use.CALL, "(self)"),
+    *read(_RECEIVER, "bootstrap_addr", "bootstrap_infos", "abort_notified"),
     Seam(
         f"{_RECEIVER}.send_metadata",
         Use.CALL,

@@ -13,7 +13,7 @@ BACKEND = "flowkv"
 FLAG = "--disaggregation-transfer-backend"
 ROLES = ("prefill", "decode")
 UNUSED = frozenset({"lease_s", "longest_lease_s", "heartbeat_s"})
-"""Keys of ``FlowKVConfig`` that do nothing here: decode reads a chunk when it hears of it, no lease is renewed."""
+"""Keys of ``FlowKVConfig`` that do nothing here: decode reads a chunk at once, so no lease is renewed."""
 POST_CAPTURE = "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"
 RELEASE_TIMEOUT = "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT"
 

@@ -17,7 +17,6 @@ from penstock.connectors.errors import FlowKVError, HandOffError
 from penstock.connectors.handoff import HandOff, check_host, parse_hand_off
 from penstock.connectors.receiver import Load, Outcome
 from penstock.connectors.runs import count_blocks, runs_of
-from penstock.connectors.transports.base import TransferStats
 from penstock.plugins.sglang.room_messages import Chunk, Ending
 
 
@@ -38,6 +37,7 @@ class _Room:
     pages: Sequence[int]
     serial: int
     loaded: int = 0
+    descriptors: int = 0
     ending: Ending | None = None
 
 
@@ -48,6 +48,8 @@ class Arrival:
     room: int
     aux: list[bytes] | None = None
     error: FlowKVError | None = None
+    descriptors: int = 0
+    """That its reads took."""
 
 
 class IncomingRooms:
@@ -69,8 +71,6 @@ class IncomingRooms:
         self._reads_of: Counter[int] = Counter()
         self._over: list[Arrival] = []
         self._serial = count()
-        self.transfers: list[TransferStats] = []
-        """Of the loads that ended well since the list was last emptied."""
 
     def open(self, room: int, pages: Sequence[int]) -> None:
         """Chunks of the room may come from now on; they go to ``pages``, in token order."""
@@ -103,7 +103,7 @@ class IncomingRooms:
             for room, state in list(self._rooms.items()):
                 if state.ending is not None and state.loaded == state.ending.pages:
                     del self._rooms[room]
-                    self._over.append(Arrival(room, state.ending.aux))
+                    self._over.append(Arrival(room, state.ending.aux, descriptors=state.descriptors))
             over, self._over = self._over, []
             return over
 
@@ -139,8 +139,6 @@ class IncomingRooms:
         self._reads_of[room] -= 1
         if not self._reads_of[room]:
             del self._reads_of[room]
-        if outcome.stats is not None and outcome.error is None:
-            self.transfers.append(outcome.stats)
         state = self._rooms.get(room)
         if state is None or state.serial != serial:
             return
@@ -148,6 +146,7 @@ class IncomingRooms:
             self._end(room, outcome.error)
         else:
             state.loaded += count_blocks(outcome.load.targets)
+            state.descriptors += outcome.stats.num_descriptors if outcome.stats else 0
 
     def _end(self, room: int, error: FlowKVError) -> None:
         del self._rooms[room]

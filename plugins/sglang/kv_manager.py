@@ -1,4 +1,4 @@
-"""FlowKV as a transfer backend of SGLang: the manager of one rank, and its senders and receivers.
+"""FlowKV as a transfer backend of SGLang: the manager of one rank.
 
 SGLang's own classes keep the rooms' states, the bootstrap server, the heartbeats and the sockets. Stock
 backends write a prompt's pages into decode's memory; here prefill promises them, chunk by chunk, and decode
@@ -16,12 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from sglang.srt.disaggregation.base.conn import KVPoll
-from sglang.srt.disaggregation.common.conn import (
-    AbortNotification,
-    CommonKVManager,
-    CommonKVReceiver,
-    CommonKVSender,
-)
+from sglang.srt.disaggregation.common.conn import AbortNotification, CommonKVManager
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.utils.network import NetworkAddress, get_local_ip_auto
 
@@ -94,6 +89,7 @@ class FlowKVManager(CommonKVManager):
         else:
             self.reading = ReadingEnd(cache, config)
             self._aux_of: dict[int, int] = {}
+            self.incompatible: set[str] = set()
             self._heartbeats = self._start_heartbeat_checker_thread()
         self._listener = threading.Thread(target=self._listen, name="flowkv-rooms", daemon=True)
         self._listener.start()
@@ -250,6 +246,8 @@ class FlowKVManager(CommonKVManager):
                 f"tensor_parallel_size is {theirs} at prefill and {self.attn_tp_size} at decode",
             )
             return False
+        if known:
+            self.incompatible.discard(bootstrap_addr)
         return known
 
     def build_receiver_registration_message(self) -> list[bytes]:
@@ -285,6 +283,9 @@ class FlowKVManager(CommonKVManager):
         assert self.reading is not None
         for arrival in self.reading.rooms.advance():
             if arrival.error is None and arrival.aux is not None:
+                upstream().logger.debug(
+                    "penstock: flowkv room %d took %d descriptors", arrival.room, arrival.descriptors
+                )
                 self._store_aux(arrival.room, arrival.aux)
             else:
                 self.record_failure(arrival.room, str(arrival.error))
@@ -309,6 +310,7 @@ class FlowKVManager(CommonKVManager):
         self.update_status(room, KVPoll.Success)
 
     def _refuse_prefill(self, address: str, reason: str) -> None:
+        self.incompatible.add(address)
         for room in list(self.addr_to_rooms_tracker[address]):
             self.record_failure(room, f"prefill server {address}: {reason}")
             self.update_status(room, KVPoll.Failed)
@@ -337,45 +339,6 @@ class FlowKVManager(CommonKVManager):
                 hear(parts)
             except MessageError as error:
                 upstream().logger.warning("penstock: flowkv left a message alone: %s", error)
-
-
-class FlowKVSender(CommonKVSender):
-    """One request on prefill."""
-
-    def __init__(self, mgr: FlowKVManager, *args: Any, **kwargs: Any) -> None:
-        super().__init__(mgr, *args, **kwargs)
-        # Decode may have come first.
-        if (reason := mgr.refused.pop(self.bootstrap_room, None)) is not None:
-            mgr.fail_room(self.bootstrap_room, reason)
-
-    def poll(self) -> Any:
-        """As stock's."""
-        self.kv_mgr.advance_serving()
-        return super().poll()
-
-    def abort(self) -> None:
-        """The request is given up here; decode hears of it."""
-        super().abort()
-        self.kv_mgr.fail_room(self.bootstrap_room, "prefill gave the request up")
-
-    def clear(self) -> None:
-        """The request's pages go back to the pool."""
-        self.kv_mgr.serving.rooms.forget(self.bootstrap_room)
-        super().clear()
-
-
-class FlowKVReceiver(CommonKVReceiver):
-    """One request on decode."""
-
-    def poll(self) -> Any:
-        """As stock's."""
-        self.kv_mgr.advance_reading()
-        return super().poll()
-
-    def clear(self) -> None:
-        """The request's pages are decode's own now, or nobody's."""
-        self.kv_mgr.forget_room(self.bootstrap_room)
-        super().clear()
 
 
 def _cache(args: KVArgs, server_args: ServerArgs, config: FlowKVConfig) -> Cache:

@@ -40,6 +40,8 @@ class RegionPool(MHATokenToKVPool):
     region: torch.Tensor | None = None
     """The whole allocation as bytes; None where stock allocated something that is not plain tokens."""
     layout: Layout
+    k_buffer: list[torch.Tensor]
+    v_buffer: list[torch.Tensor]
     epochs: npt.NDArray[np.uint32] | None = None
     """How often each page was handed out, counted by the allocator."""
 
@@ -94,7 +96,7 @@ class RegionPool(MHATokenToKVPool):
     def get_contiguous_buf_infos(self) -> tuple[list[int], list[int], list[int]]:
         """As stock's; with layout ``tokens`` the region, which is the only contiguous buffer."""
         if self.region is None or self.layout == "layers":
-            return super().get_contiguous_buf_infos()  # type: ignore[no-any-return]
+            return super().get_contiguous_buf_infos()
         page_bytes = self.page_size * self.k_buffer[0].stride(0) * self.store_dtype.itemsize
         return [self.region.data_ptr()], [self.region.numel()], [page_bytes]
 

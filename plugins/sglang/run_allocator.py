@@ -32,6 +32,9 @@ class RunPagedAllocator(PagedTokenToKVPoolAllocator):
     """
 
     epochs: npt.NDArray[np.uint32]
+    free_pages: torch.Tensor
+    staged_pages: list[torch.Tensor]
+    num_staged_pages: int
 
     @property
     def stats(self) -> AllocatorStats:

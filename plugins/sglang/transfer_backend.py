@@ -44,7 +44,8 @@ def get_kv_class(original: Callable[..., Any], transfer_backend: Any, class_type
     from sglang.srt.disaggregation.base import KVArgs
     from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
 
-    from penstock.plugins.sglang.kv_manager import FlowKVManager, FlowKVReceiver, FlowKVSender
+    from penstock.plugins.sglang.kv_manager import FlowKVManager
+    from penstock.plugins.sglang.kv_requests import FlowKVReceiver, FlowKVSender
 
     classes = {
         "kvargs": KVArgs,

@@ -18,6 +18,7 @@ from penstock.plugins.doctor_report import (
     Problem,
     TransportReport,
     examine,
+    transport_problems,
 )
 from penstock.plugins.trees import LiveTree, SourceTree, installed_tree
 from penstock.plugins.vllm.features import FEATURES
@@ -102,7 +103,7 @@ class VllmExaminer:
         for report in self.features():
             fix = "upgrade penstock, or report this" if engine.supported else f"use vLLM {engine.range}"
             yield from (Problem(report.name, moved, fix) for moved in report.moved)
-        yield from _transport_problems(transports)
+        yield from transport_problems(transports)
         for package in packages:
             if not package.version:
                 yield Problem("flowkv", f"package {package.name} is missing", f"pip install {package.name}")
@@ -129,13 +130,6 @@ def _members(function: ast.AST) -> Iterator[str]:
                 yield name
             case ast.Return(value=ast.Constant(value=None)):
                 yield ANY
-
-
-def _transport_problems(transports: tuple[TransportReport, ...]) -> Iterator[Problem]:
-    for transport in transports:
-        if not transport.available:
-            fix = "see the NIXL and UCX logs" if transport.version else "pip install 'penstock[nixl]'"
-            yield Problem("flowkv", f"{transport.name}: {transport.detail}", fix)
 
 
 def _entry_points() -> Iterator[Problem]:
