@@ -101,6 +101,21 @@ def test_what_the_variable_asks_for_is_hooked_in_a_child():
     assert found_by(CHILD + HOOKED, PENSTOCK_CONFIG=ASKED) == wanted
 
 
+MEMBER = """
+from sglang.srt.disaggregation.utils import KVClassType, TransferBackend, get_kv_class
+assert TransferBackend("flowkv") in list(TransferBackend)
+assert TransferBackend("nixl") is TransferBackend.NIXL
+assert get_kv_class(TransferBackend.FAKE, KVClassType.SENDER).__module__.startswith("sglang.")
+"""
+
+
+def test_flowkv_is_a_transfer_backend_in_a_child_beside_those_of_stock():
+    wanted = ["get_kv_class", "get_kv_pool_cls", "get_paged_allocator_cls"]
+    done = run(CHILD + HOOKED + MEMBER, PENSTOCK_CONFIG='{"flowkv": {}}')
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == wanted
+
+
 REFUSED = """
 from penstock.plugins import seams
 from penstock.plugins.sglang import features
