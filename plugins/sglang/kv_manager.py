@@ -318,13 +318,14 @@ class FlowKVManager(CommonKVManager):
     def _from_prefill(self, parts: list[bytes]) -> None:
         assert self.reading is not None
         status = self.parse_kv_status_message(parts)
-        if status is not None:
+        if status is None:
+            self.reading.rooms.take(from_prefill(parts))
+        elif status[1] == KVPoll.Failed:
+            # Nothing else is for prefill to say: a room has succeeded when its pages are here.
             room, poll, rank, reason = status
             self.apply_prefill_status(
                 bootstrap_room=room, status=poll, prefill_rank=rank, failure_reason=reason
             )
-            return
-        self.reading.rooms.take(from_prefill(parts))
 
     # Both
 
