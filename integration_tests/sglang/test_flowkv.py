@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from engine_pair import eventually
 from sglang_pair import PAGE, SglangPair, all_back, load, prompt, router_of, serving_sglang_pair
-from sglang_server import CHUNK, all_at_once, ask, generate
+from sglang_server import CHUNK, Refused, all_at_once, ask, generate
 
 from penstock.benchmarks.processes import Server
 from penstock.benchmarks.servers import serving
@@ -35,7 +35,19 @@ def pair(model: str, logs: Path) -> Iterator[SglangPair]:
 @pytest.fixture(scope="module")
 def router(pair: SglangPair, logs: Path) -> Iterator[Server]:
     with serving([server := router_of(pair, logs)]):
+        # It is healthy before it has looked at the servers behind it.
+        eventually("the router knows both servers", lambda: answers(server))
         yield server
+
+
+def answers(server: Server) -> bool:
+    """Whether a request is not turned away."""
+    try:
+        generate(server, [10], 1)
+    except Refused as refused:
+        assert refused.status == 503, refused
+        return False
+    return True
 
 
 def test_answers_behind_sglang_s_router_are_transformers_cold_and_from_the_prefix_caches(
