@@ -45,7 +45,8 @@ def answers(server: Server) -> bool:
     try:
         generate(server, [10], 1)
     except Refused as refused:
-        assert refused.status == 503, refused
+        if refused.status != 503:
+            raise
         return False
     return True
 

@@ -174,6 +174,16 @@ def test_chunks_arrive_in_any_order_and_both_ends_hear_of_it_once(pair: Pair):
     assert len(pair.outgoing) == len(pair.sender.leases) == 0
 
 
+def test_a_room_is_not_over_while_a_chunk_is_still_computed(pair: Pair):
+    pair.incoming.open(5, [1, 2])
+    pair.incoming.take(pair.chunk(5, 0, [3]))
+    assert pair.incoming.advance() == pair.outgoing.advance() == []
+    assert len(pair.sender.leases) == 0, "the first chunk was read meanwhile"
+    pair.incoming.take(pair.chunk(5, 1, [4], 2))
+    assert [arrival.room for arrival in pair.incoming.advance()] == [5]
+    assert pair.outgoing.advance() == [RoomEnd(5)]
+
+
 def test_a_run_of_pages_is_one_descriptor_on_both_sides_at_the_same_places(pair: Pair):
     pair.incoming.open(5, [10, 11, 12, 13, 30, 31])
     pair.incoming.take(pair.chunk(5, 0, [3, 4, 5, 6, 7, 8], 6))
