@@ -41,7 +41,7 @@ def _apply_inherited() -> None:
         if scheduler_config(given) is not None:
             require(REQUEST_SCHEDULER, upstream())
         if BACKEND in given:
-            ease(flowkv_config(given, host="127.0.0.1"))
+            ease(flowkv_config(given))
             require(FLOWKV, upstream())
     except (ConfigurationError, FeatureError) as error:
         refuse(error)

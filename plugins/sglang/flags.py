@@ -23,8 +23,6 @@ from penstock.plugins.sglang.settings import (
 )
 
 DESTINATION = "penstock_config"
-ANY_HOST = "127.0.0.1"
-"""Stands for the address that each rank finds for itself."""
 
 
 def add_cli_args(original: Callable[[ArgumentParser], Any], parser: ArgumentParser) -> Any:
@@ -47,7 +45,7 @@ def add_cli_args(original: Callable[[ArgumentParser], Any], parser: ArgumentPars
                 f"{action.help} Penstock adds dlpm (fair to clients, keeps prefixes together) and vtc."
             )
         if action.dest == "disaggregation_transfer_backend" and action.choices is not None:
-            action.choices = [*action.choices, *(name for name in (BACKEND,) if name not in action.choices)]
+            action.choices = [*action.choices, BACKEND]
             action.help = f"{action.help} Penstock adds flowkv (few descriptors, every page verified)."
     return result
 
@@ -84,7 +82,7 @@ def join(args: Namespace) -> None:
     if transfers:
         require_transferable(args)
         given = {**given, BACKEND: section({NAMESPACE: given}, BACKEND)}
-        ease(flowkv_config(given, host=ANY_HOST))
+        ease(flowkv_config(given))
     elif BACKEND in given:
         raise ConfigurationError(f"section {BACKEND!r} is given without {TRANSFER_FLAG} {BACKEND}")
     if config is None and not transfers:

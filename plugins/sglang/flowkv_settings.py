@@ -18,7 +18,7 @@ POST_CAPTURE = "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"
 RELEASE_TIMEOUT = "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT"
 
 
-def flowkv_config(given: Mapping[str, Any], *, host: str) -> FlowKVConfig:
+def flowkv_config(given: Mapping[str, Any], *, host: str = "127.0.0.1") -> FlowKVConfig:
     """FlowKV's settings in ``given``; ``host`` is the address of this machine where they name none.
 
     Raises:

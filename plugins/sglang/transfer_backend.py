@@ -88,4 +88,4 @@ def _allocation() -> str:
     from penstock.plugins.sglang.flowkv_settings import flowkv_config
     from penstock.plugins.sglang.settings import inherited
 
-    return flowkv_config(inherited(), host="127.0.0.1").allocation
+    return flowkv_config(inherited()).allocation
