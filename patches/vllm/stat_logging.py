@@ -43,13 +43,13 @@ def _replace(original: Any) -> Any:
         if payload is not None:
             # prometheus_client is imported only where vLLM has imported it already.
             if "slo" in payload:
-                from penstock.patches.vllm.slo_gauges import slo_gauges
+                from penstock.patches.slo_gauges import slo_gauges
 
-                slo_gauges().show(payload["slo"], engine_idx or 0)
+                slo_gauges().show(payload["slo"], str(engine_idx or 0))
             elif "clients" in payload:
-                from penstock.patches.vllm.client_gauges import gauges
+                from penstock.patches.client_gauges import client_gauges
 
-                gauges().show(payload, engine_idx or 0)
+                client_gauges().show(payload, str(engine_idx or 0))
             if "drafts" in payload:
                 from penstock.patches.vllm.draft_gauges import draft_gauges
 

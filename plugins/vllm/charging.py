@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from penstock.schedulers import bills
 from penstock.schedulers.asking import Asking
 from penstock.schedulers.waiting import Clock, Job, WaitingOrder
 
@@ -14,18 +15,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Bill:
-    """One live request. ``paid_up_to`` is the furthest prompt position that was ever computed for it, or
-    skipped because the prefix cache or a connector had it: a position is charged when it is first passed.
-    ``output_paid`` of its generated tokens are charged; ``reserved`` more are expected while it runs.
-    ``cached_tokens`` of its prompt were cached when that was looked up last."""
+class Bill(bills.Bill):
+    """``cached_tokens`` of the prompt were cached when that was looked up last; ``job`` is the request as
+    orders saw it then."""
 
-    asking: Asking
-    arrival_s: float
-    paid_up_to: int = 0
-    output_paid: int = 0
     cached_tokens: int = 0
-    reserved: int = 0
     job: Job | None = None
 
 
@@ -52,7 +46,7 @@ class Charges:
     EVERY = 16
 
     def __init__(self, order: WaitingOrder, clock: Clock, asking_of: Callable[[Request], Asking]) -> None:
-        self._order = order
+        self._cashier = bills.Cashier(order)
         self._clock = clock
         self._asking_of = asking_of
         self._bills: dict[str, Bill] = {}
@@ -82,7 +76,7 @@ class Charges:
         bill = self.of(request)
         self._unpaid.discard(request.request_id)
         self.charge_output_of(request)
-        self._release(bill)
+        self._cashier.release(bill)
         if bill.job is None or bill.job.tokens != request.num_tokens:
             bill.job = Job(
                 request_id=request.request_id,
@@ -100,8 +94,7 @@ class Charges:
         bill = self._bills.pop(request.request_id, None)
         self._unpaid.discard(request.request_id)
         if bill is not None:
-            self._release(bill)
-            self._order.observe_output(bill.asking.client, bill.output_paid)
+            self._cashier.close(bill)
 
     def begin_step(self, running: Sequence[Request]) -> None:
         """What was offered in the last step and not taken is off the table; some that run are charged."""
@@ -123,10 +116,9 @@ class Charges:
         self._offered = None
         bill = self.of(request)
         before = bill.paid_up_to
-        charged = self._extend(bill, start, start + tokens, request.num_prompt_tokens)
+        charged = self._cashier.prompt(bill, start, start + tokens, request.num_prompt_tokens)
         self._admitted[request.request_id] = Span(start, start + tokens, charged, before)
-        left = max(0, request.max_tokens - bill.output_paid)
-        bill.reserved = self._order.reserve_output(bill.asking.client, bill.output_paid, left)
+        self._cashier.reserve(bill, request.max_tokens)
 
     def settle(self, scheduled: Mapping[str, int], requests: Mapping[str, Request]) -> None:
         """Charge for the prompt tokens of a step. ``scheduled`` are its tokens by request id;
@@ -135,7 +127,7 @@ class Charges:
             tokens = scheduled.get(request_id, 0)
             end = requests[request_id].num_computed_tokens if tokens else 0
             if (end - tokens, end) != (span.start, span.end):
-                self._take_back(self._bills[request_id], span)
+                self._cashier.take_back(self._bills[request_id], span.charged, span.paid_before)
         self._admitted.clear()
         for request_id in self._unpaid & scheduled.keys():
             request = requests[request_id]
@@ -144,30 +136,19 @@ class Charges:
                 request.num_computed_tokens,
                 request.num_prompt_tokens,
             )
-            self._extend(bill, end - scheduled[request_id], end, prompt)
+            self._cashier.prompt(bill, end - scheduled[request_id], end, prompt)
             if bill.paid_up_to >= prompt and not request.resumable:
                 # The prompt of a session that takes input while it runs may still grow.
                 self._unpaid.discard(request_id)
 
     def charge_output(self, requests: Iterable[Request]) -> None:
         """Charge for what was generated for ``requests`` since it was charged last."""
-        tokens: dict[str, int] = {}
-        expected: dict[str, int] = {}
         bills = self._bills
-        for request in requests:
-            bill = bills.get(request.request_id)
-            if bill is None or bill.output_paid == (generated := request.num_output_tokens):
-                continue
-            client = bill.asking.client
-            new = generated - bill.output_paid
-            tokens[client] = tokens.get(client, 0) + new
-            bill.output_paid = generated
-            if bill.reserved:
-                foreseen = min(new, bill.reserved)
-                bill.reserved -= foreseen
-                expected[client] = expected.get(client, 0) + foreseen
-        for client, generated in tokens.items():
-            self._order.charge_output(client, generated, expected.get(client, 0))
+        self._cashier.output(
+            (bill, request.num_output_tokens)
+            for request in requests
+            if (bill := bills.get(request.request_id)) is not None
+        )
 
     def charge_output_of(self, request: Request, *, then: int | None = None) -> None:
         """The same for one request, whose count of generated tokens goes on from ``then``, if given."""
@@ -175,25 +156,6 @@ class Charges:
         bill = self._bills.get(request.request_id)
         if bill is not None and then is not None:
             bill.output_paid = then
-
-    def _extend(self, bill: Bill, start: int, end: int, prompt: int) -> int:
-        end = min(end, prompt)
-        tokens = max(0, end - max(start, bill.paid_up_to))
-        bill.paid_up_to = max(bill.paid_up_to, end)
-        if tokens:
-            self._order.charge_extend(bill.asking.client, tokens)
-        return tokens
-
-    def _take_back(self, bill: Bill, span: Span) -> None:
-        bill.paid_up_to = span.paid_before
-        self._release(bill)
-        if span.charged:
-            self._order.charge_extend(bill.asking.client, -span.charged)
-
-    def _release(self, bill: Bill) -> None:
-        if bill.reserved:
-            self._order.release_output(bill.asking.client, bill.reserved)
-            bill.reserved = 0
 
     def check_integrity(self, live: Mapping[str, Request]) -> None:
         """Assert that no bill outlives its request."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from penstock.schedulers.asking import Asking
 from penstock.schedulers.config import SchedulerConfig
 from penstock.schedulers.slo.attainment import TOLERANCE
+from penstock.schedulers.slo.records import Record, class_of, targets_of
 from penstock.schedulers.slo.requests import Running, Waiting
-from penstock.schedulers.slo.targets import Targets
 from penstock.schedulers.waiting import Clock
 
 if TYPE_CHECKING:
@@ -19,23 +18,6 @@ if TYPE_CHECKING:
 
 LONGEST_ON_THE_WAY_S = 60.0
 """A request that seems to have been longer on its way from the front end comes from another clock."""
-
-
-@dataclass(slots=True)
-class Record:
-    """One live request. ``arrived`` is vLLM's time of arrival, by which a session's next turn is noticed;
-    ``seen`` are generated tokens that were noted; ``ttft_met`` and ``pace_met`` say what came of the targets
-    so far. After the first token, token ``i`` may come until ``start_s`` and ``i`` times ``allowed_s``."""
-
-    running: Running
-    client: str
-    weight: float
-    arrived: float
-    seen: int = 0
-    ttft_met: bool = True
-    pace_met: bool = True
-    start_s: float = math.inf
-    allowed_s: float = 0.0
 
 
 class Records:
@@ -96,7 +78,7 @@ class Records:
             targets=targets,
             class_name=class_of(asking.client, targets),
         )
-        record = Record(running, asking.client, asking.weight, request.arrival_time)
+        record = Record(running, asking.client, asking.weight, arrived=request.arrival_time)
         self._live[request.request_id] = record
         self.with_targets += targets is not None
         return record
@@ -222,29 +204,12 @@ class Records:
             record = live.get(request.request_id)
             if record is None or (index := request.num_output_tokens) <= (seen := record.seen):
                 continue
-            record.seen = index
-            running = record.running
-            running.last_token_s = now_s
-            if running.first_token_s is None:
-                self._first_token(record, now_s)
+            if record.running.first_token_s is None:
+                self._begun.add(request.request_id)
             # Without drafts tokens come one by one: those before the last one came earlier, and in time.
-            elif now_s > record.start_s + (seen if drafting else index - 1) * record.allowed_s:
-                record.pace_met = False
-            if (due_s := record.start_s + index * record.allowed_s) < next_s:
-                next_s = due_s
+            due_s = record.note(index, now_s, TOLERANCE, first_new=seen if drafting else index - 1)
+            next_s = min(next_s, due_s)
         return next_s
-
-    def _first_token(self, record: Record, now_s: float) -> None:
-        """From here on every further token has a time that does not change any more."""
-        running = record.running
-        self._begun.add(running.request_id)
-        running.first_token_s = now_s
-        targets = running.targets
-        if targets is not None:
-            record.ttft_met = now_s <= targets.due_s(running.arrival_s, 0)
-            record.allowed_s = (1 + TOLERANCE) * targets.tpot_s
-            if math.isfinite(targets.tpot_s):
-                record.start_s = targets.due_s(running.arrival_s, 1, now_s) - targets.tpot_s
 
     def check_integrity(self, live: Sequence[str]) -> None:
         """Assert that no record outlives its request and that the count of targets holds."""
@@ -258,20 +223,3 @@ def ends_in_flight(request: Request) -> bool:
     """Whether a step in flight samples the request's last token; vLLM passes it over then."""
     sampled = request.num_computed_tokens + 2 - request.num_output_placeholders
     return bool(sampled >= request.num_prompt_tokens + request.max_tokens)
-
-
-def targets_of(asking: Asking, config: SchedulerConfig) -> Targets | None:
-    """What a request asks for in seconds; the deployment's defaults where it names no target at all."""
-    ttft_ms, tpot_ms = asking.ttft_slo_ms, asking.tpot_slo_ms
-    if ttft_ms is None and tpot_ms is None:
-        ttft_ms, tpot_ms = config.default_ttft_slo_ms, config.default_tpot_slo_ms
-    if ttft_ms is None and tpot_ms is None:
-        return None
-    return Targets(
-        math.inf if ttft_ms is None else ttft_ms / 1e3, math.inf if tpot_ms is None else tpot_ms / 1e3
-    )
-
-
-def class_of(client: str, targets: Targets | None) -> str:
-    """Requests of one client with one pace are expected to have outputs of similar length."""
-    return f"{client} {targets.tpot_s:.3g}" if targets is not None else client

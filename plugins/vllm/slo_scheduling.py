@@ -22,11 +22,11 @@ from penstock.plugins.vllm.draft_control import DraftControlling
 from penstock.plugins.vllm.slo_queue import PlannedQueue
 from penstock.plugins.vllm.slo_records import Records
 from penstock.plugins.vllm.slo_stats import SLOStats
-from penstock.plugins.vllm.slo_steps import StepsInFlight
 from penstock.schedulers.slo.plan import PASSIVE, Plan
 from penstock.schedulers.slo.planner import Planner
 from penstock.schedulers.slo.requests import Limits, Waiting
 from penstock.schedulers.slo.step_time import StepFeatures
+from penstock.schedulers.slo.steps_in_flight import StepsInFlight
 from penstock.schedulers.waiting import Clock
 
 if TYPE_CHECKING:

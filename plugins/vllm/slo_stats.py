@@ -1,105 +1,38 @@
-"""What came of the targets, tier by tier, and how well steps were predicted, on the way to ``/metrics``."""
+"""The totals of the SLO policy on their way to ``/metrics``, inside vLLM's statistics."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from penstock.patches.vllm.stat_logging import PAYLOAD_KEY
-from penstock.plugins.vllm.client_stats import EXPORT_INTERVAL_S, LOG_INTERVAL_S
-from penstock.schedulers.slo.attainment import Tally
+from penstock.schedulers.client_service import EXPORT_INTERVAL_S, LOG_INTERVAL_S
 from penstock.schedulers.slo.planner import Planner
-from penstock.schedulers.slo.targets import Tiers
+from penstock.schedulers.slo.totals import SLOTotals
 from penstock.schedulers.waiting import Clock
-
-if TYPE_CHECKING:
-    from penstock.plugins.vllm.slo_records import Record
 
 logger = logging.getLogger("vllm.penstock")
 
 
-class SLOStats:
-    """Counts requests that ended by themselves and adds totals to vLLM's statistics at intervals."""
+class SLOStats(SLOTotals):
+    """Adds totals to vLLM's statistics at intervals."""
 
     def __init__(self, planner: Planner, tiers_s: tuple[float, ...], clock: Clock, *, export: bool) -> None:
-        self._planner = planner
-        self._tiers = Tiers(tiers_s)
-        self._tallies = {name_of(self._tiers, place): Tally() for place in range(len(self._tiers))}
+        super().__init__(planner, tiers_s)
         self._clock = clock
         self._export = export
         self._exported_s = self._logged_s = clock()
-        self.yielded_steps = 0
-        """Steps left to vLLM since the one before, as planned, held nothing."""
-        self.predicted_s = self.measured_s = 0.0
-
-    def ended(self, record: Record, tokens: int) -> None:
-        """A request with ``tokens`` of prompt and output ended by itself."""
-        targets = record.running.targets
-        if targets is not None:
-            tally = self._tallies[name_of(self._tiers, self._tiers.index(targets.tpot_s))]
-            attained = record.running.first_token_s is not None and record.ttft_met and record.pace_met
-            tally.add(tokens, attained)
-
-    def stepped(self, predicted_s: float, measured_s: float) -> None:
-        """A step took ``measured_s``."""
-        self.predicted_s += predicted_s
-        self.measured_s += measured_s
-
-    def totals(self) -> dict[str, float]:
-        """Everything that has no tier."""
-        planner, model = self._planner, self._planner.model
-        replans = planner.replan_counters
-        return {
-            "step_time_error_median": model.error(0.5),
-            "step_time_error_p99": model.error(0.99),
-            "predicted_seconds": self.predicted_s,
-            "measured_seconds": self.measured_s,
-            "rejected_step_times": model.rejected_steps,
-            "plans": planner.counters.plans,
-            "passive_plans": planner.counters.passive,
-            "yielded_steps": self.yielded_steps,
-            "replans": replans.replans,
-            "replans_past_work_bound": replans.past_work_bound,
-            "admitted_requests": replans.admitted,
-            "demoted_requests": replans.demoted + planner.counters.demoted_running,
-            "skipped": planner.counters.skipped,
-            "preempted_requests": planner.counters.preempted,
-            "clock_steps_back": planner.counters.clock_steps_back,
-        }
-
-    def payload(self) -> dict[str, Any]:
-        """Plain values, which cross processes."""
-        tiers = {
-            name: [tally.requests, tally.attained, tally.tokens, tally.attained_tokens]
-            for name, tally in self._tallies.items()
-        }
-        return {"policy": "slo", "slo": {"tiers": tiers, "totals": self.totals()}}
 
     def add_to(self, stats: Any, *, idle: bool) -> None:
         """Put totals into a ``SchedulerStats`` if they are due; always when the engine falls ``idle``."""
         now = self._clock()
         if self._export and (idle or not 0 <= now - self._exported_s < EXPORT_INTERVAL_S):
             self._exported_s = now
-            stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), PAYLOAD_KEY: self.payload()}
+            stats.kv_connector_stats = {
+                **(stats.kv_connector_stats or {}),
+                PAYLOAD_KEY: {"policy": "slo", "slo": self.payload()},
+            }
         if not 0 <= now - self._logged_s < LOG_INTERVAL_S:
             self._logged_s = now
-            self._log()
-
-    def _log(self) -> None:
-        shown = [
-            f"{name}: {tally.attained} of {tally.requests}"
-            for name, tally in self._tallies.items()
-            if tally.requests
-        ]
-        if shown:
-            error = self._planner.model.error()
-            logger.info(
-                "penstock: slo: attained by time per token %s; step time off by %.0f %% in the median",
-                ", ".join(shown),
-                100 * error,
-            )
-
-
-def name_of(tiers: Tiers, place: int) -> str:
-    """A tier's label: its time per token in milliseconds."""
-    return f"{1e3 * tiers.tpots_s[place]:g} ms"
+            if line := self.line():
+                logger.info("penstock: %s", line)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from penstock.plugins.vllm.slo_steps import StepsInFlight
 from penstock.schedulers.slo.step_time import StepFeatures
+from penstock.schedulers.slo.steps_in_flight import StepsInFlight
 from penstock.schedulers.waiting import Clock
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from penstock.patches.client_gauges import client_gauges
 from penstock.patches.vllm import stat_logging
-from penstock.patches.vllm.client_gauges import gauges
-from penstock.plugins.vllm.client_stats import NOBODY, REST, jain_index, snapshot
 from penstock.plugins.vllm.request_scheduler import SyncRequestScheduler
+from penstock.schedulers.client_service import NOBODY, REST, jain_index, snapshot
 from penstock.schedulers.waiting import Job
 
 
@@ -139,7 +139,7 @@ def test_what_a_client_had_arrives_in_the_front_end_s_series(run, patched):
 def test_a_client_that_is_shown_no_more_leaves_no_series(patched):
     def show(*clients: str) -> None:
         rows = {client: [1, 1, 1.0, 1.0, 1] for client in clients}
-        gauges().show({"policy": "dlpm", "known": 9, "jain": 1.0, "clients": rows}, 6)
+        client_gauges().show({"policy": "dlpm", "known": 9, "jain": 1.0, "clients": rows}, "6")
 
     show("a", "b")
     show("b", "c")

@@ -54,9 +54,9 @@ def exported() -> dict[str, set[str]]:
     published_here = ledger._gauge is None
     if published_here:
         ledger._publish_all()
-    for module in pkgutil.iter_modules([f"{patches.__path__[0]}/vllm"]):
+    for module in pkgutil.walk_packages(patches.__path__, "penstock.patches."):
         if module.name.endswith("_gauges"):
-            found = importlib.import_module(f"penstock.patches.vllm.{module.name}")
+            found = importlib.import_module(module.name)
             for make in vars(found).values():
                 if hasattr(make, "cache_info") and make.__module__ == found.__name__:
                     make()

@@ -17,7 +17,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from penstock.patches.vllm.slo_gauges import TOTALS, slo_gauges
+from penstock.patches.slo_gauges import TOTALS, slo_gauges
 from penstock.plugins import features, ledger
 from penstock.plugins.configuration import ConfigurationError
 from penstock.plugins.vllm.request_scheduler import make_scheduler
@@ -327,7 +327,7 @@ def test_what_came_of_the_targets_reaches_the_front_end_s_series():
     scheduler.add_request(slo_request("missed", 40, output=5, ttft_ms=0.001, tpot_ms=200.0))
     stepper.drain()
     payload = scheduler._stats.payload()
-    slo_gauges().show(payload["slo"], 7)
+    slo_gauges().show(payload["slo"], "7")
 
     def value(series: str, **labels: str) -> float | None:
         return REGISTRY.get_sample_value(f"penstock_slo_{series}", {"engine": "7", **labels})

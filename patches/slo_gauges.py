@@ -1,12 +1,14 @@
-"""Prometheus series of the SLO policy, in the process that serves ``/metrics``."""
+"""Prometheus series of the SLO policy."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from prometheus_client import Gauge
 
+ENGINE = ("engine",)
 PER_TIER = {
     "penstock_slo_requests": "Requests with targets that ended.",
     "penstock_slo_attained_requests": "Requests that met their targets.",
@@ -36,30 +38,33 @@ TOTALS = {
 
 
 class SLOGauges:
-    """Shows the latest totals of each engine."""
+    """Shows the latest totals of each engine.
 
-    def __init__(self) -> None:
-        # As vLLM does for its gauges: several front ends hear of one engine in turn.
+    ``prefix`` goes before the names of the series, ``engine_labels`` say which engine a series is of.
+    """
+
+    def __init__(self, prefix: str = "", engine_labels: Sequence[str] = ENGINE) -> None:
+        # As the engines do for their gauges: several processes hear of one engine in turn.
         mode: Any = "mostrecent"
         self._tiers = [
-            Gauge(name, text, ("engine", "tier"), multiprocess_mode=mode) for name, text in PER_TIER.items()
+            Gauge(prefix + name, text, (*engine_labels, "tier"), multiprocess_mode=mode)
+            for name, text in PER_TIER.items()
         ]
         self._totals = {
-            name: Gauge(f"penstock_slo_{name}", text, ("engine",), multiprocess_mode=mode)
+            name: Gauge(f"{prefix}penstock_slo_{name}", text, engine_labels, multiprocess_mode=mode)
             for name, text in TOTALS.items()
         }
 
-    def show(self, payload: dict[str, Any], engine: int) -> None:
-        """Replace what is shown of one engine."""
-        label = str(engine)
+    def show(self, payload: dict[str, Any], *engine: str) -> None:
+        """Replace what is shown of one engine, named by the values of ``engine_labels``."""
         for tier, values in payload["tiers"].items():
             for gauge, value in zip(self._tiers, values, strict=True):
-                gauge.labels(label, tier).set(value)
+                gauge.labels(*engine, tier).set(value)
         for name, value in payload["totals"].items():
-            self._totals[name].labels(label).set(value)
+            self._totals[name].labels(*engine).set(value)
 
 
 @cache
-def slo_gauges() -> SLOGauges:
+def slo_gauges(prefix: str = "", engine_labels: tuple[str, ...] = ENGINE) -> SLOGauges:
     """The series of this process."""
-    return SLOGauges()
+    return SLOGauges(prefix, engine_labels)
