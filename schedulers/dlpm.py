@@ -9,11 +9,12 @@ one has.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from penstock.schedulers.accounts import Account, AccountBook, Prices
 from penstock.schedulers.output_lengths import OutputLengths
-from penstock.schedulers.ranked import Newcomers, RankedOrder, Standings
+from penstock.schedulers.ranked import RankedOrder
+from penstock.schedulers.standings import Newcomers, Standings
 from penstock.schedulers.waiting import Clock, HitTokens
 
 
@@ -52,6 +53,15 @@ class Deficits(Standings):
         if weight != account.weight:
             self._settle(account)
             account.weight = weight
+            account.level = min(account.level, self._quantum(account))
+
+    def set_quantum(self, tokens: float, accounts: Iterable[Account]) -> None:
+        """What refills so far gave is settled first; credit never exceeds the new quantum."""
+        accounts = list(accounts)
+        for account in accounts:
+            self._settle(account)
+        self._quantum_tokens = tokens
+        for account in accounts:
             account.level = min(account.level, self._quantum(account))
 
     def charge(self, account: Account, service: float) -> None:

@@ -6,10 +6,10 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from penstock.schedulers.accounts import OTHERS, Prices
-from penstock.schedulers.waiting import AsItComes, ClientService, Job
+from penstock.schedulers.waiting import AllAlike, AsItComes, ClientService, Job
 
 
-class ArrivalOrder(AsItComes):
+class ArrivalOrder(AsItComes, AllAlike):
     """Requests in order of arrival; what is put back goes to the front. Every operation is O(1).
 
     Args:

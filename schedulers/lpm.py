@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from penstock.schedulers.accounts import AccountBook, Prices
-from penstock.schedulers.ranked import RankedOrder, Standings
+from penstock.schedulers.ranked import RankedOrder
+from penstock.schedulers.standings import Standings
 from penstock.schedulers.waiting import Clock, HitTokens
 
 

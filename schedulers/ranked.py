@@ -20,6 +20,7 @@ from sortedcontainers import SortedList
 from penstock.schedulers.accounts import OTHERS, Account, AccountBook, Prices
 from penstock.schedulers.client_queue import Entry
 from penstock.schedulers.prefix_hits import LookUps
+from penstock.schedulers.standings import Standings
 from penstock.schedulers.waiting import AsItComes, ClientService, HitTokens, Job
 
 RECHECKS = 8
@@ -28,73 +29,6 @@ REFRESH_S = 30e-6
 """Time after which a step begins no further look-up. One may take as long, where a hundred blocks hit."""
 
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
-
-
-class Newcomers:
-    """Bounds how many accounts new names get a round, and as many again those with requests waiting, so that
-    inventing names does not keep a regular client out.
-
-    Raises:
-        ValueError: ``per_round`` is negative.
-    """
-
-    def __init__(self, per_round: int) -> None:
-        if per_round < 0:
-            raise ValueError(f"newcomers_per_refill is {per_round}, allowed: 0 or more")
-        self._per_round = per_round
-        self._came = {True: 0, False: 0}
-
-    def may_come(self, *, known: bool) -> bool:
-        """Whether there is room for one more."""
-        return self._came[known] < self._per_round
-
-    def came(self, *, known: bool) -> None:
-        """One has an account."""
-        self._came[known] += 1
-
-    def begin_round(self) -> None:
-        """There is room for as many again."""
-        self._came = {True: 0, False: 0}
-
-
-class Standings:
-    """What a policy knows of its clients. This one treats all alike: the order is that of the requests."""
-
-    def admits(self, least: float | None, *, known: bool) -> bool:
-        """Whether a new name, or one ``known`` by requests that wait, may have an account of its own now;
-        ``least`` is the first lane, None if nobody waits."""
-        return True
-
-    def opened(self, account: Account, least: float | None, *, known: bool) -> None:
-        """A name that was admitted has an account."""
-
-    def joins(self, account: Account, least: float | None) -> None:
-        """A new request comes for a client that has none waiting."""
-
-    def leaves(self, account: Account) -> None:
-        """A client's last request left the queue."""
-
-    def reweigh(self, account: Account, weight: float) -> None:
-        """A client's share changes."""
-        account.weight = weight
-
-    def charge(self, account: Account, service: float) -> None:
-        """A client had ``service`` weighted tokens."""
-
-    def lane(self, account: Account) -> float:
-        """Which clients go first: those of the lowest lane."""
-        return 0
-
-    def reach(self, lane: float) -> None:
-        """A client of this lane is served."""
-
-    def standing(self, account: Account) -> float:
-        """What ``ClientService.standing`` shows."""
-        return 0.0
-
-    def may_forget(self, account: Account, least: float | None) -> bool:
-        """Whether an idle client would gain nothing by coming back as a new one."""
-        return True
 
 
 class RankedOrder(AsItComes):
@@ -196,6 +130,25 @@ class RankedOrder(AsItComes):
         account = self._book.find(client)
         account.output_tokens += tokens
         self._charge(account, self._prices.output * tokens)
+
+    def place(self, client: str) -> tuple[float, float]:
+        account = self._book.find(client)
+        return (self._standings.lane(account), -self._standings.standing(account))
+
+    def set_quantum(self, tokens: float) -> None:
+        if not 0 < tokens < math.inf:
+            raise ValueError(f"quantum_tokens is {tokens}, allowed: more than 0")
+        self._standings.set_quantum(tokens, self._book)
+        self._chosen = None
+        for account in self._book:
+            self._seat(account)
+
+    def reweigh(self, client: str, weight: float) -> None:
+        account = self._book.find(client)
+        if account is not self._book.shared:
+            self._standings.reweigh(account, weight)
+            self._chosen = None
+            self._seat(account)
 
     def clients(self) -> Iterator[ClientService]:
         for account in self._book:

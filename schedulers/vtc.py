@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from penstock.schedulers.accounts import Account, AccountBook, Prices
-from penstock.schedulers.ranked import Newcomers, RankedOrder, Standings
+from penstock.schedulers.ranked import RankedOrder
+from penstock.schedulers.standings import Newcomers, Standings
 from penstock.schedulers.waiting import Clock
 
 
@@ -43,6 +44,10 @@ class Counters(Standings):
         if lane >= self._round_ends:
             self._round_ends = lane + self._quantum_tokens
             self._newcomers.begin_round()
+
+    def set_quantum(self, tokens: float, accounts: Iterable[Account]) -> None:
+        self._round_ends += tokens - self._quantum_tokens
+        self._quantum_tokens = tokens
 
     def joins(self, account: Account, least: float | None) -> None:
         account.level = max(account.level, self._lift(least))

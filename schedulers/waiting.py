@@ -66,6 +66,19 @@ class AsItComes:
         """Nothing is expected, so nothing is learned."""
 
 
+class AllAlike:
+    """The part of a waiting order that knows no clients."""
+
+    def place(self, client: str) -> tuple[float, float]:
+        return (0.0, 0.0)
+
+    def set_quantum(self, tokens: float) -> None:
+        """There is none."""
+
+    def reweigh(self, client: str, weight: float) -> None:
+        """Shares do not matter."""
+
+
 class WaitingOrder(Protocol):
     """The waiting requests, in the order of a policy. Ids are unique among those that wait."""
 
@@ -123,6 +136,20 @@ class WaitingOrder(Protocol):
 
     def observe_output(self, client: str, tokens: int) -> None:
         """A request of this client is over and generated ``tokens`` in all."""
+
+    def place(self, client: str) -> tuple[float, float]:
+        """Where a client stands, whether anything of it waits or not: of two, the one with the lower place is
+        due service first. All alike for policies that know no clients."""
+
+    def set_quantum(self, tokens: float) -> None:
+        """A refill gives so many weighted tokens from now on; without effect for policies that have none.
+
+        Raises:
+            ValueError: it is not above 0.
+        """
+
+    def reweigh(self, client: str, weight: float) -> None:
+        """A client that is known has another share from now on; others bring theirs with a request."""
 
     def clients(self) -> Iterable[ClientService]:
         """Every client that is remembered."""

@@ -14,7 +14,7 @@ from itertools import islice
 from sortedcontainers import SortedDict, SortedList
 
 from penstock.schedulers.slo.requests import Waiting
-from penstock.schedulers.waiting import AsItComes, ClientService, Job
+from penstock.schedulers.waiting import AllAlike, AsItComes, ClientService, Job
 
 Key = tuple[float, int]
 
@@ -27,7 +27,7 @@ class _Entry:
     best_effort: bool
 
 
-class Backlog(AsItComes):
+class Backlog(AsItComes, AllAlike):
     """Implements ``WaitingOrder``; every change costs O(log n)."""
 
     def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from types import MappingProxyType
 
 import pytest
 
@@ -267,3 +268,81 @@ def test_an_id_that_waits_is_refused_and_an_unknown_one_is_not_found():
         order.remove("b")
     assert "bob" not in clients(order)
     order.check_integrity()
+
+
+def served_while_all_wait(order, picks, change=lambda number: None, shares=MappingProxyType({})):
+    """Tokens of each client while both always have requests waiting."""
+    had = {"ada": 0, "bob": 0}
+    for number in range(20):
+        for name in had:
+            order.add(Job(f"{name} {number}", name, 100, float(number)))
+    for number in range(20, 20 + picks):
+        change(number)
+        order.begin_step()
+        job = order.pop()
+        order.charge_extend(job.client, 100)
+        had[job.client] += 100
+        share = shares.get(job.client, 1.0)
+        order.add(Job(f"{job.client} {number}", job.client, 100, float(number), weight=share))
+        order.check_integrity()
+    return had
+
+
+def test_a_quantum_that_changes_while_requests_wait_stays_fair():
+    order = make_order(quantum_tokens=500)
+    rng = random.Random(3)
+    largest = 500
+
+    def change(number):
+        nonlocal largest
+        if number % 40 == 0:
+            largest = rng.choice([150, 500, 3000])
+            order.set_quantum(largest)
+            assert all(one.standing <= largest for one in order.clients())
+
+    had = served_while_all_wait(order, 600, change)
+    assert abs(had["ada"] - had["bob"]) <= 2 * 3000 + 2 * 100
+
+
+def test_a_smaller_quantum_is_the_turn_that_a_client_gets():
+    order = make_order(quantum_tokens=2000)
+    order.set_quantum(200)
+    turns = []
+    for number in range(6):
+        order.add(Job(f"a{number}", "ada", 100, 0.0))
+        order.add(Job(f"b{number}", "bob", 100, 1.0))
+    while len(order):
+        job = order.pop()
+        order.charge_extend(job.client, 100)
+        turns.append(job.client)
+    assert turns[:4] == ["ada", "ada", "bob", "bob"]
+
+
+def test_a_client_whose_share_grows_while_it_waits_gets_more_from_then_on():
+    order = make_order(quantum_tokens=500)
+    shares: dict[str, float] = {}
+
+    def change(number):
+        if number == 20:
+            order.reweigh("ada", 3.0)
+            shares["ada"] = 3.0
+
+    had = served_while_all_wait(order, 400, change, shares)
+    assert had["ada"] == pytest.approx(3 * had["bob"], rel=0.1)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, math.inf, math.nan])
+def test_a_quantum_is_above_zero(tokens):
+    with pytest.raises(ValueError, match="quantum_tokens"):
+        make_order().set_quantum(tokens)
+
+
+def test_who_has_had_more_of_its_share_stands_behind():
+    order = make_order(quantum_tokens=1000)
+    for name in ("ada", "bob", "cyd"):
+        order.add(Job(name, name, 100, 0.0))
+    for name, tokens in (("ada", 2500), ("bob", 900), ("cyd", 100)):
+        order.peek()
+        order.charge_extend(name, tokens)
+    places = sorted(("ada", "bob", "cyd"), key=order.place)
+    assert places == ["cyd", "bob", "ada"]
