@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 from penstock.benchmarks.processes import Port, Server
 from penstock.benchmarks.servers import console_script
+from penstock.plugins import dashboards
 
 Serve = Callable[..., contextlib.AbstractContextManager[Server]]
 """``serve(*arguments, name=..., **environment)`` is a running server."""
@@ -54,10 +56,11 @@ class Refused(Exception):
         self.body = body
 
 
-def ask(server: Server, path: str, body: dict[str, Any] | None = None) -> Any:
+def ask(server: Server, path: str, body: dict[str, Any] | None = None, **headers: str) -> Any:
     """What the server answers to a POST of ``body``, or to a GET where there is none. Raises Refused."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(server.url + path, data, headers={"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", **headers}
+    request = urllib.request.Request(server.url + path, data, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=300) as answer:
             text = answer.read()
@@ -76,6 +79,22 @@ def generate(
         server, "/generate", {"input_ids": list(prompt), "sampling_params": sampling, **named}
     )
     return answer
+
+
+def series(server: Server, name: str) -> dict[str, float]:
+    """The values of a series on ``/metrics``, by its labels as they are written there."""
+    found = {}
+    for line in ask(server, "/metrics").splitlines():
+        sample, _, value = line.rpartition(" ")
+        if sample.partition("{")[0] == name:
+            found[sample.partition("{")[2].rstrip("}")] = float(value)
+    return found
+
+
+def queried(dashboard: str) -> set[str]:
+    """The series that a Grafana dashboard of ours queries."""
+    text = Path(dashboards.__path__[0], f"{dashboard}.json").read_text(encoding="utf-8")
+    return set(re.findall(r"\bpenstock_\w+", text))
 
 
 def all_at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:

@@ -96,9 +96,36 @@ def test_with_nothing_asked_for_only_the_options_are_added_and_a_child_is_left_a
     assert child["spent_ms"] < GENEROUS_MS
 
 
-def test_what_the_variable_asks_for_is_hooked_in_a_child():
-    wanted = ["get_prefill_adder_class", "init_schedule_policy", "verify"]
-    assert found_by(CHILD + HOOKED, PENSTOCK_CONFIG=ASKED) == wanted
+EVERY_POLICY = [
+    "_get_decode_retraction_order",
+    "get_prefill_adder_class",
+    "init_schedule_policy",
+    "on_idle",
+    "process_batch_result",
+    "set_internal_state",
+    "verify",
+]
+SLO = ["_should_defer_prefill", "run_batch"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "first", "child"),
+    [
+        ({"policy": "dlpm"}, EVERY_POLICY, EVERY_POLICY),
+        (
+            {"policy": "slo", "trust_headers": True},
+            [*EVERY_POLICY, *SLO, "launch_server"],
+            EVERY_POLICY + SLO,
+        ),
+    ],
+    ids=["dlpm", "slo, headers"],
+)
+def test_what_the_variable_asks_for_is_hooked_and_nothing_else(asked, first, child):
+    """``first`` is the process that a user starts, which serves HTTP, ``child`` one of an engine's."""
+    config = json.dumps({"scheduler": asked})
+    options = ["add_cli_args", "from_cli_args"]
+    assert sorted(found_by(CHILD + HOOKED, PENSTOCK_CONFIG=config)) == sorted(child)
+    assert sorted(found_by(HOOKED, PENSTOCK_CONFIG=config)) == sorted([*first, *options])
 
 
 MEMBER = """
@@ -129,7 +156,7 @@ print("went on")
 
 @pytest.mark.parametrize(
     ("config", "reason"),
-    [(ASKED, "Scheduler.gone: not found"), ('{"scheduler": {"policy": "slo"}}', "given 'slo'")],
+    [(ASKED, "Scheduler.gone: not found"), ('{"scheduler": {"policy": "lpm"}}', "given 'lpm'")],
 )
 def test_what_cannot_be_applied_ends_the_process_with_one_line(config: str, reason: str):
     done = run(REFUSED, PENSTOCK_CONFIG=config)

@@ -30,7 +30,7 @@ def register() -> None:
 def _apply_inherited() -> None:
     from penstock.plugins.configuration import ConfigurationError
     from penstock.plugins.features import FeatureError, require
-    from penstock.plugins.sglang.features import FLOWKV, REQUEST_SCHEDULER
+    from penstock.plugins.sglang.features import FLOWKV, scheduler_feature, server_features
     from penstock.plugins.sglang.flags import refuse
     from penstock.plugins.sglang.flowkv_settings import BACKEND, ease, flowkv_config
     from penstock.plugins.sglang.installation import upstream
@@ -38,8 +38,11 @@ def _apply_inherited() -> None:
 
     try:
         given = inherited()
-        if scheduler_config(given) is not None:
-            require(REQUEST_SCHEDULER, upstream())
+        config = scheduler_config(given)
+        first = multiprocessing.parent_process() is None
+        if config is not None:
+            for feature in server_features(config) if first else (scheduler_feature(config),):
+                require(feature, upstream())
         if BACKEND in given:
             ease(flowkv_config(given))
             require(FLOWKV, upstream())

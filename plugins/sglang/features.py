@@ -5,7 +5,9 @@ A hook loads the code behind it when it is first called: declaring features impo
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from penstock.plugins.features import Feature
@@ -14,31 +16,43 @@ from penstock.plugins.sglang import flags, transfer_backend
 from penstock.plugins.sglang.flowkv_seams import ALLOCATION, ENDS, MANAGER, POOL, REGISTRY
 from penstock.plugins.sglang.flowkv_settings import BACKEND
 from penstock.plugins.sglang.hooks import Around
-from penstock.plugins.sglang.scheduler_seams import ADMISSION, PASSES, POLICY, REQUESTS
+from penstock.plugins.sglang.scheduler_seams import (
+    ADMISSION,
+    EDGE,
+    PASSES,
+    PLANS,
+    POLICY,
+    REQUESTS,
+    RESULTS,
+    RETRACTION,
+    RUNTIME,
+)
+from penstock.plugins.sglang.settings import judges_at_the_edge
+from penstock.schedulers.config import SchedulerConfig
 
 _SERVER_ARGS = "sglang.srt.server_args:ServerArgs"
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 _PLATFORM = "sglang.srt.platforms.interface:SRTPlatform"
 _TRANSFER = "sglang.srt.disaggregation.utils"
 _SAMPLING = "sglang.srt.sampling.sampling_params:SamplingParams"
+_BATCH = "sglang.srt.managers.schedule_batch:ScheduleBatch"
+_STATE = "sglang.srt.managers.scheduler_components.internal_state:SchedulerInternalStateController"
 
 
-def _init_schedule_policy(original: Callable[[Any], Any], scheduler: Any) -> Any:
-    from penstock.plugins.sglang.request_scheduler import init_schedule_policy
+def _around(target: str, module: str, name: str) -> Around:
+    """A hook on ``target`` whose code is ``name`` of a module beside this one."""
 
-    return init_schedule_policy(original, scheduler)
+    @cache
+    def function() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(
+            importlib.import_module(f"penstock.plugins.sglang.{module}"), name
+        )
+        return found
 
+    def hook(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function()(original, *args, **kwargs)
 
-def _get_prefill_adder_class(original: Callable[[Any], type], scheduler: Any) -> type:
-    from penstock.plugins.sglang.request_scheduler import get_prefill_adder_class
-
-    return get_prefill_adder_class(original, scheduler)
-
-
-def _verify(original: Callable[..., Any], parameters: Any, *args: Any, **kwargs: Any) -> Any:
-    from penstock.plugins.sglang.request_check import verify
-
-    return verify(original, parameters, *args, **kwargs)
+    return Around(target, hook)
 
 
 COMMAND_LINE = Feature(
@@ -60,17 +74,22 @@ COMMAND_LINE = Feature(
     ),
 )
 
-SCHEDULER_HOOKS = (
-    Around(f"{_SCHEDULER}.init_schedule_policy", _init_schedule_policy),
-    Around(f"{_SCHEDULER}.get_prefill_adder_class", _get_prefill_adder_class),
-    Around(f"{_SAMPLING}.verify", _verify),
+_EVERY_POLICY = (
+    _around(f"{_SCHEDULER}.init_schedule_policy", "scheduler_hooks", "init_schedule_policy"),
+    _around(f"{_SCHEDULER}.get_prefill_adder_class", "scheduler_hooks", "get_prefill_adder_class"),
+    _around(f"{_SCHEDULER}.process_batch_result", "scheduler_hooks", "process_batch_result"),
+    _around(f"{_SCHEDULER}.on_idle", "scheduler_hooks", "on_idle"),
+    _around(f"{_BATCH}._get_decode_retraction_order", "scheduler_hooks", "retraction_order"),
+    _around(f"{_STATE}.set_internal_state", "scheduler_hooks", "set_internal_state"),
+    _around(f"{_SAMPLING}.verify", "request_check", "verify"),
 )
+_SEAMS = (*PASSES, *POLICY, *ADMISSION, *REQUESTS, *RESULTS, *RETRACTION, *RUNTIME)
 
 REQUEST_SCHEDULER = Feature(
     name="request-scheduler",
     summary="--schedule-policy dlpm and vtc: waiting requests in an order that is fair to clients",
-    seams=(*PASSES, *POLICY, *ADMISSION, *REQUESTS),
-    hooks=SCHEDULER_HOOKS,
+    seams=_SEAMS,
+    hooks=_EVERY_POLICY,
 )
 
 FLOWKV = Feature(
@@ -85,4 +104,37 @@ FLOWKV = Feature(
     ),
 )
 
-FEATURES = {feature.name: feature for feature in (COMMAND_LINE, REQUEST_SCHEDULER, FLOWKV)}
+SLO_SCHEDULER = Feature(
+    name="slo-scheduler",
+    summary="--schedule-policy slo: passes are planned to meet latency targets",
+    seams=(*_SEAMS, *PLANS),
+    hooks=(
+        *_EVERY_POLICY,
+        _around(f"{_SCHEDULER}._should_defer_prefill", "scheduler_hooks", "should_defer_prefill"),
+        _around(f"{_SCHEDULER}.run_batch", "scheduler_hooks", "run_batch"),
+    ),
+)
+
+REQUEST_IDENTITY = Feature(
+    name="request-identity",
+    summary="headers of a gateway and API keys say who asks",
+    seams=EDGE,
+    hooks=(_around("sglang.srt.entrypoints.http_server:launch_server", "asker_middleware", "launch_server"),),
+)
+
+FEATURES = {
+    feature.name: feature
+    for feature in (COMMAND_LINE, REQUEST_SCHEDULER, SLO_SCHEDULER, REQUEST_IDENTITY, FLOWKV)
+}
+
+
+def scheduler_feature(config: SchedulerConfig) -> Feature:
+    """The feature that a configuration's policy is."""
+    return SLO_SCHEDULER if config.policy == "slo" else REQUEST_SCHEDULER
+
+
+def server_features(config: SchedulerConfig) -> tuple[Feature, ...]:
+    """What a configuration needs in the process that serves HTTP."""
+    if judges_at_the_edge(config):
+        return (scheduler_feature(config), REQUEST_IDENTITY)
+    return (scheduler_feature(config),)

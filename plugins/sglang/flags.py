@@ -20,7 +20,9 @@ from penstock.plugins.sglang.settings import (
     parse,
     require_supported,
     scheduler_config,
+    settled,
 )
+from penstock.schedulers.config import SchedulerConfig
 
 DESTINATION = "penstock_config"
 
@@ -42,7 +44,8 @@ def add_cli_args(original: Callable[[ArgumentParser], Any], parser: ArgumentPars
         if action.dest == "schedule_policy" and action.choices is not None:
             action.choices = [*action.choices, *(name for name in POLICIES if name not in action.choices)]
             action.help = (
-                f"{action.help} Penstock adds dlpm (fair to clients, keeps prefixes together) and vtc."
+                f"{action.help} Penstock adds dlpm (fair to clients, keeps prefixes together), vtc (strictly "
+                "fair) and slo (latency targets)."
             )
         if action.dest == "disaggregation_transfer_backend" and action.choices is not None:
             action.choices = [*action.choices, BACKEND]
@@ -76,8 +79,7 @@ def join(args: Namespace) -> None:
     if config is not None:
         require_supported(args, config)
         args.schedule_policy = config.policy
-        ours = {**section({NAMESPACE: given}, "scheduler"), "policy": config.policy}
-        given = {**given, "scheduler": ours}
+        given = settled(config, given)
     transfers = args.disaggregation_transfer_backend == BACKEND
     if transfers:
         require_transferable(args)
@@ -88,16 +90,16 @@ def join(args: Namespace) -> None:
     if config is None and not transfers:
         return
     hand_on(given)
-    _apply(scheduler=config is not None, transfers=transfers)
+    _apply(config, transfers=transfers)
 
 
-def _apply(*, scheduler: bool, transfers: bool) -> None:
+def _apply(config: SchedulerConfig | None, *, transfers: bool) -> None:
     from penstock.plugins.features import require
-    from penstock.plugins.sglang.features import FLOWKV, REQUEST_SCHEDULER
+    from penstock.plugins.sglang.features import FLOWKV, server_features
     from penstock.plugins.sglang.hooks import apply_now, confirm
     from penstock.plugins.sglang.installation import upstream
 
-    asked = [feature for feature, on in ((REQUEST_SCHEDULER, scheduler), (FLOWKV, transfers)) if on]
+    asked = [*(server_features(config) if config is not None else ()), *((FLOWKV,) if transfers else ())]
     for feature in asked:
         require(feature, upstream())
     apply_now()

@@ -8,9 +8,10 @@ kept: the walk takes its requests from the order as it goes, and what it passed 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from penstock.schedulers import bills
 from penstock.schedulers.asking import Asking
 from penstock.schedulers.waiting import UNNAMED, Clock, Job, WaitingOrder
 
@@ -18,20 +19,12 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
 
-@dataclass(slots=True)
-class Bill:
-    """One live request. ``paid_up_to`` is the furthest prompt position that was ever computed for it, or
-    skipped because the prefix cache had it: a position is charged when it is first passed. ``output_paid`` of
-    its generated tokens are charged; ``reserved`` more are expected while it runs. ``admitted`` says that it
-    left the queue for a batch, ``retracted`` that it was thrown out of one and goes before its client's
-    others."""
+@dataclass(slots=True, kw_only=True)
+class Bill(bills.Bill):
+    """``admitted`` says that the request left the queue for a batch, ``retracted`` that it was thrown out of
+    one and goes before its client's others."""
 
     request: Req
-    asking: Asking
-    arrival_s: float
-    paid_up_to: int = 0
-    output_paid: int = 0
-    reserved: int = 0
     admitted: bool = False
     retracted: bool = False
 
@@ -44,6 +37,7 @@ class Passes:
 
     def __init__(self, order: WaitingOrder, clock: Clock, asking_of: Callable[[Req], Asking]) -> None:
         self.order = order
+        self._cashier = bills.Cashier(order)
         self._clock = clock
         self._asking_of = asking_of
         self._bills: dict[str, Bill] = {}
@@ -58,11 +52,23 @@ class Passes:
         """A live request. Raises KeyError."""
         return self._bills[request_id].request
 
+    def place(self, request: Req) -> tuple[float, float]:
+        """Where the client of a live request stands: of two, the lower one is due service first."""
+        bill = self._bills.get(request.rid)
+        return self.order.place(bill.asking.client if bill is not None else UNNAMED)
+
+    def reweigh(self, client: str, weight: float) -> None:
+        """A client has another share from now on, its live requests included. O(requests)."""
+        for bill in self._bills.values():
+            if bill.asking.client == client:
+                bill.asking = replace(bill.asking, weight=weight)
+        self.order.reweigh(client, weight)
+
     def begin(self, queue: Collection[Req]) -> None:
         """A pass over ``queue`` begins: who came and who left since the last one, and what was generated.
         What waits unchanged costs a place in a set."""
         self._return_rest()
-        self._charge_output()
+        self.settle()
         here = set(queue)
         for request in self._waiting - here:
             self._forget(self._bills[request.rid])
@@ -93,13 +99,8 @@ class Passes:
             self._waiting.discard(request)
             self._running[request.rid] = bill
             bill.admitted = True
-            left = max(0, request.sampling_params.max_new_tokens - bill.output_paid)
-            bill.reserved = self.order.reserve_output(bill.asking.client, bill.output_paid, left)
-        end = min(request.extend_end, len(request.origin_input_ids))
-        tokens = end - max(request.prefix_len, bill.paid_up_to)
-        bill.paid_up_to = max(bill.paid_up_to, end)
-        if tokens > 0:
-            self.order.charge_extend(bill.asking.client, tokens)
+            self._cashier.reserve(bill, request.sampling_params.max_new_tokens)
+        self._cashier.prompt(bill, request.prefix_len, request.extend_end, len(request.origin_input_ids))
 
     def _return_rest(self) -> None:
         while self._picked:
@@ -114,15 +115,7 @@ class Passes:
             self.order.remove(request_id)
         self._running.pop(request_id, None)
         del self._bills[request_id]
-        self._release(bill)
-        if bill.output_paid:
-            # One that was given up before its first token says nothing of how long answers are.
-            self.order.observe_output(bill.asking.client, bill.output_paid)
-
-    def _release(self, bill: Bill) -> None:
-        if bill.reserved:
-            self.order.release_output(bill.asking.client, bill.reserved)
-            bill.reserved = 0
+        self._cashier.close(bill)
 
     def _enter(self, request: Req) -> None:
         bill = self._bills.get(request.rid)
@@ -138,14 +131,14 @@ class Passes:
         # without a client; a client's own goes before what the client has waiting.
         del self._running[request.rid]
         bill.admitted, bill.retracted = False, bill.asking.client != UNNAMED
-        self._release(bill)
+        self._cashier.release(bill)
         if bill.retracted:
             self.order.put_back(self._job(bill), preempted=True)
         else:
             self.order.add(self._job(bill))
 
     def _open(self, request: Req) -> Bill:
-        bill = Bill(request, self._asking_of(request), self._clock())
+        bill = Bill(self._asking_of(request), self._clock(), request=request)
         self._bills[request.rid] = bill
         return bill
 
@@ -159,20 +152,9 @@ class Passes:
             weight=bill.asking.weight,
         )
 
-    def _charge_output(self) -> None:
-        tokens: dict[str, int] = {}
-        expected: dict[str, int] = {}
-        for bill in self._running.values():
-            new = len(bill.request.output_ids) - bill.output_paid
-            if new <= 0:
-                continue
-            client, foreseen = bill.asking.client, min(new, bill.reserved)
-            bill.output_paid += new
-            bill.reserved -= foreseen
-            tokens[client] = tokens.get(client, 0) + new
-            expected[client] = expected.get(client, 0) + foreseen
-        for client, generated in tokens.items():
-            self.order.charge_output(client, generated, expected[client])
+    def settle(self) -> None:
+        """Charge what was generated since it was charged last, and forget who has ended."""
+        self._cashier.output((bill, len(bill.request.output_ids)) for bill in self._running.values())
         for bill in [bill for bill in self._running.values() if bill.request.finished()]:
             self._forget(bill)
 

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from penstock.plugins.sglang.settings import inherited, scheduler_config
-from penstock.schedulers.asking import asking
+from penstock.schedulers.asking import AskingError, asking
 
 
 @cache
@@ -18,12 +18,15 @@ def _longest_client_id() -> int:
 
 
 def verify(original: Callable[..., Any], parameters: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around ``SamplingParams.verify``: what ``custom_params`` say of client and weight is judged as well.
+    """Around ``SamplingParams.verify``: what ``custom_params`` say of who asks is judged as well.
 
     Raises:
         AskingError: a value is not allowed. SGLang answers a ``ValueError`` from here with status 400.
     """
     result = original(parameters, *args, **kwargs)
-    if isinstance(parameters.custom_params, Mapping):
-        asking(parameters.custom_params, longest_client_id=_longest_client_id())
+    given = parameters.custom_params
+    if isinstance(given, Mapping):
+        asking(given, longest_client_id=_longest_client_id())
+    elif given is not None:
+        raise AskingError("custom_params", given, "an object")
     return result

@@ -1,30 +1,23 @@
-"""SGLang's scheduler with the waiting order of a policy.
+"""SGLang's scheduler with the waiting order of a policy that knows clients.
 
 Nothing of ``Scheduler.get_new_batch_prefill`` is replaced: a policy says who is next when SGLang asks, and
-hears what each batch computes for whom. How a batch is filled, what runs and what is retracted is SGLang's.
+hears what each batch computes for whom. How a batch is filled and what runs is SGLang's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.managers.schedule_policy import SchedulePolicy
 from sglang.srt.mem_cache.common import match_kv_cache
 
-from penstock.plugins.askings import ForgivingReader
-from penstock.plugins.sglang.hooks import confirm
-from penstock.plugins.sglang.installation import upstream
-from penstock.plugins.sglang.passes import Passes, PassList
-from penstock.plugins.sglang.settings import (
-    STOCK_POLICY,
-    inherited,
-    require_supported,
-    scheduler_config,
-)
-from penstock.schedulers.asking import Asking
+from penstock.patches.client_gauges import client_gauges
+from penstock.plugins.sglang.passes import Passes
+from penstock.plugins.sglang.policy import PassPolicy
+from penstock.plugins.sglang.runtime_changes import QUANTUM, weights_in
+from penstock.schedulers.client_service import snapshot
 from penstock.schedulers.config import SchedulerConfig
 from penstock.schedulers.policies import waiting_order
 from penstock.schedulers.waiting import Clock
@@ -32,39 +25,44 @@ from penstock.schedulers.waiting import Clock
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
-NOTHING_SAID: Mapping[str, Any] = {}
 
-
-class OrderedPolicy(SchedulePolicy):
-    """A ``SchedulePolicy`` over a ``WaitingOrder``. To the rest of SGLang it is ``fcfs``, which matches no
-    prefix before a request is admitted."""
+class OrderedPolicy(PassPolicy):
+    """A ``PassPolicy`` over a ``WaitingOrder``."""
 
     def __init__(self, scheduler: Any, config: SchedulerConfig, clock: Clock = time.monotonic) -> None:
-        super().__init__(
-            STOCK_POLICY,
-            scheduler.tree_cache,
-            scheduler.enable_hierarchical_cache,
-            scheduler.enable_priority_scheduling,
-            scheduler.schedule_low_priority_values_first,
-        )
-        self._scheduler = scheduler
-        self._reader = ForgivingReader(config, upstream().logger)
-        self.passes = Passes(waiting_order(config, clock, self._hit_tokens), clock, self._asking)
-        self._adders: dict[type, type] = {}
+        super().__init__(scheduler, config, clock)
+        self.passes = Passes(waiting_order(config, clock, self._hit_tokens), clock, self.asking)
         # As SGLang asks it: not every kind of cache has the attribute.
         self._caches = not getattr(self.tree_cache, "disable", True)
+        self.publish(self, client_gauges)
 
-    def calc_priority(self, waiting_queue: list[Req], *args: Any, **kwargs: Any) -> None:
-        """A pass begins: the scheduler's next walk of its list takes requests in the policy's order."""
-        super().calc_priority(waiting_queue, *args, **kwargs)
-        self.passes.begin(waiting_queue)
-        self._scheduler.waiting_queue = PassList(waiting_queue, self.passes.picks)
+    def begin(self, waiting: list[Req]) -> Callable[[], Iterator[Req]]:
+        self.passes.begin(waiting)
+        return self.passes.picks
 
-    def charging(self, adder: type) -> type:
+    def adding(self, adder: type) -> type:
         """``adder``, with every chunk that it takes on charged to its client."""
-        if adder not in self._adders:
-            self._adders[adder] = _charging(adder, self.passes.compute)
-        return self._adders[adder]
+        return _charging(adder, self.passes.compute)
+
+    def retraction_place(self, request: Req) -> tuple[float, float]:
+        """The client that has had the most of its share goes first."""
+        return self.passes.place(request)
+
+    def payload(self) -> dict[str, Any]:
+        """What each client has had, as the series show it."""
+        self.passes.settle()
+        return snapshot(self.passes.order, self.config.shown_clients).as_dict(self.config.policy)
+
+    def line(self) -> str:
+        """The same for the log."""
+        return snapshot(self.passes.order, self.config.shown_clients).line(self.config.policy)
+
+    def change(self, values: Mapping[str, float]) -> None:
+        super().change(values)
+        if QUANTUM in values:
+            self.passes.order.set_quantum(self.config.quantum_tokens)
+        for client, weight in weights_in(values).items():
+            self.passes.reweigh(client, weight)
 
     def _hit_tokens(self, request_id: str) -> int:
         if not self._caches:
@@ -73,36 +71,6 @@ class OrderedPolicy(SchedulePolicy):
         # As SGLang's own lpm looks a prefix up; it counts as a use of the prefix.
         match_kv_cache(request, self.tree_cache)
         return int(request.num_matched_prefix_tokens)
-
-    def _asking(self, request: Req) -> Asking:
-        given = request.sampling_params.custom_params
-        return self._reader.read(request.rid, given if isinstance(given, Mapping) else NOTHING_SAID)
-
-
-def init_schedule_policy(original: Callable[[Any], None], scheduler: Any) -> None:
-    """Around ``Scheduler.init_schedule_policy``.
-
-    Raises:
-        ConfigurationError: settings that were given from Python contradict the policy.
-        FeatureError: SGLang did not apply the other hooks.
-    """
-    from penstock.plugins.sglang.features import SCHEDULER_HOOKS
-
-    config = scheduler_config(inherited())
-    assert config is not None
-    confirm(SCHEDULER_HOOKS)
-    require_supported(scheduler.server_args, config)
-    scheduler.schedule_policy = STOCK_POLICY
-    original(scheduler)
-    scheduler.schedule_policy = config.policy
-    scheduler.policy = OrderedPolicy(scheduler, config)
-    upstream().logger.info("penstock: waiting requests are ordered by %s", config.policy)
-
-
-def get_prefill_adder_class(original: Callable[[Any], type], scheduler: Any) -> type:
-    """Around ``Scheduler.get_prefill_adder_class``."""
-    policy: OrderedPolicy = scheduler.policy
-    return policy.charging(original(scheduler))
 
 
 def _charging(adder: type, compute: Callable[[Req], None]) -> type:

@@ -8,6 +8,8 @@ _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 _POLICY = "sglang.srt.managers.schedule_policy:SchedulePolicy"
 _ADDER = "sglang.srt.managers.schedule_policy:PrefillAdder"
 _REQUEST = "sglang.srt.managers.schedule_batch:Req"
+_BATCH = "sglang.srt.managers.schedule_batch:ScheduleBatch"
+_STATE = "sglang.srt.managers.scheduler_components.internal_state:SchedulerInternalStateController"
 
 
 def read(owner: str, *names: str) -> tuple[Seam, ...]:
@@ -76,7 +78,66 @@ REQUESTS = (
         "extend_end",
         "num_matched_prefix_tokens",
         "finished",
+        "routing_key",
     ),
     *read("sglang.srt.sampling.sampling_params:SamplingParams", "custom_params", "max_new_tokens"),
 )
 """What is read of a request."""
+
+RESULTS = (
+    Seam(f"{_SCHEDULER}.process_batch_result", Use.PATCH, "(self, batch, result)", wraps=True),
+    Seam(f"{_SCHEDULER}.on_idle", Use.PATCH, "(self)", wraps=True),
+    *read(_SCHEDULER, "metrics_collector"),
+    *read("sglang.srt.observability.metrics_collector:SchedulerMetricsCollector", "labels"),
+)
+"""Where tokens come back, and where a scheduler has nothing to do."""
+
+RETRACTION = (Seam(f"{_BATCH}._get_decode_retraction_order", Use.PATCH, "(reqs)", wraps=True),)
+"""Whom a batch throws out when memory runs out."""
+
+RUNTIME = (
+    Seam(f"{_STATE}.set_internal_state", Use.PATCH, "(self, recv_req)", wraps=True),
+    *read(_STATE, "scheduler"),
+    *read("sglang.srt.managers.io_struct:SetInternalStateReq", "server_args"),
+    *read("sglang.srt.managers.io_struct:SetInternalStateReqOutput", "updated"),
+)
+"""Changes at run time."""
+
+PLANS = (
+    Seam(f"{_SCHEDULER}._should_defer_prefill", Use.PATCH, "(self, running_batch)", wraps=True),
+    Seam(f"{_SCHEDULER}.run_batch", Use.PATCH, "(self, batch, pp_proxy_tensors=...)", wraps=True),
+    Seam(f"{_SCHEDULER}._add_request_to_queue", Use.CALL, "(self, req, is_retracted=...)"),
+    Seam(f"{_BATCH}.release_req", Use.CALL, "(self, idx, remaing_req_count)"),
+    Seam(f"{_BATCH}.filter_batch", Use.CALL, "(self, keep_indices=...)"),
+    *read(_BATCH, "reqs", "forward_mode", "prefix_lens", "extend_num_tokens", "batch_is_full"),
+    *read(
+        _SCHEDULER,
+        "chunked_req",
+        "chunked_prefill_size",
+        "device",
+        "is_mixed_chunk",
+        "max_running_requests",
+        "page_size",
+        "result_queue",
+        "token_to_kv_pool_allocator",
+    ),
+    *read(_ADDER, "rem_chunk_tokens", "chunked_req_limit"),
+    *read("sglang.srt.managers.schedule_policy:AddReqResult", "OTHER"),
+    *read(_REQUEST, "beam_group", "finished_reason", "full_untruncated_fill_ids", "time_stats"),
+    *read("sglang.srt.managers.schedule_batch:FINISH_ABORT", "to_json"),
+    *read("sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator", "available_size"),
+    *read("sglang.srt.mem_cache.base_prefix_cache:BasePrefixCache", "evictable_size"),
+)
+"""What a plan is made of, and carried out with."""
+
+EDGE = (
+    Seam(
+        "sglang.srt.entrypoints.http_server:launch_server",
+        Use.PATCH,
+        "(server_args, init_tokenizer_manager_func=..., run_scheduler_process_func=..., "
+        "run_detokenizer_process_func=..., execute_warmup_func=..., launch_callback=...)",
+        wraps=True,
+    ),
+    Seam("sglang.srt.entrypoints.http_server:app", Use.READ),
+)
+"""Where requests come in."""

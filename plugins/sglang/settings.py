@@ -13,34 +13,19 @@ from typing import Any
 
 import msgspec
 
+from penstock.plugins.askers import DIGEST_PREFIX, digest_of
 from penstock.plugins.configuration import NAMESPACE, ConfigurationError, convert, merge, section
 from penstock.schedulers.config import SchedulerConfig
 
 VARIABLE = "PENSTOCK_CONFIG"
 FLAG = "--penstock-config"
 SECTIONS = ("scheduler", "flowkv")
-POLICIES = ("dlpm", "vtc")
+POLICIES = ("dlpm", "vtc", "slo")
 """Of ours. SGLang has an ``lpm`` and an ``fcfs`` of its own, which stay what they are."""
 STOCK_POLICY = "fcfs"
 """What SGLang takes if nothing is said; our policies say the same without a client's name."""
-USED = frozenset(
-    {
-        "policy",
-        "quantum_tokens",
-        "extend_weight",
-        "output_weight",
-        "first_output_tokens",
-        "ageing_tokens_per_s",
-        "hit_refreshes_per_step",
-        "client_idle_s",
-        "max_clients",
-        "newcomers_per_refill",
-        "longest_client_id",
-        "weights",
-        "unnamed_by_arrival",
-    }
-)
-"""Keys of ``SchedulerConfig`` that do something here."""
+UNUSED = frozenset({"speculation"})
+"""Keys of ``SchedulerConfig`` that do nothing here."""
 
 
 def parse(source: str, text: str) -> dict[str, Any]:
@@ -88,9 +73,14 @@ def scheduler_config(given: Mapping[str, Any], *, flag: str | None = None) -> Sc
             "SGLang's own policies are values of --schedule-policy"
         )
     for key in merged:
-        if key not in USED:
+        if key in UNUSED:
             raise ConfigurationError(f"scheduler.{key}: does nothing on SGLang yet; leave it out")
     return config
+
+
+def judges_at_the_edge(config: SchedulerConfig) -> bool:
+    """Whether headers or API keys say who asks, so that the server has to look at them."""
+    return config.trust_headers or bool(config.clients)
 
 
 def inherited() -> dict[str, Any]:
@@ -101,6 +91,16 @@ def inherited() -> dict[str, Any]:
     """
     text = os.environ.get(VARIABLE, "")
     return parse(VARIABLE, text) if text else {}
+
+
+def settled(config: SchedulerConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` with the policy that was settled on, and digests for API keys: an environment can be read."""
+    ours = {**section({NAMESPACE: given}, "scheduler"), "policy": config.policy}
+    if config.clients:
+        ours["clients"] = {
+            DIGEST_PREFIX + digest_of(key).hex(): client for key, client in ours["clients"].items()
+        }
+    return {**given, "scheduler": ours}
 
 
 def hand_on(given: Mapping[str, Any]) -> None:
@@ -131,8 +131,36 @@ def require_supported(settings: Any, config: SchedulerConfig) -> None:
         raise ConfigurationError(
             f"{policy} contradicts --disaggregation-mode; a P/D pair keeps SGLang's order"
         )
+    if config.policy == "slo":
+        _require_planned(settings, policy)
+    if judges_at_the_edge(config):
+        _require_python_server(settings)
     for name, flag in (("tp_size", "--tp-size"), ("pp_size", "--pp-size")):
         if (size := getattr(settings, name)) != 1:
             raise ConfigurationError(
                 f"{flag}: given {size} beside {policy}, allowed: 1, as every rank keeps a clock of its own"
             )
+
+
+def _require_planned(settings: Any, policy: str) -> None:
+    """Refuse what a plan of tokens cannot stand on."""
+    if (size := settings.chunked_prefill_size) is not None and size <= 0:
+        raise ConfigurationError(
+            f"--chunked-prefill-size: given {size} beside {policy}, allowed: more than 0, as it plans chunks"
+        )
+    if settings.speculative_algorithm is not None:
+        raise ConfigurationError(
+            f"{policy} contradicts --speculative-algorithm; it plans a token a step for each request"
+        )
+
+
+def _require_python_server(settings: Any) -> None:
+    """Refuse front ends that run without plugins: nobody would look at headers there."""
+    what = "scheduler.trust_headers and scheduler.clients"
+    if (number := settings.tokenizer_worker_num) != 1:
+        raise ConfigurationError(
+            f"--tokenizer-worker-num: given {number} beside {what}, allowed: 1, "
+            "as SGLang loads no plugins in others"
+        )
+    if os.environ.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true"):
+        raise ConfigurationError(f"SGLANG_RUST_SERVER contradicts {what}; its server loads no plugins")

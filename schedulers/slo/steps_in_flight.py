@@ -12,14 +12,12 @@ MOST_IN_FLIGHT = 64
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """One step of the model, by the object that the engine knows it by; ``as_before`` serves the same
-    requests as the one before it, a token each."""
+    """One step of the model, by the object that the engine knows it by."""
 
     output: object
     features: StepFeatures
     predicted_s: float
     scheduled_s: float
-    as_before: bool
 
 
 class StepsInFlight:
@@ -32,18 +30,10 @@ class StepsInFlight:
     def __len__(self) -> int:
         return len(self._flights)
 
-    def begin(
-        self,
-        output: object,
-        features: StepFeatures,
-        predicted_s: float,
-        now_s: float,
-        *,
-        as_before: bool = False,
-    ) -> None:
+    def begin(self, output: object, features: StepFeatures, predicted_s: float, now_s: float) -> None:
         """A step was scheduled. One without tokens runs no model and is not followed."""
         if features.tokens:
-            self._flights.append(Flight(output, features, predicted_s, now_s, as_before))
+            self._flights.append(Flight(output, features, predicted_s, now_s))
 
     def end(self, output: object, now_s: float) -> tuple[Flight, float] | None:
         """The step of ``output`` came back; returns it with its seconds, from the end of the one before.

@@ -11,6 +11,8 @@ import httpx
 import pytest
 
 from penstock.plugins.askers import digest_of
+from penstock.plugins.sglang import asker_middleware as sglang_middleware
+from penstock.plugins.sglang.settings import VARIABLE
 from penstock.plugins.vllm.asker_middleware import AskerMiddleware
 
 CLIENT = "x-llm-d-inference-fairness-id"
@@ -262,3 +264,70 @@ async def test_a_client_that_left_is_not_answered():
 def test_a_digest_and_its_key_are_one():
     assert digest_of("key-b") == digest_of(f"sha256:{DIGEST}") == digest_of(f"sha256:{DIGEST.upper()}")
     assert digest_of("sha256:short") == hashlib.sha256(b"sha256:short").digest()
+
+
+class SglangSite(Site):
+    """The same behind the middleware of SGLang's server."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, scheduler: dict[str, Any]) -> None:
+        super().__init__()
+        monkeypatch.setenv(VARIABLE, json.dumps({"scheduler": scheduler}))
+        self.middleware = sglang_middleware.AskerMiddleware(self.serve)
+
+    async def put(self, path: str, body: Any, headers: dict[str, str]) -> Any:
+        """What arrived of a PUT."""
+        transport = httpx.ASGITransport(app=self)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            answer = await client.put(path, content=json.dumps(body).encode(), headers=headers)
+        assert answer.status_code == 200, answer.text
+        return json.loads(self.seen[-1][1])
+
+
+GOLD = {"clients": {"key": {"client": "gold", "weight": 4}}}
+MALLORY = {"custom_params": {"client_id": "gold", "mine": 1}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "found"),
+    [
+        ("/generate", {"text": "x"}, lambda body: body["sampling_params"]["custom_params"]),
+        ("/generate", {"sampling_params": MALLORY}, lambda body: body["sampling_params"]["custom_params"]),
+        (
+            "/generate",
+            {"sampling_params": [{"n": 1}, MALLORY]},
+            lambda body: body["sampling_params"][1]["custom_params"],
+        ),
+        ("/v1/completions", MALLORY, lambda body: body["custom_params"]),
+        ("/v1/chat/completions", {"messages": []}, lambda body: body["custom_params"]),
+        (
+            "/vertex_generate",
+            {"instances": [], "parameters": {"sampling_params": MALLORY}},
+            lambda body: body["parameters"]["sampling_params"]["custom_params"],
+        ),
+    ],
+)
+async def test_on_sglang_a_key_says_who_asks_and_a_request_does_not(monkeypatch, path, body, found):
+    for method in (None, "put"):
+        site = SglangSite(monkeypatch, GOLD)
+        for key, client in (("key", "gold"), ("other", None)):
+            if method == "put":
+                arrived = await site.put(path, body, bearer(key))
+            else:
+                await site.post(body, path=path, headers=bearer(key))
+                arrived = json.loads(site.seen[-1][1])
+            if client is None:
+                assert "gold" not in json.dumps(arrived)
+            else:
+                assert found(arrived)["client_id"] == client
+                assert found(arrived)["weight"] == 4
+
+
+async def test_on_sglang_a_field_of_another_type_is_refused_by_name(monkeypatch):
+    site = SglangSite(monkeypatch, {"trust_headers": True})
+    for body, field in (
+        ({"sampling_params": 5}, "sampling_params"),
+        ({"sampling_params": {"custom_params": [1]}}, "custom_params"),
+    ):
+        answer = await site.post(body, path="/generate")
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == field

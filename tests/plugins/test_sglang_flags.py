@@ -8,6 +8,7 @@ from argparse import ArgumentParser, Namespace
 
 import pytest
 
+from penstock.plugins.askers import digest_of
 from penstock.plugins.configuration import ConfigurationError
 from penstock.plugins.sglang import flags
 from penstock.plugins.sglang.flowkv_settings import POST_CAPTURE, RELEASE_TIMEOUT, flowkv_config
@@ -44,8 +45,10 @@ def clean(monkeypatch):
 def applied(monkeypatch) -> list[str]:
     calls: list[str] = []
 
-    def apply(*, scheduler: bool, transfers: bool) -> None:
-        calls.extend(name for name, asked in (("applied", scheduler), ("flowkv", transfers)) if asked)
+    def apply(config, *, transfers: bool) -> None:
+        calls.extend(
+            name for name, asked in (("applied", config is not None), ("flowkv", transfers)) if asked
+        )
 
     monkeypatch.setattr(flags, "_apply", apply)
     return calls
@@ -70,6 +73,8 @@ def parsed(*words: str) -> Namespace:
         parser.add_argument("--speculative-algorithm")
         for name in SWITCHES:
             parser.add_argument(f"--{name}", action="store_true")
+        parser.add_argument("--chunked-prefill-size", type=int)
+        parser.add_argument("--tokenizer-worker-num", type=int, default=1)
         parser.add_argument("--tp-size", type=int, default=1)
         parser.add_argument("--pp-size", type=int, default=1)
 
@@ -126,8 +131,8 @@ def test_a_file_says_the_same_as_its_text(applied, tmp_path):
         (["--penstock-config", config(polciy="vtc")], "did you mean policy?"),
         (["--penstock-config", config(policy="lpm")], "scheduler.policy: given 'lpm', allowed on SGLang"),
         (
-            ["--penstock-config", config(trust_headers=True)],
-            "scheduler.trust_headers: does nothing on SGLang",
+            ["--penstock-config", config(speculation={})],
+            "scheduler.speculation: does nothing on SGLang",
         ),
         (["--schedule-policy", "dlpm", "--penstock-config", config(policy="vtc")], "give it once"),
         (["--schedule-policy", "lpm", "--penstock-config", config()], "contradicts --schedule-policy lpm"),
@@ -135,6 +140,13 @@ def test_a_file_says_the_same_as_its_text(applied, tmp_path):
         (["--schedule-policy", "dlpm", "--lora-drain-wait-threshold", "1"], "--lora-drain-wait-threshold"),
         (["--schedule-policy", "dlpm", "--dllm-algorithm", "any"], "--dllm-algorithm"),
         (["--schedule-policy", "dlpm", "--disaggregation-mode", "decode"], "--disaggregation-mode"),
+        (["--schedule-policy", "slo", "--chunked-prefill-size", "-1"], "--chunked-prefill-size: given -1"),
+        (["--schedule-policy", "slo", "--speculative-algorithm", "NGRAM"], "--speculative-algorithm"),
+        (
+            ["--penstock-config", config(trust_headers=True), "--tokenizer-worker-num", "2"],
+            "--tokenizer-worker-num: given 2",
+        ),
+        (["--penstock-config", config(policy="slo", slo={"pace": "slow"})], "scheduler.slo.pace"),
         (["--schedule-policy", "dlpm", "--tp-size", "2"], "--tp-size: given 2"),
         (["--schedule-policy", "dlpm", "--pp-size", "2"], "--pp-size: given 2"),
     ],
@@ -200,3 +212,21 @@ def test_a_refusal_is_one_line_and_an_exit(applied, capsys):
         )
     assert ended.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_keys_of_clients_reach_children_as_digests_only(applied):
+    key = "a-secret-key"
+    flags.join(parsed("--penstock-config", config(clients={key: {"client": "gold"}})))
+    assert key not in os.environ[VARIABLE]
+    found = scheduler_config(inherited())
+    assert found is not None
+    ((name, client),) = found.clients.items()
+    assert (digest_of(name), client.client) == (digest_of(key), "gold")
+
+
+def test_an_embedded_server_without_plugins_is_refused_where_headers_count(applied, monkeypatch):
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    flags.join(parsed("--schedule-policy", "dlpm"))
+    monkeypatch.setenv(VARIABLE, "")
+    with pytest.raises(ConfigurationError, match="SGLANG_RUST_SERVER"):
+        flags.join(parsed("--penstock-config", config(trust_headers=True)))

@@ -235,6 +235,23 @@ def test_one_that_left_without_being_served_is_forgotten_and_its_name_may_come_a
     assert len(engine.passes) == 0
 
 
+def test_the_client_that_has_had_the_most_stands_behind():
+    engine = Engine("vtc")
+    few, many = requests("few", 1, prompt=20)[0], requests("many", 1, prompt=80)[0]
+    engine.come(few, many)
+    engine.step(budget=200)
+    assert engine.passes.place(few) < engine.passes.place(many)
+
+
+def test_a_share_that_changes_counts_for_requests_that_wait_already():
+    engine = Engine("vtc")
+    engine.come(*requests("gold", 6, prompt=50), *requests("plain", 6, prompt=50))
+    engine.passes.begin(engine.waiting)
+    engine.passes.reweigh("gold", 4.0)
+    engine.drain()
+    assert [rid[0] for rid in engine.served[:6]].count("g") == 5
+
+
 def test_later_walks_see_a_plain_list():
     engine = Engine("vtc")
     engine.come(*requests("a", 3))

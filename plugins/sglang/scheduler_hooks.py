@@ -1,0 +1,125 @@
+"""What SGLang's scheduler asks and tells a policy of ours, called around its own methods."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.io_struct import SetInternalStateReqOutput
+
+from penstock.plugins.configuration import ConfigurationError
+from penstock.plugins.sglang.features import scheduler_feature
+from penstock.plugins.sglang.hooks import confirm
+from penstock.plugins.sglang.installation import upstream
+from penstock.plugins.sglang.policy import PassPolicy
+from penstock.plugins.sglang.request_scheduler import OrderedPolicy
+from penstock.plugins.sglang.runtime_changes import PREFIX
+from penstock.plugins.sglang.settings import (
+    STOCK_POLICY,
+    inherited,
+    require_supported,
+    scheduler_config,
+)
+from penstock.plugins.sglang.slo_policy import PlannedPolicy
+from penstock.schedulers.config import SchedulerConfig
+from penstock.schedulers.waiting import Clock
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+_policies: list[PassPolicy] = []
+"""The one of this process, once it has a scheduler: batches do not know theirs."""
+
+
+def init_schedule_policy(original: Callable[[Any], None], scheduler: Any) -> None:
+    """Around ``Scheduler.init_schedule_policy``.
+
+    Raises:
+        ConfigurationError: settings that were given from Python contradict the policy.
+        FeatureError: SGLang did not apply the other hooks.
+    """
+    config = scheduler_config(inherited())
+    assert config is not None
+    confirm(scheduler_feature(config).hooks)
+    require_supported(scheduler.server_args, config)
+    scheduler.schedule_policy = STOCK_POLICY
+    original(scheduler)
+    install_policy(scheduler, config)
+    upstream().logger.info("penstock: waiting requests are ordered by %s", config.policy)
+
+
+def install_policy(scheduler: Any, config: SchedulerConfig, clock: Clock = time.monotonic) -> None:
+    """Give a scheduler the policy of ``config``; a simulation passes its own ``clock``."""
+    kind: type[PlannedPolicy | OrderedPolicy] = PlannedPolicy if config.policy == "slo" else OrderedPolicy
+    scheduler.schedule_policy = config.policy
+    scheduler.policy = kind(scheduler, config, clock)
+    _policies[:] = [scheduler.policy]
+
+
+def get_prefill_adder_class(original: Callable[[Any], type], scheduler: Any) -> type:
+    """Around ``Scheduler.get_prefill_adder_class``."""
+    policy: PassPolicy = scheduler.policy
+    return policy.adder_class(original(scheduler))
+
+
+def process_batch_result(
+    original: Callable[..., Any], scheduler: Any, batch: ScheduleBatch, result: Any, *args: Any
+) -> Any:
+    """Around ``Scheduler.process_batch_result``."""
+    found = original(scheduler, batch, result, *args)
+    scheduler.policy.came_back(batch, result)
+    return found
+
+
+def on_idle(original: Callable[[Any], Any], scheduler: Any) -> Any:
+    """Around ``Scheduler.on_idle``, which may sleep until a request comes."""
+    scheduler.policy.idle()
+    return original(scheduler)
+
+
+def should_defer_prefill(original: Callable[..., bool], scheduler: Any, running_batch: ScheduleBatch) -> bool:
+    """Around ``Scheduler._should_defer_prefill``: SGLang's own reasons come first."""
+    return original(scheduler, running_batch) or scheduler.policy.defers_prefill(running_batch)
+
+
+def run_batch(original: Callable[..., Any], scheduler: Any, batch: ScheduleBatch, *args: Any) -> Any:
+    """Around ``Scheduler.run_batch``."""
+    began_s = scheduler.policy.clock()
+    result = original(scheduler, batch, *args)
+    scheduler.policy.launched(batch, result, began_s)
+    return result
+
+
+def retraction_order(original: Callable[[list[Req]], list[int]], requests: list[Req]) -> list[int]:
+    """Around ``ScheduleBatch._get_decode_retraction_order``: places, the last of which is thrown out first.
+    Requests that stand alike keep SGLang's order."""
+    places = original(requests)
+    if _policies:
+        (policy,) = _policies
+        places.sort(key=lambda place: policy.retraction_place(requests[place]))
+    return places
+
+
+def set_internal_state(original: Callable[[Any, Any], Any], controller: Any, request: Any) -> Any:
+    """Around ``SchedulerInternalStateController.set_internal_state``: all changes are made, or none."""
+    given = request.server_args
+    ours = {key: value for key, value in given.items() if key.startswith(PREFIX)}
+    if not ours:
+        return original(controller, request)
+    policy: PassPolicy = controller.scheduler.policy
+    logger = upstream().logger
+    try:
+        policy.changed(ours)
+    except ConfigurationError as error:
+        logger.warning("penstock: %s", error)
+        return SetInternalStateReqOutput(updated=False)
+    rest = {key: value for key, value in given.items() if key not in ours}
+    if rest:
+        request.server_args = rest
+        answer = original(controller, request)
+        if not answer.updated:
+            return answer
+    policy.change(ours)
+    logger.info("penstock: from now on %s", ", ".join(f"{key} is {value:g}" for key, value in ours.items()))
+    return SetInternalStateReqOutput(updated=True)

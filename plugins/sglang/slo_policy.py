@@ -1,0 +1,264 @@
+"""SGLang's passes under the SLO planner.
+
+A pass of SGLang computes prompts, or a token of every running request, or with ``--enable-mixed-chunk`` both.
+The plan of one step is carried out in one mixed pass, or in a pass of prompts and one of decodes if the plan
+has both. A plan decides whether a pass takes prompts at all, who comes in, and how many tokens the prompts
+get; which of the running requests decode is not for it to choose. While no live request has a target there is
+no plan, and every pass is stock's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.mem_cache.common import match_kv_cache
+
+from penstock.patches.slo_gauges import slo_gauges
+from penstock.plugins.sglang.policy import PassPolicy
+from penstock.plugins.sglang.slo_adder import planned
+from penstock.plugins.sglang.slo_records import Records
+from penstock.schedulers.config import SchedulerConfig
+from penstock.schedulers.slo.plan import PASSIVE, Plan
+from penstock.schedulers.slo.planner import Planner
+from penstock.schedulers.slo.requests import Limits, Running
+from penstock.schedulers.slo.step_time import StepFeatures
+from penstock.schedulers.slo.steps_in_flight import Flight, StepsInFlight
+from penstock.schedulers.slo.totals import SLOTotals
+from penstock.schedulers.waiting import Clock
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+PASSIVE_STEPS = 8
+"""While nobody has targets the time of one pass in so many is learned from."""
+NO_LIMITS = Limits(step_tokens=0, running_requests=0)
+
+
+class PlannedPolicy(PassPolicy):
+    """A ``PassPolicy`` over a ``Planner``."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        config: SchedulerConfig,
+        clock: Clock = time.monotonic,
+        planner: Planner | None = None,
+    ) -> None:
+        super().__init__(scheduler, config, clock)
+        self.planner = planner or Planner(config.slo)
+        self.records = Records(config, self.asking, clock)
+        self.totals = SLOTotals(self.planner, config.slo.tiers_s)
+        self.plan: Plan = PASSIVE
+        self.prompt_tokens: int | None = None
+        """What the prompts of the pass may have; None leaves it to SGLang."""
+        self._waiting: dict[str, Req] = {}
+        self._steps = StepsInFlight()
+        self._owes_decodes = self._awaits_launch = False
+        # On a CPU the model has run when SGLang has launched it; on a virtual clock no time passed.
+        self._launch_is_run = scheduler.device == "cpu" and clock is time.monotonic
+        self.publish(self.totals, slo_gauges)
+
+    def defers_prefill(self, running_batch: ScheduleBatch) -> bool:
+        now_s = self.clock()
+        self.plan, self.prompt_tokens = PASSIVE, None
+        self._meet(self.scheduler.waiting_queue)
+        if not self.records.with_targets:
+            self.planner.plan(now_s, (), 0, NO_LIMITS)
+            self._owes_decodes = self._awaits_launch = False
+            return False
+        if self._awaits_launch:
+            # The pass that was planned held nothing: this one is SGLang's own.
+            self._awaits_launch = False
+            self.totals.yielded_steps += 1
+            return False
+        if self._owes_decodes:
+            self._owes_decodes = False
+            return bool(running_batch.reqs)
+        return self._decide(now_s, running_batch)
+
+    def _decide(self, now_s: float, running_batch: ScheduleBatch) -> bool:
+        """Make a plan; True if it has no prompts."""
+        chunked = self.scheduler.chunked_req
+        in_flight = self._in_flight()
+        self._forget_beside({*self._waiting.values(), *running_batch.reqs, *in_flight, chunked})
+        decodes = self.records.decoding(running_batch.reqs, in_flight - {chunked})
+        running = decodes if chunked is None else [*decodes, self.records.chunked(chunked)]
+        limits = self._limits(now_s, decodes)
+        plan = self.planner.plan(now_s, running, self._free_kv_tokens(), limits)
+        if plan.preempt:
+            self._throw_out(frozenset(plan.preempt), running_batch)
+        decoding = {request.request_id for request in decodes}
+        prompt_tokens = sum(tokens for name, tokens in plan.caps.items() if name not in decoding)
+        self._awaits_launch = True
+        if not prompt_tokens and decodes:
+            return True
+        if prompt_tokens:
+            page = self.scheduler.page_size
+            self.plan, self.prompt_tokens = plan, -(-prompt_tokens // page) * page
+            self._owes_decodes = not self.scheduler.is_mixed_chunk and not decoding.isdisjoint(plan.caps)
+        return False
+
+    def _limits(self, now_s: float, decodes: list[Running]) -> Limits:
+        """What the pass may hold. Where decodes have a pass of their own after the prompts', that is so much
+        less time until they are due."""
+        tokens, left_s = self.scheduler.chunked_prefill_size, self._steps.left_s(now_s)
+        if decodes and not self.scheduler.is_mixed_chunk:
+            context = sum(request.computed_tokens for request in decodes)
+            left_s += self.planner.model.seconds(StepFeatures(len(decodes), len(decodes), context))
+            tokens += len(decodes)
+        seats = self.scheduler.max_running_requests
+        return Limits(step_tokens=tokens, running_requests=seats, in_flight_s=left_s)
+
+    def _in_flight(self) -> set[Req]:
+        """Requests of batches that were launched and have not come back."""
+        queue = getattr(self.scheduler, "result_queue", ())
+        return {request for batch, _ in queue for request in batch.reqs}
+
+    def _free_kv_tokens(self) -> int:
+        allocator = self.scheduler.token_to_kv_pool_allocator
+        return int(allocator.available_size() + self.tree_cache.evictable_size())
+
+    def _throw_out(self, names: frozenset[str], batch: ScheduleBatch) -> None:
+        """Retract as SGLang does when memory runs out."""
+        keep: list[int] = []
+        thrown: list[int] = []
+        for place, request in enumerate(batch.reqs):
+            out = request.rid in names and not request.finished() and request.beam_group is None
+            (thrown if out else keep).append(place)
+        requests = [batch.reqs[place] for place in thrown]
+        for place in thrown:
+            batch.release_req(place, len(keep))
+        batch.filter_batch(keep_indices=keep)
+        batch.batch_is_full = False
+        for request in requests:
+            self.scheduler._add_request_to_queue(request, is_retracted=True)
+
+    def begin(self, waiting: list[Req]) -> Callable[[], Iterator[Req]] | None:
+        return self._picks if self.plan.active else None
+
+    def _picks(self) -> Iterator[Req]:
+        # Some are taken from those that wait as the walk goes on.
+        for name in self.plan.waiting:
+            if (request := self._waiting.get(name)) is not None:
+                yield request
+
+    def adding(self, adder: type) -> type:
+        """``adder``, within the plan of the pass."""
+        return planned(adder, self)
+
+    def admitted(self, request: Req) -> None:
+        """A waiting request is in the batch that is being made."""
+        name = request.rid
+        if self._waiting.get(name) is request:
+            del self._waiting[name]
+            self.planner.backlog.remove(name)
+
+    def chunk_limit(self, request: Req) -> int | None:
+        """Tokens that the request that goes on in chunks may have, a page at least: SGLang never passes it
+        over. None leaves it to SGLang."""
+        if not self.plan.active:
+            return None
+        page = self.scheduler.page_size
+        return max(1, -(-self.plan.caps.get(request.rid, 0) // page)) * page
+
+    def launched(self, batch: ScheduleBatch, result: Any, began_s: float) -> None:
+        self._awaits_launch = False
+        mode = batch.forward_mode
+        if not (mode.is_extend() or mode.is_decode()):
+            return
+        if mode.is_decode():
+            self._owes_decodes = False
+        if self.records.with_targets or not self.planner.counters.plans % PASSIVE_STEPS:
+            features = features_of(batch)
+            self._steps.begin(result, features, self.planner.model.seconds(features), began_s)
+            if self._launch_is_run:
+                self._learn(self._steps.end(result, self.clock()))
+
+    def came_back(self, batch: ScheduleBatch, result: Any) -> None:
+        now_s = self.clock()
+        self._learn(self._steps.end(result, now_s))
+        self.records.produced(batch.reqs, now_s)
+        for request in batch.reqs:
+            if request.finished():
+                self._ended(request)
+        super().came_back(batch, result)
+
+    def _learn(self, ended: tuple[Flight, float] | None) -> None:
+        if ended is not None:
+            flight, seconds = ended
+            self.planner.observe_step(flight.features, seconds)
+            self.totals.stepped(flight.predicted_s, seconds)
+
+    def idle(self) -> None:
+        scheduler = self.scheduler
+        if not scheduler.waiting_queue and not scheduler.running_batch.reqs:
+            self._meet([])
+            self._forget_beside({scheduler.chunked_req, *self._in_flight()})
+        super().idle()
+
+    def _meet(self, queue: list[Req]) -> None:
+        """Who came to the waiting requests, and who left them without being served."""
+        if len(queue) == len(self._waiting) and all(self._waiting.get(r.rid) is r for r in queue):
+            return
+        here = set(queue)
+        for request in [request for request in self._waiting.values() if request not in here]:
+            self._leave(request)
+        for request in queue:
+            name = request.rid
+            if self._waiting.get(name) is not request:
+                self._waiting[name] = request
+                self.planner.arrive(self.records.waiting(request, self._cached_tokens(request)))
+
+    def _cached_tokens(self, request: Req) -> int:
+        """What the prefix cache holds of a prompt. Without targets it is not asked: it changes no order."""
+        if self.records.of(request).running.targets is None or getattr(self.tree_cache, "disable", True):
+            return 0
+        match_kv_cache(request, self.tree_cache)
+        return int(request.num_matched_prefix_tokens)
+
+    def _leave(self, request: Req) -> None:
+        name = request.rid
+        if self._waiting.get(name) is request:
+            del self._waiting[name]
+        if self.records.close(request) is not None:
+            self.planner.leave(name)
+
+    def _ended(self, request: Req) -> None:
+        record = self.records.close(request)
+        if record is None:
+            return
+        if isinstance(request.finished_reason, FINISH_ABORT):
+            self.planner.leave(request.rid)
+            return
+        self.totals.ended(record, len(request.origin_input_ids) + len(request.output_ids))
+        self.planner.observe_finish(request.rid, record.running.class_name, len(request.output_ids))
+
+    def _forget_beside(self, live: set[Req | None]) -> None:
+        """Requests that SGLang gave up without a pass: the last ones of a full cache, for example."""
+        live.discard(None)
+        if len(self.records) > len(live):
+            for request in self.records.beside(live):
+                self._leave(request)
+
+    def retraction_place(self, request: Req) -> tuple[float, float]:
+        """Best effort goes first, the last to come before the others."""
+        running = self.records.of(request).running
+        return (0.0, 0.0) if running.targets is not None else (1.0, running.arrival_s)
+
+    def check_integrity(self, live: set[Req]) -> None:
+        """Assert that planner, records and SGLang's lists agree between passes."""
+        assert all(name in self.planner.backlog for name in self._waiting)
+        self.planner.check_integrity()
+        self.records.check_integrity(live)
+
+
+def features_of(batch: ScheduleBatch) -> StepFeatures:
+    """What a batch computes."""
+    requests = len(batch.reqs)
+    if batch.forward_mode.is_decode():
+        context = sum(len(request.origin_input_ids) + len(request.output_ids) for request in batch.reqs)
+        return StepFeatures(requests, requests, context)
+    return StepFeatures(int(batch.extend_num_tokens or 0), requests, sum(batch.prefix_lens or ()))
