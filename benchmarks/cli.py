@@ -11,6 +11,7 @@ BENCHES = {
     "flowkv": "penstock.benchmarks.flowkv:bench",
     "needle": "penstock.benchmarks.needle.bench:bench",
     "scheduler": "penstock.benchmarks.scheduler:bench",
+    "sglang-dlpm": "penstock.benchmarks.sglang_dlpm:bench",
     "sglang-flowkv": "penstock.benchmarks.sglang_flowkv:bench",
     "slo": "penstock.benchmarks.slo:bench",
     "slo-replan": "penstock.benchmarks.slo_replan:bench",

@@ -83,8 +83,9 @@ def measure(task: Task) -> Outcome:
 class DeficitWatch:
     """Follows the standing of every client that a policy with ``WaitingOrder.clients`` remembers."""
 
-    def __init__(self, scheduler: Any) -> None:
-        self._order = getattr(scheduler.waiting, "order", None)
+    def __init__(self, order: Any) -> None:
+        """``order`` is that policy, or None for one that remembers nobody."""
+        self._order = order
         self.low, self.high = math.inf, -math.inf
 
     def stepped(self, step: Step) -> None:
@@ -111,8 +112,16 @@ def run_case(case: Case, policy: Policy, seed: int, step_time: StepTime) -> Outc
         additional_config=policy.additional_config,
     )
     engine = VllmEngine(shape, make if policy.scheduler_cls == STOCK else partial(make, clock=clock))
-    meter, watch = FairnessMeter(case.clients), DeficitWatch(engine.scheduler)
+    watch = DeficitWatch(getattr(engine.scheduler.waiting, "order", None))
+    meter = FairnessMeter(case.clients)
     result = Simulation(engine, case.make(seed), step_time, clock, (meter, watch)).run()
+    return outcome_of(case, policy, result, meter, watch)
+
+
+def outcome_of(
+    case: Case, policy: Policy, result: Result, meter: FairnessMeter, watch: DeficitWatch
+) -> Outcome:
+    """What a run gave, and which checks it failed."""
     waits = [
         time for name, times in ttfts(result.served).items() if name not in case.unruly for time in times
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -164,7 +163,7 @@ class Order:
 
 
 def watch_of(*clients):
-    watch = DeficitWatch(SimpleNamespace(waiting=SimpleNamespace(order=Order(*clients))))
+    watch = DeficitWatch(Order(*clients))
     watch.stepped(None)
     return watch
 
@@ -178,7 +177,7 @@ def test_charges_that_differ_from_what_was_served_are_faults():
     assert len(balanced([served()], watch_of(service(extend=20)))) == 1
     assert len(balanced([served()], watch_of(service(output=3)))) == 1
     assert len(balanced([served()], watch_of(service(client="y")))) == 1
-    assert balanced([served()], DeficitWatch(SimpleNamespace(waiting=[]))) == []
+    assert balanced([served()], DeficitWatch(None)) == []
 
 
 @pytest.mark.parametrize(("standing", "good"), [(2000, True), (2001, False), (-29, True), (-30, False)])

@@ -1,0 +1,113 @@
+"""SGLang's real scheduler on a virtual clock: who is served in time, and who is retracted."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "sglang_stepped.py"
+TTFT_S, TPOT_S = 0.5, 0.1
+PROMPT, OUTPUT, LONG = 200, 50, 6000
+SLO = {"policy": "slo", "slo": {"profile": "a100-7b"}}
+ROOMY = {"kv_tokens": 100_000, "chunked_prefill_size": 2048}
+TIGHT = {"kv_tokens": 14_000, "chunked_prefill_size": 2048}
+
+# Ten long prompts without targets are there first; people who talk come one after the other.
+LONG_PROMPTS = [[f"long{n}", 0.0, LONG, 20, None, None] for n in range(10)]
+CHATS = [[f"chat{n}", 0.05 + 0.06 * n, PROMPT, OUTPUT, 1e3 * TTFT_S, 1e3 * TPOT_S] for n in range(40)]
+ASKS = LONG_PROMPTS + CHATS
+NO_TARGETS = [[*row[:4], None, None] for row in ASKS]
+
+RUNS = {
+    "stock": {"section": None, "shape": ROOMY, "asks": ASKS},
+    "slo": {"section": SLO, "shape": ROOMY, "asks": ASKS},
+    "slo, mixed": {"section": SLO, "shape": {**ROOMY, "mixed_chunk": True}, "asks": ASKS},
+    "slo, little memory": {"section": SLO, "shape": TIGHT, "asks": ASKS},
+    "slo, pages": {"section": SLO, "shape": {**ROOMY, "more": {"page_size": 16}}, "asks": ASKS},
+    "slo, no targets": {"section": SLO, "shape": ROOMY, "asks": NO_TARGETS},
+}
+# Eighteen requests that are let in at once, and memory for two thirds of what they generate.
+CROWDED = {"kv_tokens": 1500, "chunked_prefill_size": 2048, "more": {"schedule_conservativeness": 0.01}}
+FLOOD = [[f"flood-{n}", 0.0, 20, 100, None, None] for n in range(16)]
+LIGHT = [[f"light-{n}", 0.0, 20, 100, None, None] for n in range(2)]
+for name, section in (("crowded", None), ("dlpm, crowded", {"policy": "dlpm", "quantum_tokens": 100})):
+    RUNS[name] = {"section": section, "shape": CROWDED, "asks": FLOOD + LIGHT}
+PLANNED = [name for name in RUNS if name.startswith("slo")]
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        input=json.dumps(list(RUNS.values())),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(zip(RUNS, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+def chats(run: dict[str, Any]) -> list[list[float]]:
+    return [one["came"] for name, one in run["requests"].items() if name.startswith("chat")]
+
+
+def attained(run: dict[str, Any]) -> int:
+    in_time = [
+        came[0] <= TTFT_S and (came[-1] - came[0]) / (len(came) - 1) <= 1.05 * TPOT_S for came in chats(run)
+    ]
+    return sum(in_time)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_request_ends_with_all_its_tokens_and_is_forgotten(runs, name):
+    asked = {row[0]: row[3] for row in RUNS[name]["asks"]}
+    assert {rid: len(one["came"]) for rid, one in runs[name]["requests"].items()} == asked
+    assert runs[name].get("left", 0) == 0
+
+
+@pytest.mark.parametrize("name", ["slo", "slo, mixed", "slo, pages"])
+def test_targets_are_met_that_stock_misses(runs, name):
+    assert attained(runs["stock"]) < 10
+    assert attained(runs[name]) == len(CHATS)
+    (tier,) = [row for row in runs[name]["counted"]["tiers"].values() if row[0]]
+    assert tier[:2] == [len(CHATS)] * 2
+
+
+def test_long_prompts_without_targets_are_not_starved(runs):
+    # The same work takes longer in smaller pieces, but not much.
+    assert runs["slo, mixed"]["makespan"] < 1.1 * runs["stock"]["makespan"]
+    assert runs["slo"]["makespan"] < 1.5 * runs["stock"]["makespan"]
+
+
+def test_with_memory_for_few_most_targets_are_met(runs):
+    assert attained(runs["slo, little memory"]) > len(CHATS) / 2
+
+
+def test_without_targets_every_token_comes_when_it_does_in_stock(runs):
+    found = [one["came"] for one in runs["slo, no targets"]["requests"].values()]
+    assert found == [one["came"] for one in runs["stock"]["requests"].values()]
+    counted = runs["slo, no targets"]["counted"]["totals"]
+    assert counted["plans"] == counted["passive_plans"] > 0
+
+
+@pytest.mark.parametrize("name", PLANNED[:2])
+def test_step_times_are_learned_from_passes(runs, name):
+    assert runs[name]["counted"]["totals"]["step_time_error_median"] < 0.05
+    assert statistics.median(came[0] for came in chats(runs[name])) < TTFT_S
+
+
+def test_the_client_that_has_had_the_most_is_retracted_first(runs):
+    def preempted(run: dict[str, Any], client: str) -> int:
+        return sum(one["preemptions"] for rid, one in run["requests"].items() if rid.startswith(client))
+
+    assert preempted(runs["crowded"], "light") > 0
+    assert preempted(runs["dlpm, crowded"], "light") == 0
+    assert preempted(runs["dlpm, crowded"], "flood") > 0

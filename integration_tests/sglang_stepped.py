@@ -1,0 +1,79 @@
+"""Runs of SGLang's real scheduler on a virtual clock, each in a process of its own.
+
+    python sglang_stepped.py < runs.json
+
+A run is an object with ``section`` (what Penstock is asked for, or null), ``shape`` (fields of
+``EngineShape``) and ``asks`` (rows of id, arrival, prompt tokens, output tokens, time to first token and per
+token in milliseconds or null; what an id has before a dash is its client). Written is one object a run:
+``requests`` by id, each with the times of its tokens since it came, and what the policy counted.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+from typing import Any
+
+from penstock.simulation.engine import Simulation, VirtualClock
+from penstock.simulation.records import Ask, Piece
+from penstock.simulation.step_time import load_step_time
+from penstock.simulation.workloads import Fixed
+
+
+def run(given: dict[str, Any]) -> dict[str, Any]:
+    """One run, in a process that SGLang has loaded no plugins in."""
+    os.environ["PENSTOCK_CONFIG"] = json.dumps({"scheduler": given["section"]}) if given["section"] else ""
+    from penstock.benchmarks.sglang_dlpm import on_virtual_clock
+    from penstock.simulation.sglang_engine import EngineShape, SglangEngine
+
+    clock = VirtualClock()
+    prepare = on_virtual_clock if given["section"] else None
+    engine = SglangEngine(EngineShape(**given["shape"]), clock=clock, prepare=prepare)
+    asks = [
+        Ask(
+            request_id=name,
+            arrival_s=arrival,
+            prompt=(Piece(number, prompt),),
+            output_tokens=output,
+            answer=number,
+            client=name.partition("-")[0] if "-" in name else "",
+            ttft_slo_ms=ttft,
+            tpot_slo_ms=tpot,
+        )
+        for number, (name, arrival, prompt, output, ttft, tpot) in enumerate(given["asks"], start=10)
+    ]
+    result = Simulation(engine, Fixed(asks), load_step_time("opt-6.7b-a100"), clock).run()
+    engine.idle()
+    policy = engine.scheduler.policy
+    found: dict[str, Any] = {
+        "requests": {
+            one.ask.request_id: {
+                "came": [time - one.ask.arrival_s for time in one.token_times],
+                "preemptions": one.preemptions,
+            }
+            for one in result.served
+        },
+        "makespan": result.makespan_s,
+        "steps": result.steps,
+    }
+    if hasattr(policy, "totals"):
+        policy.check_integrity(set())
+        found["counted"] = policy.totals.payload()
+        found["left"] = len(policy.records) + len(policy.planner.backlog)
+    return found
+
+
+def main() -> None:
+    """Run what standard input asks for."""
+    from penstock.benchmarks.sglang_dlpm import import_quietly
+
+    runs = json.load(sys.stdin)
+    import_quietly()
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        print(json.dumps(pool.map(run, runs, chunksize=1)))
+
+
+if __name__ == "__main__":
+    main()
