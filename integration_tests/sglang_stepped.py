@@ -3,7 +3,8 @@
     python sglang_stepped.py < runs.json
 
 A run is an object with ``section`` (what Penstock is asked for, or null), ``shape`` (fields of
-``EngineShape``) and ``asks`` (rows of id, arrival, prompt tokens, output tokens, time to first token and per
+``EngineShape``), perhaps ``retract_every`` (so many passes SGLang retracts a request, as if memory had run
+out), and ``asks`` (rows of id, arrival, prompt tokens, output tokens, time to first token and per
 token in milliseconds or null; what an id has before a dash is its client). Written is one object a run:
 ``requests`` by id, each with the times of its tokens since it came, and what the policy counted.
 """
@@ -25,9 +26,14 @@ from penstock.simulation.workloads import Fixed
 def run(given: dict[str, Any]) -> dict[str, Any]:
     """One run, in a process that SGLang has loaded no plugins in."""
     os.environ["PENSTOCK_CONFIG"] = json.dumps({"scheduler": given["section"]}) if given["section"] else ""
+    from sglang.srt.managers import scheduler
+
     from penstock.benchmarks.sglang_dlpm import on_virtual_clock
     from penstock.simulation.sglang_engine import EngineShape, SglangEngine
 
+    if every := given.get("retract_every"):
+        # What SGLang's own variables for tests set, for all runs of a process and its children.
+        scheduler.TEST_RETRACT, scheduler.TEST_RETRACT_INTERVAL = True, every
     clock = VirtualClock()
     prepare = on_virtual_clock if given["section"] else None
     engine = SglangEngine(EngineShape(**given["shape"]), clock=clock, prepare=prepare)

@@ -131,10 +131,6 @@ class RankedOrder(AsItComes):
         account.output_tokens += tokens
         self._charge(account, self._prices.output * tokens)
 
-    def place(self, client: str) -> tuple[float, float]:
-        account = self._book.find(client)
-        return (self._standings.lane(account), -self._standings.standing(account))
-
     def set_quantum(self, tokens: float) -> None:
         if not 0 < tokens < math.inf:
             raise ValueError(f"quantum_tokens is {tokens}, allowed: more than 0")

@@ -69,9 +69,6 @@ class AsItComes:
 class AllAlike:
     """The part of a waiting order that knows no clients."""
 
-    def place(self, client: str) -> tuple[float, float]:
-        return (0.0, 0.0)
-
     def set_quantum(self, tokens: float) -> None:
         """There is none."""
 
@@ -136,10 +133,6 @@ class WaitingOrder(Protocol):
 
     def observe_output(self, client: str, tokens: int) -> None:
         """A request of this client is over and generated ``tokens`` in all."""
-
-    def place(self, client: str) -> tuple[float, float]:
-        """Where a client stands, whether anything of it waits or not: of two, the one with the lower place is
-        due service first. All alike for policies that know no clients."""
 
     def set_quantum(self, tokens: float) -> None:
         """A refill gives so many weighted tokens from now on; without effect for policies that have none.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from penstock.schedulers import bills
-from penstock.schedulers.asking import Asking
+from penstock.schedulers.asking import NOTHING_ASKED, Asking
 from penstock.schedulers.waiting import UNNAMED, Clock, Job, WaitingOrder
 
 if TYPE_CHECKING:
@@ -52,10 +52,18 @@ class Passes:
         """A live request. Raises KeyError."""
         return self._bills[request_id].request
 
-    def place(self, request: Req) -> tuple[float, float]:
-        """Where the client of a live request stands: of two, the lower one is due service first."""
-        bill = self._bills.get(request.rid)
-        return self.order.place(bill.asking.client if bill is not None else UNNAMED)
+    def held(self, requests: Iterable[Req]) -> list[float]:
+        """What each client holds in memory if of its requests those up to here are kept, in tokens by its
+        share, for each of ``requests``, the one to keep first at the start."""
+        held: dict[str, float] = {}
+        found = []
+        for request in requests:
+            bill = self._bills.get(request.rid)
+            asking = NOTHING_ASKED if bill is None else bill.asking
+            tokens = len(request.origin_input_ids) + len(request.output_ids)
+            held[asking.client] = held.get(asking.client, 0.0) + tokens / asking.weight
+            found.append(held[asking.client])
+        return found
 
     def reweigh(self, client: str, weight: float) -> None:
         """A client has another share from now on, its live requests included. O(requests)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_policy import SchedulePolicy
@@ -98,10 +98,10 @@ class PassPolicy(SchedulePolicy):
         if self._publisher is not None:
             self._publisher.idle()
 
-    def retraction_place(self, request: Req) -> tuple[float, float]:
-        """Where a running request stands when memory runs out: the one with the higher place is thrown out
-        before the other."""
-        return (0.0, 0.0)
+    @abstractmethod
+    def retraction_keys(self, requests: list[Req]) -> Sequence[float]:
+        """Whom to throw out when memory runs out, those of the highest key first; ``requests`` are in the
+        order in which SGLang would keep them, which stays where keys are equal."""
 
     def changed(self, values: Mapping[str, float]) -> SchedulerConfig:
         """The configuration with changes at run time.

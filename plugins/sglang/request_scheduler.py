@@ -7,7 +7,7 @@ hears what each batch computes for whom. How a batch is filled and what runs is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +44,9 @@ class OrderedPolicy(PassPolicy):
         """``adder``, with every chunk that it takes on charged to its client."""
         return _charging(adder, self.passes.compute)
 
-    def retraction_place(self, request: Req) -> tuple[float, float]:
-        """The client that has had the most of its share goes first."""
-        return self.passes.place(request)
+    def retraction_keys(self, requests: list[Req]) -> Sequence[float]:
+        """The client that holds the most by its share gives first, until another one holds more."""
+        return self.passes.held(requests)
 
     def payload(self) -> dict[str, Any]:
         """What each client has had, as the series show it."""

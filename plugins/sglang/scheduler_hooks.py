@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.io_struct import SetInternalStateReqOutput
@@ -93,11 +94,12 @@ def run_batch(original: Callable[..., Any], scheduler: Any, batch: ScheduleBatch
 
 def retraction_order(original: Callable[[list[Req]], list[int]], requests: list[Req]) -> list[int]:
     """Around ``ScheduleBatch._get_decode_retraction_order``: places, the last of which is thrown out first.
-    Requests that stand alike keep SGLang's order."""
+    Requests of one client keep SGLang's order."""
     places = original(requests)
     if _policies:
         (policy,) = _policies
-        places.sort(key=lambda place: policy.retraction_place(requests[place]))
+        keys = policy.retraction_keys([requests[place] for place in places])
+        places = [place for _, place in sorted(zip(keys, places, strict=True), key=itemgetter(0))]
     return places
 
 

@@ -9,8 +9,9 @@ no plan, and every pass is stock's.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -243,10 +244,10 @@ class PlannedPolicy(PassPolicy):
             for request in self.records.beside(live):
                 self._leave(request)
 
-    def retraction_place(self, request: Req) -> tuple[float, float]:
+    def retraction_keys(self, requests: list[Req]) -> Sequence[float]:
         """Best effort goes first, the last to come before the others."""
-        running = self.records.of(request).running
-        return (0.0, 0.0) if running.targets is not None else (1.0, running.arrival_s)
+        running = [self.records.of(request).running for request in requests]
+        return [one.arrival_s if one.targets is None else -math.inf for one in running]
 
     def check_integrity(self, live: set[Req]) -> None:
         """Assert that planner, records and SGLang's lists agree between passes."""

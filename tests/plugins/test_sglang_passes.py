@@ -235,12 +235,18 @@ def test_one_that_left_without_being_served_is_forgotten_and_its_name_may_come_a
     assert len(engine.passes) == 0
 
 
-def test_the_client_that_has_had_the_most_stands_behind():
+def test_who_holds_the_most_by_its_share_gives_until_another_one_holds_more():
     engine = Engine("vtc")
-    few, many = requests("few", 1, prompt=20)[0], requests("many", 1, prompt=80)[0]
-    engine.come(few, many)
-    engine.step(budget=200)
-    assert engine.passes.place(few) < engine.passes.place(many)
+    many, few, nobody = (
+        requests("many", 4, prompt=40),
+        requests("few", 1, prompt=90),
+        requests("", 2, prompt=10),
+    )
+    engine.come(*many, *few, *nobody)
+    engine.passes.begin(engine.waiting)
+    assert engine.passes.held([*many, *few, *nobody]) == [40, 80, 120, 160, 90, 10, 20]
+    engine.passes.reweigh("many", 2.0)
+    assert engine.passes.held([*few, *many]) == [90, 20, 40, 60, 80]
 
 
 def test_a_share_that_changes_counts_for_requests_that_wait_already():

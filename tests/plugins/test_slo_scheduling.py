@@ -125,7 +125,7 @@ def test_a_long_prompt_is_cut_so_that_a_decode_keeps_its_pace(lent_step_s, least
     assert least <= stepper.step().num_scheduled_tokens["long"] < most
     assert scheduler.max_num_scheduled_tokens == 1024
     stepper.drain()
-    requests, attained, tokens, attained_tokens = scheduler._stats.payload()["slo"]["tiers"]["50 ms"]
+    requests, attained, tokens, attained_tokens = scheduler._stats.payload()["tiers"]["50 ms"]
     assert (requests, attained, tokens, attained_tokens) == (1, 1, 80, 80)
 
 
@@ -169,7 +169,7 @@ def test_a_request_aborted_in_any_state_leaves_nothing(steps, status, is_async):
         stepper.receive()
     assert len(scheduler.records) == len(scheduler.waiting) == len(scheduler.planner.backlog) == 0
     assert scheduler.records.with_targets == scheduler.planner.backlog.with_targets == 0
-    assert scheduler._stats.payload()["slo"]["tiers"]["100 ms"][0] == 0
+    assert scheduler._stats.payload()["tiers"]["100 ms"][0] == 0
     scheduler.check_integrity()
 
 
@@ -327,7 +327,7 @@ def test_what_came_of_the_targets_reaches_the_front_end_s_series():
     scheduler.add_request(slo_request("missed", 40, output=5, ttft_ms=0.001, tpot_ms=200.0))
     stepper.drain()
     payload = scheduler._stats.payload()
-    slo_gauges().show(payload["slo"], "7")
+    slo_gauges().show(payload, "7")
 
     def value(series: str, **labels: str) -> float | None:
         return REGISTRY.get_sample_value(f"penstock_slo_{series}", {"engine": "7", **labels})
@@ -337,7 +337,7 @@ def test_what_came_of_the_targets_reaches_the_front_end_s_series():
     assert value("attained_tokens", tier="100 ms") == 45
     assert value("requests", tier="25 ms") == 0
     assert value("plans") == len(stepper.steps)
-    assert set(payload["slo"]["totals"]) == set(TOTALS)
+    assert set(payload["totals"]) == set(TOTALS)
 
 
 def test_the_factory_follows_the_engine():

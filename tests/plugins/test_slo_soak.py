@@ -168,7 +168,7 @@ def check_counters(world: World) -> None:
         size = fate.request.num_tokens
         for place, value in enumerate((1, fate.attained, size, size * fate.attained)):
             tiers[fate.tier][place] += value
-    payload = world.scheduler._stats.payload()["slo"]
+    payload = world.scheduler._stats.payload()
     assert payload["tiers"] == {f"{tier:g} ms": tiers[f"{tier:g} ms"] for tier in TIERS_MS}
     assert sum(requests for requests, *_ in tiers.values()) > 200
     totals = payload["totals"]

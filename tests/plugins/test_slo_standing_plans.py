@@ -87,6 +87,6 @@ def test_a_late_token_counts_although_later_ones_catch_up(is_async):
     stepper.step()
     stepper.fixed_s = 0.001
     stepper.drain()
-    tiers = scheduler._stats.payload()["slo"]["tiers"]
+    tiers = scheduler._stats.payload()["tiers"]
     assert [tier[:2] for tier in tiers.values() if tier[0]] == [[1, 0], [1, 1]]
     assert sum(noted) < len(stepper.steps) / 2

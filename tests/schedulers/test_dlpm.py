@@ -335,14 +335,3 @@ def test_a_client_whose_share_grows_while_it_waits_gets_more_from_then_on():
 def test_a_quantum_is_above_zero(tokens):
     with pytest.raises(ValueError, match="quantum_tokens"):
         make_order().set_quantum(tokens)
-
-
-def test_who_has_had_more_of_its_share_stands_behind():
-    order = make_order(quantum_tokens=1000)
-    for name in ("ada", "bob", "cyd"):
-        order.add(Job(name, name, 100, 0.0))
-    for name, tokens in (("ada", 2500), ("bob", 900), ("cyd", 100)):
-        order.peek()
-        order.charge_extend(name, tokens)
-    places = sorted(("ada", "bob", "cyd"), key=order.place)
-    assert places == ["cyd", "bob", "ada"]
