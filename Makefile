@@ -39,7 +39,8 @@ demo: env  ## two stock servers and the proxy, checked against one plain server
 test: env  ## everything that must hold before a change goes in
 	@$(MAKE) --no-print-directory lint types imports
 	@$(RUN) $(BIN)/python -m pytest tests $(SHARED) $(ARGS)
-	@$(RUN) $(BIN)/python -m pytest $(ENGINE_TESTS) $(ARGS)
+	@echo 'vLLM and SGLang are tested side by side; the report on SGLang comes when it ends.'
+	@$(MAKE) --no-print-directory -j2 test-engine test-sglang LOG='$(SGLANG)/tests.log'
 
 test-fast: env  ## the same without starting an engine (under two minutes)
 	@$(MAKE) --no-print-directory lint types imports
@@ -49,7 +50,8 @@ test-engine: env  ## only the tests with real engines
 	@$(RUN) $(BIN)/python -m pytest $(ENGINE_TESTS) $(ARGS)
 
 test-sglang: env-sglang  ## only the tests with a real SGLang
-	@$(RUN) $(SGLANG)/bin/python -m pytest integration_tests/sglang $(ARGS)
+	@$(RUN) $(SGLANG)/bin/python -m pytest integration_tests/sglang $(ARGS) \
+		$(if $(LOG),>'$(LOG)' 2>&1; ended=$$?; cat '$(LOG)'; exit $$ended)
 
 test-upstream: env  ## every supported engine version, each in an environment of its own
 	@$(RUN) $(BIN)/python tools/upstream.py $(ARGS)
