@@ -175,7 +175,8 @@ class Records:
         tokens are: ``catch_up`` notes the others before anybody asks for them.
         """
         if everyone and now_s <= self._in_time_until_s:
-            served = [name for name in served if name not in self._begun]
+            begun = self._begun
+            served = () if begun.issuperset(served) else [name for name in served if name not in begun]
             self._noted = False
         else:
             self._noted = True

@@ -18,6 +18,7 @@ from vllm.v1.request import RequestStatus
 from penstock.plugins.configuration import scheduler_config
 from penstock.plugins.vllm.askings import Askings
 from penstock.plugins.vllm.cached_prefix import CachedPrefix
+from penstock.plugins.vllm.decode_batch import DecodeBatch
 from penstock.plugins.vllm.draft_control import DraftControlling
 from penstock.plugins.vllm.slo_queue import PlannedQueue
 from penstock.plugins.vllm.slo_records import Records
@@ -67,9 +68,7 @@ class SLOScheduling(DraftControlling):
             self.planner.drafts = self.drafts.drafts
         self.waiting = PlannedQueue(self.planner, self._job_of, self._cap_everybody)
         self.plan: Plan = PASSIVE
-        # The running batch when all of it was seen to decode last, and its ids.
-        self._decoding: list[Request] = []
-        self._names: tuple[str, ...] = ()
+        self._decoding = DecodeBatch()
         self._steps = StepsInFlight()
         self._stats = SLOStats(self.planner, self.config.slo.tiers_s, clock, export=front_end_exports)
         self._step_tokens: int = self.max_num_scheduled_tokens
@@ -99,7 +98,7 @@ class SLOScheduling(DraftControlling):
         if self.plan.whole and len(output.num_scheduled_tokens) != len(self.running):
             # One has its last token in flight, or was set back by a load that failed.
             self.records.look_again()
-            self._decoding = []
+            self._decoding.forget()
         if self.records.with_targets or not self.planner.counters.plans % PASSIVE_STEPS:
             features = self._features(output)
             predicted_s = self.planner.model.seconds(features)
@@ -123,7 +122,7 @@ class SLOScheduling(DraftControlling):
         free_kv_tokens = self._free_kv_tokens()
         closed = planner.closed(len(self.running), limits) and not holding and not self.num_spec_tokens
         if closed and self._all_decode():
-            whole = planner.whole(now_s, self._names, free_kv_tokens, limits)
+            whole = planner.whole(now_s, self._decoding.names, free_kv_tokens, limits)
             if whole is not None:
                 return whole
         self.records.catch_up(self.running, self._output_s)
@@ -135,11 +134,10 @@ class SLOScheduling(DraftControlling):
     def _all_decode(self) -> bool:
         """Whether all that run have targets and no prompt to compute. While they are the same as in the step
         before this touches none of them."""
-        if self.running != self._decoding:
+        if not self._decoding.is_all_of(self.running):
             if not self.records.all_decode(self.running):
                 return False
-            self._decoding = list(self.running)
-            self._names = tuple([request.request_id for request in self.running])
+            self._decoding.set(self.running)
         return True
 
     def _holding(self) -> list[Request]:
@@ -216,8 +214,14 @@ class SLOScheduling(DraftControlling):
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self.records.preempted(request.request_id)
-        self._decoding = []
+        self._decoding.forget()
         super()._preempt_request(request, *args, **kwargs)
+
+    def _handle_invalid_blocks(self, *args: Any, **kwargs: Any) -> Any:
+        # A load failed: requests that run may be set back, and have a prompt to compute again.
+        self.records.look_again()
+        self._decoding.forget()
+        return super()._handle_invalid_blocks(*args, **kwargs)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -252,8 +256,13 @@ class SLOScheduling(DraftControlling):
         """What a step holds. ``num_computed_tokens`` counts its tokens already."""
         scheduled, requests = output.num_scheduled_tokens, self.requests
         tokens = output.total_num_scheduled_tokens
-        context = sum(requests[name].num_computed_tokens for name in scheduled) - tokens
-        return StepFeatures(tokens, len(scheduled), context)
+        if self.plan.whole and scheduled.keys() == self.plan.caps.keys():
+            computed = self._decoding.went_on()
+        else:
+            # Who came in may have more to compute.
+            self._decoding.forget()
+            computed = sum([requests[name].num_computed_tokens for name in scheduled])
+        return StepFeatures(tokens, len(scheduled), computed - tokens)
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
         before_s, self._output_s = self._output_s, self.clock()
@@ -265,7 +274,10 @@ class SLOScheduling(DraftControlling):
             self._stats.stepped(flight.predicted_s, seconds)
         records = self.records
         served = output.num_scheduled_tokens
-        everyone = all(request.request_id in served for request in self.running)
+        if self._decoding.is_all_of(self.running):
+            everyone = self._decoding.are_in(served)
+        else:
+            everyone = all(request.request_id in served for request in self.running)
         if not everyone:
             records.catch_up(self.running, before_s)
         outputs = super().update_from_output(*args, **kwargs)
@@ -275,6 +287,7 @@ class SLOScheduling(DraftControlling):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         # Every request ends here, whatever it was doing.
+        self._decoding.left(request)
         result = super()._free_request(request, *args, **kwargs)
         record = self.records.ended(request, self._output_s)
         if record is not None and request.status in ENDED_BY_ITSELF:

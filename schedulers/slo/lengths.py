@@ -8,6 +8,7 @@ generate half again what it has.
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_left
 from collections import OrderedDict
 from typing import Any
@@ -78,7 +79,7 @@ class OutputLengths:
         self._prior = _log_normal(prior_median, prior_sigma)
         self._all = Histogram()
         self._classes: OrderedDict[str, Histogram] = OrderedDict()
-        self._cumulative: dict[str, list[float]] = {}
+        self._cumulative: dict[str, array[float]] = {}
         """Shares of lengths up to each bucket, by class; dropped as observations come in."""
         self._unseen = 0
 
@@ -114,14 +115,15 @@ class OutputLengths:
         """The quantile of what is still to come, at least 0."""
         return max(0.0, self.total(class_name, quantile, generated, most) - generated)
 
-    def _accumulate(self, class_name: str) -> list[float]:
+    def _accumulate(self, class_name: str) -> array[float]:
         """The class, shrunk towards all classes, shrunk towards the prior."""
         shares = _shrunk(self._all, PRIOR_WEIGHT, self._prior)
         if histogram := self._classes.get(class_name):
             shares = _shrunk(histogram, CLASS_WEIGHT, shares)
         if len(self._cumulative) > 2 * MOST_CLASSES:
             self._cumulative.clear()
-        found: list[float] = np.cumsum(shares).tolist()
+        # As an array: all are dropped at once, and as lists that would be thousands of numbers.
+        found = array("d", np.cumsum(shares).tobytes())
         self._cumulative[class_name] = found
         return found
 

@@ -13,6 +13,7 @@ from stepped_scheduler import Settings, build
 
 from penstock.plugins import features, ledger
 from penstock.schedulers.slo.plan import Plan
+from penstock.schedulers.slo.step_time import StepFeatures
 
 BOTH = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 
@@ -51,7 +52,34 @@ def test_the_plan_of_a_batch_that_decodes_on_serves_what_a_plan_by_slack_would(i
 
 
 @BOTH
-def test_a_running_request_that_is_set_back_is_planned_anew(is_async):
+def test_what_a_batch_that_decodes_on_has_computed_is_counted_on(is_async):
+    """Steps are learned from by the tokens that they attend to, whether summed up or counted on."""
+    counted = 0
+    for seed in range(4):
+        time = Time()
+        scheduler = build(settings_of(seed, is_async), kind_of(is_async, seed), clock=time, wall_clock=time)
+        features_of, went_on = scheduler._features, scheduler._decoding.went_on
+
+        def compared(output: Any, features_of=features_of, scheduler=scheduler) -> StepFeatures:
+            found = features_of(output)
+            computed = sum(scheduler.requests[one].num_computed_tokens for one in output.num_scheduled_tokens)
+            assert found.context_tokens == computed - output.total_num_scheduled_tokens
+            return found
+
+        def on(went_on=went_on, batch=scheduler._decoding) -> int:
+            nonlocal counted
+            counted += batch._computed is not None
+            return went_on()
+
+        scheduler._features = compared
+        scheduler._decoding.went_on = on
+        traffic(scheduler, seed, is_async, targets=1.0, time=time)
+    assert counted > 20
+
+
+@BOTH
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_running_request_that_is_set_back_is_planned_anew(is_async, place):
     """As vLLM does where a load of its KV cache failed."""
     time = Time()
     scheduler = ours(Settings(budget=256, blocks=400, is_async=is_async), time)
@@ -63,7 +91,11 @@ def test_a_running_request_that_is_set_back_is_planned_anew(is_async):
     assert scheduler.plan.whole
     while stepper.in_flight:
         stepper.receive()
-    scheduler.running[0].num_computed_tokens -= 48
+    request = scheduler.running[place]
+    scheduler.recompute_kv_load_failures = True
+    (blocks,) = scheduler.kv_cache_manager.get_block_ids(request.request_id)
+    scheduler._handle_invalid_blocks({blocks[0]}, {})
+    assert request.num_computed_tokens == 0
     served = [stepper.step().total_num_scheduled_tokens for _ in range(3)]
     assert sum(served) >= 48 + 3
     stepper.step()
