@@ -130,7 +130,7 @@ class AccountBook:
 
     def find(self, client: str) -> Account:
         """The account that a client's service is charged to: its own, or the shared one."""
-        return self._permanent.get(client) or self._own.get(client) or self.shared
+        return self._own.get(client) or self._permanent.get(client) or self.shared
 
     def can_open(self, client: str) -> bool:
         """Whether a client has no account of its own yet and there is room for one."""

@@ -226,7 +226,7 @@ class DeficitOrder(RankedOrder):
     def charge_output(self, client: str, tokens: int, expected: int = 0) -> None:
         account = self._book.find(client)
         account.expected = max(0.0, account.expected - self._prices.output * expected)
-        super().charge_output(client, tokens)
+        self._charge_output(account, tokens)
 
     def observe_output(self, client: str, tokens: int) -> None:
         if self._lengths is not None:

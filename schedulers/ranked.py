@@ -26,7 +26,7 @@ from penstock.schedulers.waiting import AsItComes, ClientService, HitTokens, Job
 RECHECKS = 8
 """Hits that one pick looks up at most."""
 REFRESH_S = 30e-6
-"""Time after which a step begins no further look-up. One may take as long, where a hundred blocks hit."""
+"""Time for the look-ups of a step. One is made however long it takes: as long, where a hundred blocks hit."""
 
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
 
@@ -42,8 +42,8 @@ class RankedOrder(AsItComes):
         ageing_tokens_per_s: cached tokens that a second of waiting is worth. All age at one rate, so waiting
             never changes the order of two requests, and a score needs no refreshing.
         refreshes_per_step: hits that ``begin_step`` looks up at most.
-        refresh_s: after how long it begins no more of them, on the clock of ``book``. A virtual clock that
-            stands still sets no bound.
+        refresh_s: how long it may take over them, on the clock of ``book``; one is made in any case. A
+            virtual clock that stands still sets no bound.
     """
 
     def __init__(
@@ -114,8 +114,7 @@ class RankedOrder(AsItComes):
         self._step += 1
         self._chosen = None
         self._popped.clear()
-        least = self._least()
-        self._book.forget_idle(lambda account: self._standings.may_forget(account, least))
+        self._book.forget_idle(lambda account: self._standings.may_forget(account, self._least()))
         if self._hits_matter():
             self._refresh()
             if self._book.unnamed.queue:
@@ -127,7 +126,9 @@ class RankedOrder(AsItComes):
         self._charge(account, self._prices.extend * tokens)
 
     def charge_output(self, client: str, tokens: int, expected: int = 0) -> None:
-        account = self._book.find(client)
+        self._charge_output(self._book.find(client), tokens)
+
+    def _charge_output(self, account: Account, tokens: int) -> None:
         account.output_tokens += tokens
         self._charge(account, self._prices.output * tokens)
 
@@ -268,11 +269,12 @@ class RankedOrder(AsItComes):
         return self._chosen
 
     def _refresh(self) -> None:
-        """Look up hits until the number or the time of a step is used up."""
+        """Look up hits until the number is used up, or until one more, as long as those before, would end
+        after the time of a step."""
         begin = self._book.now()
-        for entry in self._look_ups.next():
+        for done, entry in enumerate(self._look_ups.next(), 1):
             self._look_up(entry)
-            if self._book.now() - begin >= self._refresh_s:
+            if (self._book.now() - begin) * (done + 1) > self._refresh_s * done:
                 return
 
     def _recheck(self) -> None:
