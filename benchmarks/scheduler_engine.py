@@ -9,8 +9,9 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -37,6 +38,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     Prompts have ``prompt_blocks``, of which a client's requests share the first ``shared_blocks``; outputs
     are of evenly distributed lengths in ``output_tokens``. Requests ask for the ``targets_ms``, pairs of
     times to the first and to each further token, in turn.
+
+    ``aged`` says where the first requests lie in memory: scattered, as in an engine that has served for a
+    while, where a request gets the memory of those that ended before it came; or side by side, as those do
+    that a fresh process makes one after the other. Stock's loops over what runs are faster on the latter.
     """
 
     running: int = 256
@@ -48,6 +53,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     targets_ms: tuple[tuple[float, float], ...] = ()
     budget_tokens: int = 8_192
     pool_blocks: int = 32_768
+    aged: bool = True
     seed: int = 0
 
 
@@ -112,22 +118,43 @@ class Follower(Stepped):
             self.scheduler.add_request(self._unserved.pop(name))
 
 
+class Drawn(NamedTuple):
+    """One request of a load before it is made."""
+
+    number: int
+    client: int
+    output_tokens: int
+
+
 def arrivals(load: Load) -> Iterator[Request]:
     """The requests of a load, the same ones for everybody who asks."""
-    rng = random.Random(load.seed)
-    number = 0
+    drawn = _drawn(load)
     tokens = [0] * (load.prompt_blocks * BLOCK_TOKENS)
-    while True:
-        client = rng.randrange(load.clients)
-        name = f"r{number}"
-        params = SamplingParams(
-            max_tokens=rng.randint(*load.output_tokens),
-            ignore_eos=True,
-            extra_args={"client_id": f"c{client}", **_targets(load, number)},
-        )
-        shared = _document(client, load.shared_blocks)
-        yield Request(name, tokens, params, None, arrival_time=0.0, block_hasher=_hasher(name, shared))
-        number += 1
+    if load.aged:
+        first = list(enumerate(islice(drawn, load.running + load.waiting)))
+        random.Random(load.seed).shuffle(first)
+        made = {place: _request(load, tokens, one) for place, one in first}
+        for place in range(len(first)):
+            yield made.pop(place)
+    for one in drawn:
+        yield _request(load, tokens, one)
+
+
+def _drawn(load: Load) -> Iterator[Drawn]:
+    rng = random.Random(load.seed)
+    for number in count():
+        yield Drawn(number, rng.randrange(load.clients), rng.randint(*load.output_tokens))
+
+
+def _request(load: Load, tokens: list[int], drawn: Drawn) -> Request:
+    name = f"r{drawn.number}"
+    params = SamplingParams(
+        max_tokens=drawn.output_tokens,
+        ignore_eos=True,
+        extra_args={"client_id": f"c{drawn.client}", **_targets(load, drawn.number)},
+    )
+    hasher = _hasher(name, _document(drawn.client, load.shared_blocks))
+    return Request(name, tokens, params, None, arrival_time=0.0, block_hasher=hasher)
 
 
 def _targets(load: Load, number: int) -> dict[str, float]:

@@ -3,9 +3,12 @@
 Three schedulers step in turn under the same load, 256 requests running and 10,000 waiting: the policy's,
 vLLM's own, and vLLM's own *told the order*: it serves the very requests that the policy admitted, step by
 step. The last one makes the same steps with the same objects, so step by step the difference is the policy's
-work. The difference to the plain one holds besides what the order itself costs vLLM: other prefix hits, and
-requests that lie apart in memory because they came apart. A policy that cuts steps otherwise (``slo``) has
-nobody to follow.
+work. The difference to the plain one holds besides what the order itself costs vLLM, such as other prefix
+hits. A policy that cuts steps otherwise (``slo``) has nobody to follow.
+
+Requests lie scattered in memory, for all of them, as they do once an engine has served as many as wait
+(``Load.aged``). What that costs is a row of its own: vLLM's own scheduler with requests made side by side,
+which only the first ones of a fresh process are.
 
 A step is ``schedule`` and ``update_from_output``, statistics included. Steps are compared by kind, those that
 admit nobody and those that admit one request, in the median and in the mean; and all of them in the mean,
@@ -22,8 +25,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
 
 from penstock.benchmarks.flowkv_part import Finding, Options, Tell, percentile
 from penstock.benchmarks.report import Cell, Claim
@@ -35,11 +41,13 @@ if TYPE_CHECKING:
 
 STOCK = "stock"
 TOLD = "stock, told the order"
+FRESH = "stock, a fresh process"
 POLICIES = ("fcfs", "dlpm", "vtc", "lpm", "slo")
 KINDS = {"decode": 0, "admission": 1}
 """Steps by the number of requests that they admit."""
 CLIENTS, QUICK_CLIENTS = (1, 100, 1_000), (100,)
-WARM_UP_STEPS = 60
+WARM_UP_STEPS, SETTLING_STEPS = 60, 260
+"""The latter for ``slo``, whose model of step times is fitted more often while it is young."""
 STEPS, QUICK_STEPS = 600, 100
 ALLOWED_MS = 0.3
 """3 % of a step of 10 ms."""
@@ -76,22 +84,24 @@ def measure(options: Options, tell: Tell) -> Finding:
     """Run the load with each number of clients and each policy; a row for each."""
     from penstock.benchmarks.scheduler_engine import Load
 
+    numbers = QUICK_CLIENTS if options.quick else CLIENTS
+    # A process is fresh once.
+    cases = [(FRESH, numbers[-1]), *product(POLICIES, numbers)]
     rows: list[dict[str, Cell]] = []
-    for clients in QUICK_CLIENTS if options.quick else CLIENTS:
-        for policy in POLICIES:
-            tell(f"{clients:,} clients, {policy}")
-            load = Load(clients=clients, seed=options.seed, targets_ms=TARGETS_MS if policy == "slo" else ())
-            times = compare(load, QUICK_STEPS if options.quick else STEPS, policy)
-            rows.append(row_of(policy, clients, times))
+    for policy, clients in cases:
+        tell(f"{clients:,} clients, {policy}")
+        load = Load(clients=clients, seed=options.seed, targets_ms=TARGETS_MS if policy == "slo" else ())
+        times = compare(load, QUICK_STEPS if options.quick else STEPS, policy)
+        rows.append(row_of(policy, clients, times))
     return Finding(rows=rows, claims=claims_of(rows), draw=partial(draw, rows))
 
 
 def compare(load: Load, steps: int, policy: str) -> dict[str, Times]:
     """Step a scheduler of ``policy`` and vLLM's own in turn, ``steps`` times after a warm-up."""
-    sides = [policy, STOCK] if policy == "slo" else [policy, TOLD, STOCK]
+    sides = [policy, STOCK] if policy in ("slo", FRESH) else [policy, TOLD, STOCK]
     with quiet():
         engines = {side: stepped(side, load) for side in sides}
-        step_in_turn(engines, WARM_UP_STEPS)
+        step_in_turn(engines, SETTLING_STEPS if policy == "slo" else WARM_UP_STEPS)
         return step_in_turn(engines, steps)
 
 
@@ -133,8 +143,12 @@ def stepped(side: str, load: Load) -> Stepped:
         return Stepped(load, Scheduler, None)
     if side == TOLD:
         return Follower(load, Scheduler, None)
+    if side == FRESH:
+        return Stepped(structs.replace(load, aged=False), Scheduler, None)
     if side != "slo":
-        return Stepped(load, partial(SyncRequestScheduler, front_end_exports=True), {"policy": side})
+        # Everybody has an account from the first request on: that they are opened is no part of a step.
+        section = {"policy": side, "newcomers_per_refill": load.clients}
+        return Stepped(load, partial(SyncRequestScheduler, front_end_exports=True), section)
     clock = SteadyClock()
     make = partial(SyncSLOScheduler, front_end_exports=True, clock=clock, wall_clock=clock)
     return Stepped(load, make, {"policy": side})

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
+from itertools import islice
 
 import pytest
 
 pytest.importorskip("vllm")
 
+from msgspec import structs
+from vllm.v1.request import Request
+
+from penstock.benchmarks import scheduler_engine
 from penstock.benchmarks import scheduler_overhead as overhead
 from penstock.benchmarks.scheduler_engine import Load, arrivals
 
@@ -87,6 +92,28 @@ def test_a_row_says_what_is_added_and_a_claim_takes_the_worst(times):
     assert worst["dlpm: most ms added to a step that admits nobody, its own work"].value == 99.0
     assert not worst["dlpm: most ms added to a step that admits nobody, its own work"].holds
     assert len(worst) == 5
+
+
+def test_an_aged_load_is_the_same_and_made_in_another_order(monkeypatch):
+    made = []
+
+    def request(name, *args, **kwargs):
+        made.append(name)
+        return Request(name, *args, **kwargs)
+
+    monkeypatch.setattr(scheduler_engine, "Request", request)
+    names, orders = {}, {}
+    for aged in (False, True):
+        stream = arrivals(structs.replace(SMALL, aged=aged))
+        names[aged] = [(r.request_id, r.max_tokens, r.block_hashes) for r in islice(stream, 30)]
+        orders[aged] = made.copy()
+        made.clear()
+    assert names[False] == names[True]
+    assert orders[False] == [name for name, *_ in names[False]]
+    first = SMALL.running + SMALL.waiting
+    assert sorted(orders[True][:first]) == sorted(orders[False][:first])
+    assert orders[True][:first] != orders[False][:first]
+    assert orders[True][first:] == orders[False][first:]
 
 
 def test_a_load_is_the_same_for_everybody_and_clients_share_what_they_should():
