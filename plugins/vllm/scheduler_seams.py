@@ -79,7 +79,7 @@ CACHE = (
 """How much of a waiting request's prompt is cached."""
 
 PLANS = (
-    *override(_SCHEDULER, _handle_invalid_blocks="(self, *args, **kwargs)"),
+    Seam(f"{_SCHEDULER}._handle_invalid_blocks", Use.OVERRIDE, "(self, *args, **kwargs)", optional=True),
     Seam(
         f"{_SCHEDULER}._preempt_request",
         Use.CALL,
