@@ -19,7 +19,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """One request, decoded greedily, so that two correct servers must answer alike."""
 
     name: str
-    prompt: str
+    prompt: str | list[int]
+    """Text, or token ids, which only a completion takes."""
     chat: bool = False
     stream: bool = False
     max_tokens: int = 32

@@ -17,6 +17,7 @@ BENCHES = {
     "slo-replan": "penstock.benchmarks.slo_replan:bench",
     "sparse": "penstock.benchmarks.sparse:bench",
     "sparse-kernel": "penstock.benchmarks.sparse_kernel:bench",
+    "sparse-served": "penstock.benchmarks.sparse_served:bench",
     "speculation": "penstock.benchmarks.speculation:bench",
 }
 

@@ -43,6 +43,12 @@ class TinyLlama(msgspec.Struct, frozen=True, kw_only=True):
     max_positions: int = 32768
     spread: float = 0.12
     """Standard deviation of every weight. Llama's usual 0.02 makes greedy output repeat one token."""
+    embedding_spread: float | None = None
+    """That of the embedding; None for ``spread``. At 1, and a small ``spread``, the residual stream of every
+    layer is mostly the token's own embedding, so that equal tokens have alike keys."""
+    attention_spread: float | None = None
+    """Standard deviation of attention logits over unlike tokens; None for what ``spread`` gives. Under 1,
+    attention is flat; at 4, a few hundredths of the tokens have most of the mass."""
     seed: int = 0
 
     @property
@@ -140,15 +146,18 @@ def _config(spec: TinyLlama, vocabulary: int) -> dict[str, object]:
 def _weights(spec: TinyLlama, vocabulary: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
     rng = np.random.default_rng(spec.seed)
     hidden, kv = spec.hidden_size, spec.kv_heads * spec.head_size
+    # The norm before attention makes a query's and a key's channels ``query_key * hidden**0.5`` wide.
+    query_key = None if spec.attention_spread is None else (spec.attention_spread / hidden) ** 0.5
 
-    def normal(rows: int, columns: int) -> NDArray[np.float32]:
-        return rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(spec.spread)
+    def normal(rows: int, columns: int, spread: float | None = None) -> NDArray[np.float32]:
+        spread = spec.spread if spread is None else spread
+        return rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(spread)
 
-    yield "model.embed_tokens.weight", normal(vocabulary, hidden)
+    yield "model.embed_tokens.weight", normal(vocabulary, hidden, spec.embedding_spread)
     for layer in range(spec.layers):
         prefix = f"model.layers.{layer}."
-        yield prefix + "self_attn.q_proj.weight", normal(hidden, hidden)
-        yield prefix + "self_attn.k_proj.weight", normal(kv, hidden)
+        yield prefix + "self_attn.q_proj.weight", normal(hidden, hidden, query_key)
+        yield prefix + "self_attn.k_proj.weight", normal(kv, hidden, query_key)
         yield prefix + "self_attn.v_proj.weight", normal(kv, hidden)
         yield prefix + "self_attn.o_proj.weight", normal(hidden, hidden)
         yield prefix + "mlp.gate_proj.weight", normal(spec.intermediate_size, hidden)
