@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from math import comb
 from pathlib import Path
 from typing import Self
@@ -15,16 +18,19 @@ from penstock.benchmarks.processes import Server
 
 CHUNK = 4096
 """Tokens by which a context grows in the prefix cache: no request waits for longer than a client does."""
+TURN_S = 0.1
+"""A few tokens of each server."""
 SURE = 0.95
 """Confidence of an interval, at least, where there are samples enough for it."""
 
 
 class Decoded(msgspec.Struct, frozen=True):
-    """One request whose context was cached: its rate after the first token, and what all of it cost."""
+    """One request whose context was cached."""
 
     tokens_s: float
+    """By the time in which the server had its turn."""
     cpu_ms: float
-    """CPU time a token of the engine's processes, the first token included."""
+    """CPU time a token of the engine's processes."""
 
 
 class Between(msgspec.Struct, frozen=True):
@@ -55,19 +61,39 @@ def cache_context(server: Server, model: str, context: Sequence[int], begin: int
     ask_all(server.url, model, asks)
 
 
-def decode(server: Server, model: str, prompt: Sequence[int], tokens: int) -> Decoded:
-    """Decode ``tokens`` after a prompt of which all whole blocks are cached.
+def decode_in_turns(
+    servers: Sequence[Server], model: str, prompt: Sequence[int], tokens: int
+) -> list[Decoded]:
+    """Have each server decode ``tokens`` after a prompt of which all whole blocks are cached.
+
+    Servers take turns of ``TURN_S`` and stand still out of turn, so that whatever else the machine does falls
+    on all alike, however fast it changes.
 
     Raises:
-        AskError: the server failed, or the model stopped before.
+        AskError: a server failed, or the model stopped before.
     """
-    cpu = engine_cpu_s(server.pid)
-    ask = Ask(name=f"{len(prompt):,} tokens", prompt=list(prompt), stream=True, max_tokens=tokens)
-    (answer,) = ask_all(server.url, model, [ask])
-    cpu = engine_cpu_s(server.pid) - cpu
-    if len(answer.token_ids) != tokens or answer.first_token_s is None:
-        raise AskError(f"{server.url}: {ask.name}: {len(answer.token_ids)} tokens came of {tokens}")
-    return Decoded((tokens - 1) / (answer.total_s - answer.first_token_s), 1e3 * cpu / tokens)
+    ask = Ask(name=f"{len(prompt):,} tokens", prompt=list(prompt), max_tokens=tokens)
+    cpu = [engine_cpu_s(server.pid) for server in servers]
+    had = [0.0] * len(servers)
+    with ThreadPoolExecutor(len(servers)) as pool, contextlib.ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.resume)
+            server.pause()
+        answers = [pool.submit(ask_all, server.url, model, [ask]) for server in servers]
+        while not all(answer.done() for answer in answers):
+            for number, (server, answer) in enumerate(zip(servers, answers, strict=True)):
+                if not answer.done():
+                    began = time.perf_counter()
+                    server.resume()
+                    wait([answer], TURN_S)
+                    server.pause()
+                    had[number] += time.perf_counter() - began
+        for server, answer in zip(servers, answers, strict=True):
+            came = len(answer.result()[0].token_ids)
+            if came != tokens:
+                raise AskError(f"{server.url}: {ask.name}: {came} tokens came of {tokens}")
+    cpu = [engine_cpu_s(server.pid) - before for server, before in zip(servers, cpu, strict=True)]
+    return [Decoded(tokens / s, 1e3 * used / tokens) for s, used in zip(had, cpu, strict=True)]
 
 
 def engine_cpu_s(leader: int) -> float:

@@ -1,10 +1,10 @@
 """``penstock bench sparse-served``: tokens a second of stock ``vllm serve``, dense and with sparse attention.
 
 Both servers run one model on one thread each. A context grows in both prefix caches from length to length, so
-that prefill costs once; then requests alternate between the servers, the first of a pair in turn, and each
-decodes after a token of its own. The model has random weights and attention as wide as it is told to be, on
-runs of topics as text has them: flat, where nothing can be saved and sparse attention has to step aside, and
-peaky, where it should win. All of its layers may be sparse, as all but two of a deep model are.
+that prefill costs once; then each pair of requests decodes after another token, and the servers take turns of
+a few tokens. The model has random weights and attention as wide as it is told to be, on runs of topics as
+text has them: flat, where nothing can be saved and sparse attention has to step aside, and peaky, where it
+should win. All of its layers may be sparse, as all but two of a deep model are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import msgspec
 from rich.console import Console
 
 from penstock.benchmarks import parts as parted
-from penstock.benchmarks.decode_pairs import Between, Decoded, cache_context, decode
+from penstock.benchmarks.decode_pairs import Between, Decoded, cache_context, decode_in_turns
 from penstock.benchmarks.flowkv_part import Finding, Options, Tell
 from penstock.benchmarks.report import Cell, Claim
 from penstock.benchmarks.scrape import by_label, samples
@@ -204,8 +204,9 @@ class Duel:
             tell(f"{level}, {tokens:,} tokens: pair {number + 1} of {pairs}")
             # Another last token makes another answer; with it, the prompt has one more than whole blocks.
             prompt = [*context, _topic(self._random)]
-            for way in sorted(self._servers, reverse=bool(number % 2)):
-                one = decode(self._servers[way], self._model, prompt, self._decoded)
+            ways = sorted(self._servers, reverse=bool(number % 2))
+            ones = decode_in_turns([self._servers[way] for way in ways], self._model, prompt, self._decoded)
+            for way, one in zip(ways, ones, strict=True):
                 if number >= 0:
                     found[way].append(one)
         told = told_since(before, _counted(self._servers["sparse"]))

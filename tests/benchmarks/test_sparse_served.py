@@ -6,13 +6,16 @@ import subprocess
 import sys
 from itertools import pairwise
 from math import comb
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.benchmarks.decode_pairs import Between, Decoded, engine_cpu_s
+from penstock.benchmarks.asks import AskError
+from penstock.benchmarks.decode_pairs import Between, Decoded, decode_in_turns, engine_cpu_s
+from penstock.benchmarks.processes import Port, Server, wait_until_ready
 from penstock.benchmarks.sparse_served import Case, claims, told_since, topic_tokens
 from penstock.benchmarks.tiny_model import SPECIAL_TOKENS, TinyLlama, ensure_model
 
@@ -26,6 +29,35 @@ while time.process_time() < 0.1: pass
 print("done", flush=True)
 sys.stdin.read()
 """
+
+# Answers a completion with as many tokens as the second argument says.
+ANSWER = """
+import http.server, json, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        choice = {"index": 0, "text": "", "finish_reason": "length", "token_ids": [1] * int(sys.argv[2])}
+        usage = {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+        told = {"id": "1", "object": "text_completion", "created": 0, "model": "m"}
+        body = json.dumps(told | {"choices": [choice], "usage": usage}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *_):
+        pass
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def answering(tmp_path: Path, name: str, tokens: int) -> Server:
+    port = Port.reserve()
+    command = [sys.executable, "-c", ANSWER, str(port.number), str(tokens)]
+    return Server(name=name, command=command, port=port, log=tmp_path / f"{name}.log")
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=60))
@@ -93,6 +125,25 @@ def test_the_time_of_a_server_is_that_of_its_group_but_its_leader():
         assert engine_cpu_s(leader.pid + 1_000_000_000) == 0
         assert 0.02 <= found < 0.1
         leader.stdin.close()
+
+
+def test_servers_that_took_turns_have_answered_and_go_on(tmp_path):
+    servers = [answering(tmp_path, name, 4) for name in ("one", "two")]
+    with servers[0], servers[1]:
+        wait_until_ready(servers)
+        found = decode_in_turns(servers, "m", [1, 2, 3], 4)
+        assert len(found) == 2
+        assert all(one.tokens_s > 0 for one in found)
+        assert all(server.ready() for server in servers)
+
+
+def test_a_short_answer_is_an_error_and_leaves_no_server_standing_still(tmp_path):
+    servers = [answering(tmp_path, "whole", 4), answering(tmp_path, "short", 3)]
+    with servers[0], servers[1]:
+        wait_until_ready(servers)
+        with pytest.raises(AskError, match="3 tokens came of 4"):
+            decode_in_turns(servers, "m", [1, 2, 3], 4)
+        assert all(server.ready() for server in servers)
 
 
 def test_attention_is_as_wide_as_it_is_told_to_be(tmp_path):
