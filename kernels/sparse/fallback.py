@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-import torch
-
-from penstock.kernels.sparse.attention import Partial
 from penstock.kernels.sparse.config import SparseConfig
-from penstock.kernels.sparse.selection import Selection
 
 
 class Reason(StrEnum):
@@ -24,14 +20,3 @@ def reason_before(config: SparseConfig, layer: int, tokens: int) -> Reason | Non
     if layer < config.dense_layers:
         return Reason.FIRST_LAYERS
     return Reason.SHORT_CONTEXT if tokens < config.least_tokens else None
-
-
-def widened(config: SparseConfig, selection: Selection) -> tuple[Selection, torch.Tensor]:
-    """The selection with KV heads dense that would read most tokens, and which those are, bool [H]."""
-    tokens = selection.tokens
-    dense = tokens.sum(1) > config.most_share * tokens.shape[1]
-    rest = selection.rest
-    if rest is not None:
-        lse = rest.lse.masked_fill(dense[:, None], -torch.inf)
-        rest = Partial(rest.output.masked_fill(dense[:, None, None], 0.0), lse)
-    return Selection(tokens | dense[:, None], selection.scored, rest), dense

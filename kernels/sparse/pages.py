@@ -28,21 +28,6 @@ class PageSelection:
         """The tokens of the pages, bool [H, n]."""
         return self.pages.repeat_interleave(self.page_tokens, 1)[:, : self.tokens]
 
-    def block_lists(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What a dense kernel reads in place of a block table and lengths, one row a KV head.
-
-        Returns page numbers int32 [H, most], those of each head in ascending order, padded with 0; how many
-        of them count, int32 [H]; and tokens in them, int32 [H]. A partial page comes last or not at all, so
-        that a length says how much of it is read.
-        """
-        counts = self.pages.sum(1)
-        numbers = (
-            (~self.pages).long().argsort(dim=1, stable=True)[:, : int(counts.max()) if len(counts) else 0]
-        )
-        used = torch.arange(numbers.shape[1], device=numbers.device) < counts[:, None]
-        lengths = self.token_mask().sum(1)
-        return torch.where(used, numbers, 0).int(), counts.int(), lengths.int()
-
 
 def choose(
     config: SparseConfig,

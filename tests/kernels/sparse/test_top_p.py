@@ -112,17 +112,6 @@ def test_pages_have_the_mass_and_every_kept_token(tokens, page_tokens):
     assert torch.equal(PageSelection.holding(chosen, page_tokens).token_mask(), chosen)
 
 
-def test_block_lists_name_the_pages_and_a_partial_one_comes_last():
-    tokens = torch.zeros(3, 70, dtype=torch.bool)
-    tokens[0, [0, 33, 69]] = True
-    tokens[1, 17] = True
-    numbers, counts, lengths = PageSelection.holding(tokens, 16).block_lists()
-    assert numbers[0].tolist() == [0, 2, 4]
-    assert numbers[1, :1].tolist() == [1]
-    assert counts.tolist() == [3, 1, 0]
-    assert lengths.tolist() == [16 + 16 + 6, 16, 0]
-
-
 def test_cover_makes_heads_cheap_that_need_little():
     weights = torch.cat([shares(1, 1, 1, 400, sharpness=2.0), shares(2, 1, 1, 400, sharpness=1.0)], 1)
     mass = torch.tensor([[0.7, 0.7]])
