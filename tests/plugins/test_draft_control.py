@@ -18,7 +18,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from penstock.patches.vllm.stat_logging import PAYLOAD_KEY
-from penstock.plugins import features, ledger
+from penstock.plugins import features
 from penstock.plugins.configuration import ConfigurationError
 from penstock.plugins.vllm.draft_budget import DraftBudget
 from penstock.plugins.vllm.draft_control import makes_passes
@@ -31,12 +31,6 @@ from penstock.schedulers.slo.profiles import find_profile
 from penstock.schedulers.slo.step_time import StepTimeModel
 
 BOTH = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-
-
-@pytest.fixture(autouse=True)
-def _own_process_state(monkeypatch):
-    monkeypatch.setattr(ledger, "_entries", {})
-    monkeypatch.delenv(features.ASKED_FOR, raising=False)
 
 
 def engine(

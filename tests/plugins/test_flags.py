@@ -31,12 +31,6 @@ def parser():
     return parser
 
 
-@pytest.fixture(autouse=True)
-def _own_process_state(monkeypatch):
-    monkeypatch.setattr(ledger, "_entries", {})
-    monkeypatch.delenv(features.ASKED_FOR, raising=False)
-
-
 @pytest.fixture
 def parse(parser):
     def parse(*arguments: str):

@@ -22,7 +22,6 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.request import Request, RequestStatus
 
-from penstock.plugins import features, ledger
 from penstock.plugins.vllm.request_scheduler import make_scheduler
 
 pytestmark = PASSES_OVER
@@ -31,12 +30,6 @@ LOADED = 48
 REQUESTS = 60
 ADAPTERS = {"miller": 1, "keeper": 2, "eel": 3}
 MOST_ADAPTERS = 2
-
-
-@pytest.fixture(autouse=True)
-def _own_process_state(monkeypatch):
-    monkeypatch.setattr(ledger, "_entries", {})
-    monkeypatch.delenv(features.ASKED_FOR, raising=False)
 
 
 class AnyToken:

@@ -16,15 +16,8 @@ from stepped_scheduler import HASHER, Settings, Stepper, build, request
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
-from penstock.plugins import features, ledger
 from penstock.plugins.vllm.charging import Charges
 from penstock.plugins.vllm.request_scheduler import AsyncRequestScheduler, SyncRequestScheduler
-
-
-@pytest.fixture(autouse=True)
-def _own_process_state(monkeypatch):
-    monkeypatch.setattr(ledger, "_entries", {})
-    monkeypatch.delenv(features.ASKED_FOR, raising=False)
 
 
 def watched(kind: type, spans: list[dict[str, tuple[int, int]]]) -> type:

@@ -15,19 +15,12 @@ from stepped_scheduler import Settings, Stepper, build, request
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from penstock.plugins import features, ledger
 from penstock.plugins.configuration import ConfigurationError
 from penstock.plugins.vllm.request_scheduler import (
     AsyncRequestScheduler,
     SyncRequestScheduler,
     make_scheduler,
 )
-
-
-@pytest.fixture(autouse=True)
-def _own_process_state(monkeypatch):
-    monkeypatch.setattr(ledger, "_entries", {})
-    monkeypatch.delenv(features.ASKED_FOR, raising=False)
 
 
 def test_a_request_that_loads_can_be_aborted():

@@ -16,14 +16,7 @@ from stepped_scheduler import Settings, Stepper, build, request
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from penstock.plugins import features, ledger
 from penstock.plugins.vllm.request_scheduler import AsyncRequestScheduler, SyncRequestScheduler
-
-
-@pytest.fixture(autouse=True)
-def _own_process_state(monkeypatch):
-    monkeypatch.setattr(ledger, "_entries", {})
-    monkeypatch.delenv(features.ASKED_FOR, raising=False)
 
 
 @cache

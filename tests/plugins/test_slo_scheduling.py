@@ -18,19 +18,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from penstock.patches.slo_gauges import TOTALS, slo_gauges
-from penstock.plugins import features, ledger
 from penstock.plugins.configuration import ConfigurationError
 from penstock.plugins.vllm.request_scheduler import make_scheduler
 from penstock.plugins.vllm.slo_scheduling import AsyncSLOScheduler, SyncSLOScheduler
 from penstock.schedulers.slo.plan import Plan
 
 BOTH = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-
-
-@pytest.fixture(autouse=True)
-def _own_process_state(monkeypatch):
-    monkeypatch.setattr(ledger, "_entries", {})
-    monkeypatch.delenv(features.ASKED_FOR, raising=False)
 
 
 @BOTH

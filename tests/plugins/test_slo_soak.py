@@ -18,7 +18,6 @@ from slo_traffic import Time, TimedStepper, slo_request
 from stepped_scheduler import Settings, build, token
 from vllm.v1.request import Request
 
-from penstock.plugins import features, ledger
 from penstock.plugins.vllm.request_scheduler import make_scheduler
 from penstock.schedulers.slo.attainment import attains
 from penstock.schedulers.slo.targets import Targets
@@ -26,12 +25,6 @@ from penstock.schedulers.slo.targets import Targets
 OPERATIONS = 2_500
 TARGETS = ((100, 20), (1000, 50), (3000, None), (None, 100), (9000, 300), (None, None))
 TIERS_MS = (25.0, 50.0, 100.0, 250.0)
-
-
-@pytest.fixture(autouse=True)
-def _own_process_state(monkeypatch):
-    monkeypatch.setattr(ledger, "_entries", {})
-    monkeypatch.delenv(features.ASKED_FOR, raising=False)
 
 
 @dataclass

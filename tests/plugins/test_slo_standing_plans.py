@@ -11,17 +11,10 @@ pytest.importorskip("vllm")
 from slo_traffic import Time, TimedStepper, kind_of, ours, settings_of, slo_request, traffic
 from stepped_scheduler import Settings, build
 
-from penstock.plugins import features, ledger
 from penstock.schedulers.slo.plan import Plan
 from penstock.schedulers.slo.step_time import StepFeatures
 
 BOTH = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-
-
-@pytest.fixture(autouse=True)
-def _own_process_state(monkeypatch):
-    monkeypatch.setattr(ledger, "_entries", {})
-    monkeypatch.delenv(features.ASKED_FOR, raising=False)
 
 
 @BOTH

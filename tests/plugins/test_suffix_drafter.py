@@ -11,18 +11,11 @@ pytest.importorskip("vllm")
 
 from vllm.v1.spec_decode.custom_class_proposer import create_custom_proposer
 
-from penstock.plugins import features, ledger
 from penstock.plugins.configuration import ConfigurationError
 from penstock.plugins.vllm.suffix_drafter import SuffixDrafter
 
 PATH = "penstock.plugins.vllm.suffix_drafter.SuffixDrafter"
 LONGEST = 64
-
-
-@pytest.fixture(autouse=True)
-def _own_process_state(monkeypatch):
-    monkeypatch.setattr(ledger, "_entries", {})
-    monkeypatch.delenv(features.ASKED_FOR, raising=False)
 
 
 def config(most=4, **suffix):
