@@ -11,112 +11,76 @@ import numpy as np
 
 from penstock.kernels.numba_support import compiled
 from penstock.kernels.sparse.compiled_math import F32, exp, log, prefetch
+from penstock.kernels.sparse.lanes import FOUR, NOTHING, WORDS, lane_scores, lane_sum, pack
 
 CHUNK = 32
 """Pages whose scores are held at a time: few enough for a cache, and the length of a vector or two."""
 LINE = 64
 """Bytes of a cache line."""
-NOTHING = F32(-1e30)
-"""The log of no mass, finite so that only what is broken is not."""
+AHEAD = 2
+"""Blocks from the one that is computed to the one that is brought into the cache."""
 
 
 @compiled
-def log_masses(codes: Any, facts: Any, blocks: Any, query: Any, lengths: Any, logs: Any) -> None:
+def log_masses(codes: Any, facts: Any, blocks: Any, query: Any, lanes: Any, logs: Any) -> None:
     """Write the logs of the estimated masses of ``blocks`` to ``logs``.
 
-    ``codes`` int8 [B, H, S, D] and ``facts`` float32 [B, H, 3, S] are tables of a ``BlockIndex``; ``blocks``
-    int64 [P], below B; ``query`` float32 [H, G, D]; ``lengths`` float32 [H], mean squares of its rows;
+    ``codes`` uint8 [B, H, D / CHANNELS, S, CHANNELS] and ``facts`` float32 [B, H, 3, S] are the tables of a
+    ``BlockIndex``, S a multiple of ``lanes``; ``blocks`` int64 [P], below B; ``query`` float32 [H, G, D];
     ``logs`` float32 [H, G, P or more]. All but ``logs`` are contiguous.
     """
-    pages = len(blocks)
     heads, group, _ = query.shape
-    clusters = codes.shape[2]
-    scores = np.empty((heads, group, clusters, CHUNK), np.float32)
-    terms = np.empty((heads, 3, clusters, CHUNK), np.float32)
-    for start in range(0, pages, CHUNK):
-        count = min(CHUNK, pages - start)
+    fours = (group + FOUR - 1) // FOUR
+    words = np.empty((heads, fours, codes.shape[2], WORDS), np.int32)
+    offsets = np.empty((heads, fours, FOUR), np.int32)
+    units = np.empty((heads, fours, FOUR), np.float32)
+    lengths = np.empty(heads, np.float32)
+    pack(query, words, offsets, units, lengths)
+    rows = codes.shape[3] // lanes
+    scores = np.empty((heads, fours, FOUR, CHUNK * rows, lanes), np.float32)
+    peaks = np.empty((heads, fours, FOUR, lanes), np.float32)
+    for start in range(0, len(blocks), CHUNK):
+        peaks[:] = NOTHING
+        count = min(CHUNK, len(blocks) - start)
         for i in range(count):
             block = blocks[start + i]
-            following = blocks[min(start + i + 1, pages - 1)]
+            coming = blocks[min(start + i + AHEAD, len(blocks) - 1)]
             for head in range(heads):
                 # A few lines at a time: a processor waits for no more than it has room to remember.
-                _bring(codes, following, head)
-                _bring(facts, following, head)
-                _products(codes, block, query, head, scores, i)
-                for s in range(clusters):
-                    for term in range(3):
-                        terms[head, term, s, i] = facts[block, head, term, s]
+                _bring(codes, coming * heads + head, codes[coming, head])
+                _bring(facts, coming * heads + head, facts[coming, head])
+                for four in range(fours):
+                    for row in range(rows):
+                        where = (block, head, four, row * lanes, i * rows + row)
+                        lane_scores(codes, facts, words, offsets, units, lengths, scores, peaks, where)
         for head in range(heads):
-            _add_spreads(terms, lengths[head], head, count)
             for g in range(group):
-                _sum(scores, terms, head, g, count, logs[head, g, start : start + count])
+                out = logs[head, g, start : start + count]
+                peak = peaks[head, g // FOUR, g % FOUR].max()
+                _sum(scores[head, g // FOUR, g % FOUR], peak, out)
 
 
 @compiled
-def _bring(table: Any, block: Any, head: Any) -> None:
-    size = table.shape[2] * table.shape[3] * table.itemsize
-    begin = (block * table.shape[1] + head) * size
-    for at in range(begin, begin + size, LINE):
+def _bring(table: Any, place: Any, part: Any) -> None:
+    """Have ``part`` of ``table``, the one with this number, read soon."""
+    for at in range(place * part.nbytes, (place + 1) * part.nbytes, LINE):
         prefetch(table, at)
 
 
 @compiled
-def _products(codes: Any, block: Any, query: Any, head: Any, scores: Any, i: Any) -> None:
-    """Products of the codes of a block with a group's query heads, four at a time so that a code is widened
-    once for all."""
-    group, size = query.shape[1:]
-    clusters = codes.shape[2]
-    fours = group - group % 4
-    for g in range(0, fours, 4):
-        for s in range(clusters):
-            first, second, third, fourth = F32(0), F32(0), F32(0), F32(0)
-            for d in range(size):
-                code = F32(codes[block, head, s, d])
-                first += query[head, g, d] * code
-                second += query[head, g + 1, d] * code
-                third += query[head, g + 2, d] * code
-                fourth += query[head, g + 3, d] * code
-            scores[head, g, s, i] = first
-            scores[head, g + 1, s, i] = second
-            scores[head, g + 2, s, i] = third
-            scores[head, g + 3, s, i] = fourth
-    for g in range(fours, group):
-        for s in range(clusters):
-            product = F32(0)
-            for d in range(size):
-                product += query[head, g, d] * F32(codes[block, head, s, d])
-            scores[head, g, s, i] = product
+def _sum(scores: Any, peak: Any, out: Any) -> None:
+    """The logs of the sums over clusters, of many pages at once.
 
-
-@compiled
-def _add_spreads(terms: Any, length: Any, head: Any, count: Any) -> None:
-    """Turn spreads into what a cluster has beside its mean's product (``clusters.log_masses``)."""
-    for s in range(terms.shape[2]):
-        for i in range(count):
-            room = terms[head, 2, s, i]
-            variance = length * terms[head, 1, s, i]
-            wide = F32(2) * max(room, F32(0))
-            free = room + F32(0.5) * variance
-            above = free if variance < wide else np.sqrt(variance * wide)
-            terms[head, 1, s, i] = NOTHING if room < 0 else above
-
-
-@compiled
-def _sum(scores: Any, terms: Any, head: Any, g: Any, count: Any, out: Any) -> None:
-    """The log of the sum over clusters, of many pages at once."""
-    clusters = scores.shape[2]
-    peaks = np.empty(CHUNK, np.float32)
-    sums = np.empty(CHUNK, np.float32)
-    for i in range(count):
-        peaks[i] = NOTHING
-        sums[i] = F32(0)
-    for s in range(clusters):
-        for i in range(count):
-            score = scores[head, g, s, i] * terms[head, 0, s, i] + terms[head, 1, s, i]
-            scores[head, g, s, i] = score
-            peaks[i] = score if score > peaks[i] else peaks[i]
-    for s in range(clusters):
-        for i in range(count):
-            sums[i] += exp(scores[head, g, s, i] - peaks[i])
-    for i in range(count):
-        out[i] = peaks[i] + log(sums[i])
+    Scores are taken from ``peak``, the largest of all these pages: what is 87 below it has no share.
+    """
+    flat = scores.reshape(-1)
+    rows = len(scores) // CHUNK
+    for place in range(len(out) * rows * scores.shape[1]):
+        flat[place] = exp(flat[place] - peak)
+    for i in range(len(out)):
+        total = F32(0)
+        for row in range(i * rows, (i + 1) * rows):
+            total += lane_sum(scores[row])
+        out[i] = total
+    for i in range(len(out)):
+        out[i] = peak + log(out[i])
