@@ -14,6 +14,9 @@ from penstock.kernels.sparse.compiled_math import F32, exp
 
 NARROW = 1 << 20
 """Steps of a float32 within which sums are sorted: an eighth of an octave, in which few pages are."""
+INFINITY = np.int32(0x7F800000)
+"""Its bits; those of numbers that are not negative are in the order of the numbers."""
+LEAST_INTEGER, LARGEST_INTEGER = np.int32(-(2**31)), np.int32(2**31 - 1)
 ENOUGH = F32(1 - 1e-6)
 """Of a goal: the rounding of a sum must not ask for one page more."""
 
@@ -28,18 +31,75 @@ def to_shares(logs: Any, kept: Any) -> None:
     for head in range(heads):
         for g in range(group):
             row = logs[head, g]
-            peak = F32(-np.inf)
-            for p in range(pages):
-                if np.isfinite(row[p]):
-                    peak = max(peak, row[p])
-                else:
-                    kept[head, p] = True
+            peak, broken = _largest(row.view(np.int32))
+            if broken:
+                for p in range(pages):
+                    if not np.isfinite(row[p]):
+                        kept[head, p], row[p] = True, F32(-np.inf)
             total = F32(0)
             for p in range(pages):
-                row[p] = exp(row[p] - peak) if np.isfinite(row[p]) else F32(0)
+                log_mass = row[p]
+                row[p] = exp(log_mass - peak) if log_mass > F32(-np.inf) else F32(0)
                 total += row[p]
             for p in range(pages):
                 row[p] = row[p] / total if total > 0 else F32(0)
+
+
+@compiled
+def _largest(bits: Any) -> Any:
+    """The largest finite number with one of these ``bits``, 0 without any, and whether one is not finite.
+
+    In integers, which are compared in vectors; flipped, those of negative numbers are in order too.
+    """
+    most, broken = LEAST_INTEGER, np.int32(0)
+    for p in range(len(bits)):
+        finite = (bits[p] & LARGEST_INTEGER) < INFINITY
+        order = np.int32(bits[p] ^ ((bits[p] >> np.int32(31)) & LARGEST_INTEGER))
+        order = order if finite else LEAST_INTEGER
+        most = order if order > most else most
+        broken |= np.int32(0) if finite else np.int32(1)
+    if most == LEAST_INTEGER:
+        return F32(0), broken != 0
+    return np.int32(most ^ ((most >> np.int32(31)) & LARGEST_INTEGER)).view(np.float32), broken != 0
+
+
+@compiled
+def choose_massive(shares: Any, kept: Any, count: Any, chosen: Any) -> None:
+    """``page_choice.most_massive``, written to ``chosen`` (bool [H, P]); the first ones of equal sums."""
+    sums = np.empty(shares.shape[2], np.float32)
+    bits = sums.view(np.int32)
+    for head in range(len(shares)):
+        _sum_free(shares, kept, head, sums)
+        room = count
+        for p in range(len(sums)):
+            chosen[head, p] = kept[head, p]
+            room -= 1 if kept[head, p] else 0
+            bits[p] = np.int32(-1) if kept[head, p] else bits[p]
+        if room <= 0:
+            continue
+        # As many as there is room for, or fewer, have at least ``high``; more have ``low``.
+        low, high = np.int32(0), INFINITY
+        while high - low > 1:
+            middle = np.int32(low + (high - low) // 2)
+            if _how_many(bits, middle) > room:
+                low = middle
+            else:
+                high = middle
+        room -= _how_many(bits, high)
+        for p in range(len(sums)):
+            if bits[p] >= high:
+                chosen[head, p] = True
+            elif bits[p] >= low and room > 0:
+                chosen[head, p] = True
+                room -= 1
+
+
+@compiled
+def _how_many(bits: Any, least: Any) -> Any:
+    count = np.int32(0)
+    for p in range(len(bits)):
+        count += np.int32(1) if bits[p] >= least else np.int32(0)
+    return count
 
 
 @compiled
@@ -62,9 +122,8 @@ def choose_ranked(shares: Any, kept: Any, mass: Any, chosen: Any) -> None:
             chosen[head, p] = kept[head, p]
         if not wanted:
             continue
-        # Numbers that are not negative are in the order of their bits.
         bits = sums.view(np.int32)
-        low, high = np.int32(0), np.int32(0x7F800000)
+        low, high = np.int32(0), INFINITY
         while high - low > NARROW:
             middle = np.int32(low + (high - low) // 2)
             if _reached(shares, head, bits, middle, goals):

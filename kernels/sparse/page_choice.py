@@ -57,6 +57,13 @@ def weigh(logs: torch.Tensor, always: torch.Tensor) -> tuple[torch.Tensor, torch
 def most_massive(shares: torch.Tensor, kept: torch.Tensor, count: int) -> torch.Tensor:
     """``kept`` pages (bool [H, P]) and those with the largest sums over a group, ``count`` in each head if no
     more are kept; bool [H, P]."""
+    if HAS_NUMBA:
+        from penstock.kernels.sparse import fused_choice
+
+        chosen = torch.empty_like(kept)
+        arrays = shares.contiguous().numpy(), kept.contiguous().numpy()
+        fused_choice.choose_massive(*arrays, min(count, kept.shape[1]), chosen.numpy())
+        return chosen
     sums = shares.sum(1).masked_fill(kept, torch.inf)
     best = sums.topk(min(count, sums.shape[1]), dim=1, sorted=False).indices
     return kept.scatter(1, best, True)

@@ -165,6 +165,22 @@ def test_ranked_pages(heads, group, pages, seed, scale, mass):
     assert ((found.sum(1) - fewest.sum(1)).abs() <= 1).all()
 
 
+@settings(max_examples=40, deadline=None)
+@given(HEADS, GROUPS, PAGES, SEEDS, st.floats(0, 1.2), st.booleans())
+def test_the_most_massive_pages(heads, group, pages, seed, part, equal):
+    random = torch.Generator().manual_seed(seed)
+    shares = torch.rand(heads, group, pages, generator=random)
+    shares = (shares * 3).round() / 8 if equal else shares
+    kept = torch.rand(heads, pages, generator=random) < 0.2
+    count = int(part * pages)
+    found = page_choice.most_massive(shares, kept, count)
+    expected = in_torch(page_choice.most_massive, shares, kept, count)
+    assert (found & kept == kept).all()
+    assert torch.equal(found.sum(1), expected.sum(1))
+    had, could = ((shares.sum(1) * chosen).sum(1) for chosen in (found, expected))
+    torch.testing.assert_close(had, could)
+
+
 def test_equal_pages_are_taken_from_the_front():
     shares = torch.full((1, 2, 10), 0.1)
     kept = torch.zeros(1, 10, dtype=torch.bool)
