@@ -6,11 +6,9 @@ Made up are token ids, block hashes and what a model samples: one token for each
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import count, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -25,11 +23,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from penstock.simulation.vllm_engine import MODEL_CONFIG
+from penstock.simulation.unloaded_model import unloaded_model
 
 BLOCK_TOKENS = 16
 LONGEST = 2_048
-MODEL = MODEL_CONFIG | {"max_position_embeddings": LONGEST}
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,8 +179,7 @@ def _hasher(name: str, shared: Sequence[BlockHash]) -> Callable[[Request], list[
 
 def vllm_config(load: Load) -> VllmConfig:
     """The engine's configuration, checked and completed by vLLM, for a model that is never loaded."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_bytes(msgspec.json.encode(MODEL))
+    with unloaded_model(LONGEST, "float16") as folder:
         config = EngineArgs(
             model=folder,
             skip_tokenizer_init=True,

@@ -7,12 +7,9 @@ are equal lists of tokens. Settings are the process's own, so a process makes on
 
 from __future__ import annotations
 
-import json
-import tempfile
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -27,21 +24,9 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from penstock.simulation.records import Ask, Batch, Progress, Row
+from penstock.simulation.unloaded_model import unloaded_model
 
 CONTEXT_TOKENS = 131_072
-MODEL_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "vocab_size": 32000,
-    "max_position_embeddings": CONTEXT_TOKENS,
-    "torch_dtype": "float32",
-}
-"""A model that is never run: its shape decides nothing but what the engine's configuration accepts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +76,7 @@ class SglangEngine:
         prepare: Callable[[Any, Callable[[], float]], None] | None = None,
     ) -> None:
         load_plugins()
-        with tempfile.TemporaryDirectory(prefix="penstock-simulated-") as folder:
-            Path(folder, "config.json").write_text(json.dumps(MODEL_CONFIG), encoding="utf-8")
+        with unloaded_model(CONTEXT_TOKENS, "float32") as folder:
             args = shape.server_args(folder)
             ports = PortArgs.init_new(args)
             publish(

@@ -9,14 +9,11 @@ lengths meets the same luck.
 
 from __future__ import annotations
 
-import json
-import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -33,19 +30,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from penstock.simulation.records import Ask, Batch, Piece, Progress, Prompt, Row
-
-MODEL_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "vocab_size": 32000,
-    "torch_dtype": "float16",
-}
-"""A model that is never loaded: its shape decides nothing but what the engine's configuration accepts."""
+from penstock.simulation.unloaded_model import unloaded_model
 
 DRAFTERS = ("ngram", "draft_model")
 
@@ -106,9 +91,7 @@ class EngineShape:
 
 def vllm_config(shape: EngineShape) -> VllmConfig:
     """The engine's configuration, checked and completed by vLLM itself, for a model that does not exist."""
-    with tempfile.TemporaryDirectory(prefix="penstock-simulated-") as folder:
-        config = {**MODEL_CONFIG, "max_position_embeddings": shape.max_model_len}
-        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with unloaded_model(shape.max_model_len, "float16") as folder:
         made = EngineArgs(
             model=folder,
             skip_tokenizer_init=True,
