@@ -60,6 +60,15 @@ class ServingStats:
         self._selections += 1
         self._selecting += seconds
 
+    def tallied(self, layer: int, *, selections: int, read: int, of: int, short: int) -> None:
+        """The same of many steps, as a device counted it; ``short`` contexts were dense."""
+        pages = self._pages.setdefault(layer, [0, 0])
+        pages[0] += read
+        pages[1] += of
+        self._selections += selections
+        if short:
+            self._dense[Reason.SHORT_CONTEXT.value] += short
+
     def indexed(self, blocks: int, seconds: float) -> None:
         """Blocks were summarised."""
         self._blocks += blocks

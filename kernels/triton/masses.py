@@ -77,6 +77,37 @@ def first_recent(length, indexed, recent, block_tokens):
 
 
 @triton.jit
+def exact_log(
+    query, keys, table, request, head, page, length, group, size, pages, block_tokens, scale,
+    query_request, query_head, key_block, key_token, key_head,
+    GROUP: tl.constexpr, TOKENS: tl.constexpr, SIZE: tl.constexpr, FP32: tl.constexpr,
+):  # fmt: skip
+    """The exact log of the mass of one page [GROUP]; +inf if something in it is no number."""
+    token = tl.arange(0, TOKENS)
+    member = tl.arange(0, GROUP)
+    channel = tl.arange(0, SIZE)
+    present = (token < block_tokens) & (page * block_tokens + token < length)
+    asked = query + request * query_request + (head * group + member)[:, None] * query_head
+    q = tl.load(
+        asked + channel[None, :], mask=(member < group)[:, None] & (channel < size)[None, :], other=0.0
+    )
+    block = tl.load(table + request * pages + page).to(tl.int64)
+    place = keys + block * key_block + head * key_head + token[:, None] * key_token + channel[None, :]
+    key = tl.load(place, mask=present[:, None] & (channel < size)[None, :], other=0.0)
+    if FP32:
+        score = tl.dot(q.to(tl.float32), tl.trans(key.to(tl.float32)), input_precision="tf32x3")
+    else:
+        score = tl.dot(q, tl.trans(key))
+    score = score * scale
+    score = tl.where(score == score, score, float("inf"))  # noqa: PLR0124
+    score = tl.where(present[None, :], score, float("-inf"))
+    peak = tl.max(score, 1)
+    base = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)
+    log = tl.log(tl.maximum(tl.sum(tl.exp(score - base[:, None]), 1), 1.0)) + base
+    return tl.where(tl.abs(peak) < float("inf"), log, peak)
+
+
+@triton.jit
 def _exact(
     query, keys, table, lengths, counts, logs,
     heads, group, size, pages, block_tokens, sinks, recent, scale,
@@ -85,7 +116,6 @@ def _exact(
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     request = row // heads
-    head = row % heads
     slot = tl.program_id(0)
     length = tl.load(lengths + request)
     tail = first_recent(length, tl.load(counts + request), recent, block_tokens)
@@ -93,28 +123,12 @@ def _exact(
     # A sink that is recent too is done once.
     wanted = (page * block_tokens < length) & ((slot < sinks) | (page >= sinks)) & (page < pages)
     if wanted:
-        token = tl.arange(0, TOKENS)
+        log = exact_log(
+            query, keys, table, request, row % heads, page, length,
+            group, size, pages, block_tokens, scale,
+            query_request, query_head, key_block, key_token, key_head, GROUP, TOKENS, SIZE, FP32,
+        )  # fmt: skip
         member = tl.arange(0, GROUP)
-        channel = tl.arange(0, SIZE)
-        present = (token < block_tokens) & (page * block_tokens + token < length)
-        asked = query + request * query_request + (head * group + member)[:, None] * query_head
-        q = tl.load(
-            asked + channel[None, :], mask=(member < group)[:, None] & (channel < size)[None, :], other=0.0
-        )
-        block = tl.load(table + request * pages + page).to(tl.int64)
-        place = keys + block * key_block + head * key_head + token[:, None] * key_token + channel[None, :]
-        key = tl.load(place, mask=present[:, None] & (channel < size)[None, :], other=0.0)
-        if FP32:
-            score = tl.dot(q.to(tl.float32), tl.trans(key.to(tl.float32)), input_precision="tf32x3")
-        else:
-            score = tl.dot(q, tl.trans(key))
-        score = score * scale
-        score = tl.where(score == score, score, float("inf"))  # noqa: PLR0124
-        score = tl.where(present[None, :], score, float("-inf"))
-        peak = tl.max(score, 1)
-        base = tl.where(tl.abs(peak) < float("inf"), peak, 0.0)
-        log = tl.log(tl.maximum(tl.sum(tl.exp(score - base[:, None]), 1), 1.0)) + base
-        log = tl.where(tl.abs(peak) < float("inf"), log, peak)
         tl.store(logs + (row * group + member) * pages + page, log, mask=member < group)
 
 

@@ -6,6 +6,7 @@ long as the arguments are the same tensors, whatever is in them. There is no wai
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ WAVES = 2
 """Programs a multiprocessor is to have."""
 MOST_SPLITS = 64
 MOST_HEAD_SIZE, MOST_PAGE_TOKENS = 256, 128
+ALIGNED = 256
+"""Bytes at whose multiples each tensor of a step begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,21 @@ def splits_for(rows: int, tokens: int, processors: int) -> int:
     return max(1, min(enough, -(-tokens // SPLIT_TOKENS), MOST_SPLITS))
 
 
+class _Carver:
+    """Hands out tensors, new ones or pieces of ``memory`` (uint8 [n])."""
+
+    def __init__(self, device: torch.device, memory: torch.Tensor | None) -> None:
+        self._device, self._memory = device, memory
+        self.taken = 0
+
+    def __call__(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        first, size = self.taken, math.prod(shape) * dtype.itemsize
+        self.taken += -(-size // ALIGNED) * ALIGNED
+        if self._memory is None:
+            return torch.empty(*shape, dtype=dtype, device=self._device)
+        return self._memory[first : first + size].view(dtype).view(shape)
+
+
 class SparseStep:
     """Choice and attention for steps of one shape; its memory is reserved once and shared by all layers.
 
@@ -58,13 +76,21 @@ class SparseStep:
         tail_pages: most pages at the end of a request whose masses are computed exactly; more are read, but
             not counted.
         processors: multiprocessors of the device.
+        memory: uint8, at least ``nbytes`` of it; steps of other shapes may use the same, not at one time.
 
     Raises:
         ValueError: a group rule that ``choose`` has not, or heads or pages that are too large for a program.
     """
 
     def __init__(
-        self, config: ServingConfig, shape: StepShape, cache: PagedCache, *, tail_pages: int, processors: int
+        self,
+        config: ServingConfig,
+        shape: StepShape,
+        cache: PagedCache,
+        *,
+        tail_pages: int,
+        processors: int,
+        memory: torch.Tensor | None = None,
     ) -> None:
         if config.group_rule != "ranked":
             raise ValueError(f"group_rule: given {config.group_rule!r}, allowed on a GPU: 'ranked'")
@@ -73,25 +99,25 @@ class SparseStep:
         if cache.block_tokens > MOST_PAGE_TOKENS:
             raise ValueError(f"page tokens: given {cache.block_tokens}, allowed: at most {MOST_PAGE_TOKENS}")
         self.config, self.shape = config, shape
-        self._scale = shape.head_size**-0.5
+        self.scale = shape.head_size**-0.5
         self._tokens = cache.block_tokens
         self._tail_pages = tail_pages
         self.splits = splits_for(shape.rows, shape.pages * self._tokens, processors)
         # A page is one row of an estimate, where it is many of what is read.
         self.rest_splits = splits_for(shape.rows, shape.pages, processors)
-        device = cache.keys.device
-        self.logs = torch.empty(shape.requests, shape.heads, shape.group, shape.pages, device=device)
-        self.reads = ReadLists.empty(shape.rows, shape.group, shape.pages, device)
-        parts = self.splits + self.rest_splits
-        self.parts = Parts.empty(shape.rows, parts, shape.group, shape.head_size, device)
-        self.lse = torch.empty(shape.requests, shape.heads, shape.group, device=device)
-
-    @property
-    def nbytes(self) -> int:
+        take = _Carver(cache.keys.device, memory)
+        rows, parts = shape.rows, self.splits + self.rest_splits
+        self.logs = take(shape.requests, shape.heads, shape.group, shape.pages)
+        self.reads = ReadLists(
+            entries=take(rows, shape.pages, dtype=torch.int32),
+            lengths=take(rows, dtype=torch.int32),
+            taken=take(rows, shape.pages, dtype=torch.uint8),
+            left=take(rows, shape.group),
+        )
+        self.parts = Parts(take(rows, parts, shape.group, shape.head_size), take(rows, parts, shape.group))
+        self.lse = take(shape.requests, shape.heads, shape.group)
+        self.nbytes = take.taken
         """Memory in bytes."""
-        reads, parts = self.reads, self.parts
-        held = (self.logs, reads.entries, reads.lengths, reads.taken, reads.left)
-        return sum(part.nbytes for part in (*held, parts.outputs, parts.lses, self.lse))
 
     def run(
         self,
@@ -112,7 +138,7 @@ class SparseStep:
         """
         self.choose(query, cache, index, table, lengths, counts, wanted)
         decode_parts(
-            query, cache, self.reads, self._scale, self.parts, unit_tokens=self._tokens, splits=self.splits
+            query, cache, self.reads, self.scale, self.parts, unit_tokens=self._tokens, splits=self.splits
         )
         estimate_parts(
             self.logs, self.reads.taken, index.values, table, counts, self.parts,
@@ -136,9 +162,9 @@ class SparseStep:
         sinks = -(-config.sink_tokens // self._tokens)
         # The query's own token is the last one: its page is read even if nothing else recent is asked for.
         recent = max(1, config.recent_tokens)
-        page_log_masses(query, index, table, counts, self._scale, self.logs)
+        page_log_masses(query, index, table, counts, self.scale, self.logs)
         exact_log_masses(
-            query, cache, table, lengths, counts, self._scale, self.logs,
+            query, cache, table, lengths, counts, self.scale, self.logs,
             sink_pages=sinks, recent_tokens=recent, tail_pages=self._tail_pages,
         )  # fmt: skip
         choose(

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 """What is kept of each block of a paged KV cache, and the kernel that takes it.
 
 The clusters are those of :mod:`penstock.kernels.sparse.page_clusters`: they belong to the block alone, so
@@ -68,14 +68,13 @@ def _cluster_means(keys, labels, token_inside, CLUSTERS: tl.constexpr):
 
 
 @triton.jit
-def _summarise(
-    keys, values, blocks, means, scales, sizes, spreads, mean_values,
+def summarise_one(
+    block, head, keys, values, means, scales, sizes, spreads, mean_values,
     block_tokens, clusters, size, heads, rounds,
     key_block, key_token, key_head, value_block, value_token, value_head,
     TOKENS: tl.constexpr, CLUSTERS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    block = tl.load(blocks + tl.program_id(0)).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
+    """The summary of one full ``block`` (int64) in one KV ``head`` (int64)."""
     token = tl.arange(0, TOKENS)
     channel = tl.arange(0, SIZE)
     cluster = tl.arange(0, CLUSTERS)
@@ -112,6 +111,23 @@ def _summarise(
     value = tl.sum(tl.load(place, mask=present, other=0.0).to(tl.float32), 0) / block_tokens
     place = mean_values + (block * heads + head) * size + channel
     tl.store(place, value.to(mean_values.dtype.element_ty), mask=channel < size)
+
+
+@triton.jit
+def _summarise(
+    keys, values, blocks, means, scales, sizes, spreads, mean_values,
+    block_tokens, clusters, size, heads, rounds,
+    key_block, key_token, key_head, value_block, value_token, value_head,
+    TOKENS: tl.constexpr, CLUSTERS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    block = tl.load(blocks + tl.program_id(0)).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    summarise_one(
+        block, head, keys, values, means, scales, sizes, spreads, mean_values,
+        block_tokens, clusters, size, heads, rounds,
+        key_block, key_token, key_head, value_block, value_token, value_head,
+        TOKENS, CLUSTERS, SIZE,
+    )  # fmt: skip
 
 
 def summarise_blocks(cache: PagedCache, blocks: torch.Tensor, into: Summaries, rounds: int) -> None:

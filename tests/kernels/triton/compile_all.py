@@ -19,6 +19,8 @@ from triton.runtime.jit import JITFunction
 from penstock.kernels.sparse.serving import ServingConfig
 from penstock.kernels.triton import kmeans, quantise
 from penstock.kernels.triton.cache import PagedCache
+from penstock.kernels.triton.index import DeviceIndex
+from penstock.kernels.triton.observe import Sample, observe
 from penstock.kernels.triton.step import SparseStep, StepShape
 from penstock.kernels.triton.summaries import Summaries, summarise_blocks
 
@@ -67,6 +69,16 @@ def launch_all(dtype: torch.dtype, group: int, size: int, block_tokens: int) -> 
     step = SparseStep(ServingConfig(), shape, cache, tail_pages=8, processors=132)
     lengths = ints(requests), ints(requests)
     step.run(query, cache, index, ints(requests, pages), *lengths, torch.zeros(1), torch.empty_like(query))
+    reads, scores = step.reads, step.logs
+    device_index = DeviceIndex(cache, block_tokens // 4, 2, torch.zeros(4, dtype=torch.uint8))
+    device_index.written(torch.zeros(1, dtype=torch.int64))
+    device_index.count(ints(requests, pages), *lengths)
+    device_index.catch_up(ints(requests, pages), *lengths, 4)
+    observe(
+        query, cache, ints(requests, pages), *lengths, step.scale, scores, reads,
+        Sample.empty(group, pages, cache.keys.device), torch.zeros(4, dtype=torch.int64),
+        layer=2, least_tokens=0,
+    )  # fmt: skip
     keys, labels = torch.zeros(heads, 100, size, dtype=dtype), torch.zeros(heads, 100, dtype=torch.int64)
     centroids = torch.zeros(heads, 10, size)
     kmeans.nearest(keys, centroids, "tf32")

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 KERNELS = {
-    "_choose", "_decode", "_estimate", "_exact", "_masses", "_means", "_merge", "_nearest", "_quantise",
-    "_scores", "_summarise",
+    "_catch_up", "_choose", "_count", "_decode", "_estimate", "_exact", "_masses", "_means", "_merge",
+    "_nearest", "_observe", "_quantise", "_scores", "_summarise", "_written",
 }  # fmt: skip
 MOST_SHARED = 227 * 1024
 """Bytes of shared memory that a program may have on compute capability 9.0."""
