@@ -155,7 +155,7 @@ def _feature(feature: FeatureReport, *, verbose: bool) -> Iterator[str]:
 
 
 def _decode(decode: DecodeReport, *, verbose: bool) -> Iterator[str]:
-    yield "\nkernel for sparse decode, heads of 128 in bfloat16, pages of 16 (not served on a GPU yet)"
+    yield "\nkernel for sparse decode, heads of 128 in bfloat16, pages of 16 (never run on a GPU so far)"
     yield f"  {decode.device:<20}{decode.path:<9}{decode.reason}"
     if verbose:
         yield from (f"    not {path}: {reason}" for path, reason in decode.refused.items())

@@ -45,7 +45,8 @@ def plan(config: ServingConfig, shape: StepShape, cache: PagedCache, processors:
     nothing = _elsewhere(cache)
 
     def nbytes(requests: int) -> int:
-        step = _made(config, replace(shape, requests=requests), nothing, processors, None)
+        fewer = replace(shape, requests=requests)
+        step = SparseStep(config, fewer, nothing, tail_pages=1, processors=processors)
         # Fewer requests are cut into more parts, until there are as many programs as fill the device.
         return step.nbytes + 2 * WAVES * processors * part
 
@@ -66,17 +67,6 @@ def _elsewhere(cache: PagedCache) -> PagedCache:
     return PagedCache(nothing, nothing)
 
 
-def _made(
-    config: ServingConfig,
-    shape: StepShape,
-    cache: PagedCache,
-    processors: int,
-    memory: torch.Tensor | None,
-) -> SparseStep:
-    tail = config.recent_tokens // cache.block_tokens + 2
-    return SparseStep(config, shape, cache, tail_pages=tail, processors=processors, memory=memory)
-
-
 class SparseLayers:
     """Indexes, margins and memory of sparse layers; not safe between threads, nor between streams.
 
@@ -86,6 +76,7 @@ class SparseLayers:
         caches: of each sparse layer, by its number in the model; all alike.
         calibration: margins; the object of the worker.
         stats: where counts go.
+        scale: of scores.
         processors: multiprocessors of the device.
         foreign: blocks are filled by others than ``written`` hears of, by a KV connector for one.
 
@@ -101,6 +92,7 @@ class SparseLayers:
         calibration: Calibration,
         stats: ServingStats,
         *,
+        scale: float,
         processors: int,
         foreign: bool,
     ) -> None:
@@ -108,7 +100,7 @@ class SparseLayers:
         device, blocks = one.keys.device, len(one.keys)
         self.config, self.shape = config, shape
         self._caches, self._calibration, self._stats = caches, calibration, stats
-        self._processors, self._foreign = processors, foreign
+        self._scale, self._processors, self._foreign = scale, processors, foreign
         self._step_of = lru_cache(maxsize=None)(self._step)
         self.requests, size = plan(config, shape, one, processors)
         self._memory = torch.empty(size, dtype=torch.uint8, device=device)
@@ -164,8 +156,8 @@ class SparseLayers:
         lengths: torch.Tensor,
         out: torch.Tensor,
     ) -> bool:
-        """Decode attention of ``query`` [B, H * G, D] into ``out``, alike; False, and nothing done, where there
-        are more requests, or tables of another width, than there is memory for.
+        """Decode attention of ``query`` [B, H * G, D] into ``out``, alike; False, and nothing done, where
+        there are more requests, or tables of another width, than there is memory for.
 
         ``table`` int32 [B, P] and ``lengths`` int32 [B] are as ``SparseStep.run`` has them.
         """
@@ -204,9 +196,16 @@ class SparseLayers:
             self._ask(requests)
 
     def _step(self, requests: int) -> SparseStep:
-        shape = replace(self.shape, requests=requests)
         one = next(iter(self._caches.values()))
-        return _made(self.config, shape, one, self._processors, self._memory)
+        return SparseStep(
+            self.config,
+            replace(self.shape, requests=requests),
+            one,
+            tail_pages=self.config.recent_tokens // one.block_tokens + 2,
+            processors=self._processors,
+            scale=self._scale,
+            memory=self._memory,
+        )
 
     def _tell(self, totals: torch.Tensor) -> None:
         heads = self.shape.heads

@@ -76,6 +76,7 @@ class SparseStep:
         tail_pages: most pages at the end of a request whose masses are computed exactly; more are read, but
             not counted.
         processors: multiprocessors of the device.
+        scale: of scores, one over the root of the head size if absent.
         memory: uint8, at least ``nbytes`` of it; steps of other shapes may use the same, not at one time.
 
     Raises:
@@ -90,6 +91,7 @@ class SparseStep:
         *,
         tail_pages: int,
         processors: int,
+        scale: float | None = None,
         memory: torch.Tensor | None = None,
     ) -> None:
         if config.group_rule != "ranked":
@@ -99,7 +101,7 @@ class SparseStep:
         if cache.block_tokens > MOST_PAGE_TOKENS:
             raise ValueError(f"page tokens: given {cache.block_tokens}, allowed: at most {MOST_PAGE_TOKENS}")
         self.config, self.shape = config, shape
-        self.scale = shape.head_size**-0.5
+        self.scale = shape.head_size**-0.5 if scale is None else scale
         self._tokens = cache.block_tokens
         self._tail_pages = tail_pages
         self.splits = splits_for(shape.rows, shape.pages * self._tokens, processors)

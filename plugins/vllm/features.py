@@ -8,16 +8,18 @@ from penstock.patches.vllm import (
     cpu_layouts,
     distribution_version,
     handed_out_blocks,
+    index_memory,
     stat_logging,
     worker_stats,
 )
+from penstock.patches.vllm.builds import is_cpu_build
 from penstock.plugins.features import Feature
 from penstock.plugins.seams import Seam, Use
-from penstock.plugins.vllm import flags, sparse_blocks, sparse_stats
+from penstock.plugins.vllm import flags, sparse_blocks, sparse_memory, sparse_stats
 from penstock.plugins.vllm.draft_seams import CONTROL, DRAFTER
 from penstock.plugins.vllm.flowkv_seams import ALLOCATION, CONNECTOR, GEOMETRY, REGISTRY, read
 from penstock.plugins.vllm.scheduler_seams import CACHE, PLANS, QUEUE, REQUESTS, SETTINGS, STEPS
-from penstock.plugins.vllm.sparse_seams import ATTENTION, BLOCKS, STATISTICS
+from penstock.plugins.vllm.sparse_seams import BLOCKS, CPU_ATTENTION, GPU_ATTENTION, STATISTICS
 
 COMMAND_LINE = Feature(
     name="command-line",
@@ -77,11 +79,12 @@ SLO_SCHEDULER = Feature(
 
 SPARSE_ATTENTION = Feature(
     name="sparse-attention",
-    summary="decode steps read the pages that hold a chosen share of the attention mass, on CPU",
-    seams=(*ATTENTION, *BLOCKS, *STATISTICS),
+    summary="decode steps read the pages that hold a chosen share of the attention mass",
+    seams=(*(CPU_ATTENTION if is_cpu_build() else GPU_ATTENTION), *BLOCKS, *STATISTICS),
     patches=(
         cpu_backend.PATCH,
         handed_out_blocks.watching(sparse_blocks.hear),
+        index_memory.leaving(sparse_memory.left_for_cache),
         *worker_stats.carrying(sparse_stats.sources.collect),
         stat_logging.PATCH,
     ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-BACKEND = "penstock.plugins.vllm.sparse_attention.SparseCPUBackend"
+BACKEND = "penstock.plugins.vllm.sparse_attention.SparseBackend"
 
 
 def enable() -> None:
@@ -26,7 +26,7 @@ def enable() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name != "SparseCPUBackend":
+    if name != "SparseBackend":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from penstock.plugins.features import asked_for
     from penstock.plugins.vllm.features import SPARSE_ATTENTION
@@ -36,6 +36,27 @@ def __getattr__(name: str) -> Any:
         # ``--attention-backend CUSTOM`` alone: the process that started this one knows nothing of us.
         sources.mute()
     enable()
-    from penstock.plugins.vllm.sparse_backend import SparseCPUBackend
+    return _backend()
 
-    return SparseCPUBackend
+
+def _backend() -> type:
+    """The class for this platform: over the stock backend that it would run ordinary attention with."""
+    from vllm.platforms import current_platform
+
+    from penstock.plugins.configuration import ConfigurationError
+
+    if current_platform.is_cpu():
+        from penstock.plugins.vllm.sparse_backend import SparseCPUBackend
+
+        return SparseCPUBackend
+    if not current_platform.is_cuda():
+        raise ConfigurationError(
+            f"sparse attention: given a platform {current_platform.device_type}, allowed: cpu, cuda"
+        )
+    if current_platform.has_device_capability(80):
+        from penstock.plugins.vllm.sparse_flash import SparseFlashBackend
+
+        return SparseFlashBackend
+    from penstock.plugins.vllm.sparse_triton import SparseTritonBackend
+
+    return SparseTritonBackend

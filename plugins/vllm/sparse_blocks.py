@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
 
 if TYPE_CHECKING:
-    from penstock.kernels.sparse.block_index import BlockIndex
-
-_indexes: WeakSet[BlockIndex] = WeakSet()
+    import torch
 
 
-def register(index: BlockIndex) -> None:
+class Index(Protocol):
+    """Summaries of ``blocks`` blocks, by number."""
+
+    @property
+    def blocks(self) -> int:
+        """How many it can tell apart."""
+
+    def forget(self, blocks: torch.Tensor) -> None:
+        """Drop those of ``blocks`` (int64 [P])."""
+
+
+_indexes: WeakSet[Index] = WeakSet()
+
+
+def register(index: Index) -> None:
     """Have ``index`` forget blocks as they are handed out, for as long as it lives."""
     _indexes.add(index)
 

@@ -24,7 +24,7 @@ def add_flag(group: _ArgumentGroup) -> None:
         FLAG,
         metavar="{" + ",".join(SELECTORS) + "}",
         default=SUPPRESS,
-        help="Decode steps of long contexts read the pages that hold a share of the attention mass, on CPU. "
+        help="Decode steps of long contexts read the pages that hold a share of the attention mass. "
         "More keys: penstock.sparse_attention in --additional-config.",
     )
 
@@ -44,7 +44,6 @@ def join(namespace: Namespace) -> None:
         return
     config = sparse_config(additional, {} if selector is None else {"selector": selector})
     _check_backend(namespace)
-    _check_platform()
     from penstock.plugins.vllm.sparse_attention import enable
 
     enable()
@@ -57,13 +56,6 @@ def _check_backend(namespace: Namespace) -> None:
     name = getattr(given, "name", given)
     if name is not None and name.upper() != BACKEND:
         raise ConfigurationError(f"{FLAG} contradicts --attention-backend {name}; give one of them")
-
-
-def _check_platform() -> None:
-    from penstock.patches.vllm.builds import is_cpu_build
-
-    if not is_cpu_build():
-        raise ConfigurationError(f"{FLAG}: given on a build of vLLM for GPUs, allowed: CPU builds so far")
 
 
 def _with_selector(

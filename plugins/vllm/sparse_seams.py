@@ -7,7 +7,15 @@ from penstock.plugins.vllm.flowkv_seams import override, read
 
 _CPU = "vllm.v1.attention.backends.cpu_attn"
 
-ATTENTION = (
+_REGISTRY = (
+    Seam("vllm.model_executor.models.utils:extract_layer_index", Use.CALL, "(layer_name)"),
+    Seam("vllm.v1.attention.backends.registry:register_backend", Use.CALL, "(backend, class_path)"),
+    Seam("vllm.v1.attention.backends.registry:AttentionBackendEnum.is_overridden", Use.CALL, "(self)"),
+    *read("vllm.v1.attention.backends.registry:AttentionBackendEnum", "CUSTOM"),
+    *read("vllm.config.vllm:VllmConfig", "additional_config"),
+)
+
+CPU_ATTENTION = (
     *override(f"{_CPU}:CPUAttentionBackend", get_name="()", get_impl_cls="()", get_builder_cls="()"),
     *override(
         f"{_CPU}:CPUAttentionMetadataBuilder",
@@ -63,13 +71,74 @@ ATTENTION = (
         Use.CALL,
         "(key, value, key_cache, value_cache, slot_mapping, isa)",
     ),
-    Seam("vllm.model_executor.models.utils:extract_layer_index", Use.CALL, "(layer_name)"),
-    Seam("vllm.v1.attention.backends.registry:register_backend", Use.CALL, "(backend, class_path)"),
-    Seam("vllm.v1.attention.backends.registry:AttentionBackendEnum.is_overridden", Use.CALL, "(self)"),
-    *read("vllm.v1.attention.backends.registry:AttentionBackendEnum", "CUSTOM"),
-    *read("vllm.config.vllm:VllmConfig", "additional_config"),
+    *_REGISTRY,
 )
 """The CPU backend that ours extends, and its kernels."""
+
+_BASE = "vllm.v1.attention.backend"
+_STOCK = {"flash_attn": "FlashAttention", "triton_attn": "TritonAttention"}
+
+GPU_ATTENTION = (
+    *_REGISTRY,
+    *override(f"{_BASE}:AttentionBackend", supports_batch_invariance="(cls)"),
+    *override(f"{_BASE}:AttentionBackend", supports_kv_cache_dtype="(cls, kv_cache_dtype)"),
+    *override(
+        f"{_BASE}:AttentionImpl",
+        fused_output_quant_supported="(self, quant_key)",
+        fused_rope_kvcache_supported="(self)",
+    ),
+    *override(
+        f"{_BASE}:AttentionMetadataBuilder",
+        get_cudagraph_support="(cls, vllm_config, kv_cache_spec)",
+        get_varlen_cudagraph_max_query_len="(cls, vllm_config, kv_cache_spec)",
+        build_for_cudagraph_capture="(self, common_attn_metadata)",
+    ),
+    *read(f"{_BASE}:AttentionImplBase", "supports_dcp", "supports_pcp"),
+    *read(f"{_BASE}:AttentionCGSupport", "UNIFORM_SINGLE_TOKEN_DECODE"),
+    *(
+        seam
+        for module, name in _STOCK.items()
+        for seam in (
+            *override(
+                f"vllm.v1.attention.backends.{module}:{name}Backend",
+                get_name="()",
+                get_impl_cls="()",
+                get_builder_cls="()",
+            ),
+            *override(
+                f"vllm.v1.attention.backends.{module}:{name}MetadataBuilder",
+                __init__="(self, kv_cache_spec, layer_names, vllm_config, device)",
+                build="(self, common_prefix_len, common_attn_metadata, fast_build=...)",
+            ),
+            *override(
+                f"vllm.v1.attention.backends.{module}:{name}Impl",
+                forward="(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=..., "
+                "output_block_scale=...)",
+                do_kv_cache_update="(self, layer, key, value, kv_cache, slot_mapping)",
+            ),
+            *read(
+                f"vllm.v1.attention.backends.{module}:{name}Metadata",
+                "max_query_len",
+                "max_seq_len",
+                "seq_lens",
+                "block_table",
+                "causal",
+            ),
+            *read(
+                f"vllm.v1.attention.backends.{module}:{name}Impl",
+                "num_kv_heads",
+                "num_queries_per_kv",
+                "head_size",
+                "scale",
+            ),
+        )
+    ),
+    *read("vllm.model_executor.layers.attention.attention:Attention", "kv_cache", "kv_cache_torch_dtype"),
+    *read("vllm.config.vllm:VllmConfig", "kv_transfer_config"),
+    *read("vllm.config.parallel:ParallelConfig", "use_ubatching"),
+    *read("vllm.config.cache:CacheConfig", "kv_cache_memory_bytes"),
+)
+"""The GPU backends that ours extends; they write the cache before attention, by slots."""
 
 BLOCKS = (
     *read("vllm.v1.worker.gpu_worker:Worker", "model_runner"),

@@ -63,11 +63,16 @@ class SparseWorker:
             mass = f"P10 {now.mass_p10:.3f}, P50 {now.mass_p50:.3f} of {now.measurements} measured"
         dense = ", ".join(f"{reason} {count}" for reason, count in sorted(now.dense.items())) or "none"
         index = 100 * self.index_bytes / max(1, self.cache_bytes)
+        # On a GPU the host takes no times.
+        each = (
+            f", {1e3 * now.selection_seconds / now.selections:.2f} ms each" if now.selection_seconds else ""
+        )
+        built = f", {now.index_blocks} blocks in {now.index_seconds:.2f} s" if now.index_blocks else ""
         return (
-            f"read {100 * now.selected_share:.1f} % of pages in {now.selections} selections, "
-            f"{1e3 * now.selection_seconds / max(1, now.selections):.2f} ms each; attained mass {mass}; "
+            f"read {100 * now.selected_share:.1f} % of pages in {now.selections} selections{each}; "
+            f"attained mass {mass}; "
             f"dense: {dense}; index at most {self.index_bytes / 2**20:.0f} MiB, {index:.1f} % of the KV "
-            f"cache, {now.index_blocks} blocks in {now.index_seconds:.2f} s"
+            f"cache{built}"
         )
 
 
@@ -90,9 +95,12 @@ def check(kv_cache_dtype: str, head_size: int, head_sizes: Sequence[int]) -> Non
 
 def dense_reason(impl: Any) -> str | None:
     """Why a layer stays dense in every step, or None."""
+    # GPU backends have the rows before and after, of which the query's own is not one.
+    given = impl.sliding_window
+    window = given[0] + (given[0] >= 0) if isinstance(given, tuple) else given
     found = {
         f"attention of type {impl.attn_type}": impl.attn_type != "decoder",
-        f"a sliding window of {impl.sliding_window}": impl.sliding_window != -1,
+        f"a sliding window of {window}": window != -1,
         "ALiBi": impl.alibi_slopes is not None,
         "a soft cap on logits": impl.logits_soft_cap != 0,
         "attention sinks": impl.sinks is not None,

@@ -10,11 +10,12 @@ import pytest
 
 from penstock import patches, plugins
 from penstock.plugins.doctor_report import examine
-from penstock.plugins.seams import Use
+from penstock.plugins.seams import State, Use, check
 from penstock.plugins.signatures import Definition
 from penstock.plugins.trees import SourceTree, installed_tree
 from penstock.plugins.vllm.features import DRAFT_CONTROL, FEATURES, REQUEST_SCHEDULER, SPARSE_ATTENTION
 from penstock.plugins.vllm.flowkv_seams import CONNECTOR
+from penstock.plugins.vllm.sparse_seams import GPU_ATTENTION
 
 BASE = ("vllm.distributed.kv_transfer.kv_connector.v1.base", ("KVConnectorBase_V1",))
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
@@ -103,6 +104,30 @@ def test_every_method_that_a_feature_overrides_is_a_seam(source, feature, module
         if seam.name.startswith(f"{owner}.") and seam.use is Use.OVERRIDE
     }
     assert upstream == declared
+
+
+def test_what_sparse_attention_stands_on_on_gpus_is_there(source):
+    assert not [found for seam in GPU_ATTENTION if (found := check(seam, source)).state is not State.HOLDS]
+
+
+@pytest.mark.parametrize(
+    ("module", "part", "stock"),
+    [
+        ("sparse_flash", "Flash", "flash_attn:FlashAttention"),
+        ("sparse_triton", "Triton", "triton_attn:TritonAttention"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("kind", "upstream"), [("Backend", "Backend"), ("Impl", "Impl"), ("Builder", "MetadataBuilder")]
+)
+def test_every_method_that_is_mixed_into_a_gpu_backend_is_a_seam(source, module, part, stock, kind, upstream):
+    owner, _, name = stock.partition(":")
+    methods = methods_of("plugins.vllm.sparse_gpu", f"SparseGPU{kind}")
+    methods |= methods_of(f"plugins.vllm.{module}", f"Sparse{part}{kind}")
+    path = f"vllm.v1.attention.backends.{owner}", f"{name}{upstream}"
+    there = {method for method in methods if source.lookup(path[0], (path[1], method)) is not None}
+    declared = {seam.name.rpartition(".")[2] for seam in GPU_ATTENTION if seam.use is Use.OVERRIDE}
+    assert there - declared == set()
 
 
 def test_every_abstract_hook_is_overridden(source):

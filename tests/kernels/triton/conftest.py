@@ -11,6 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
 from penstock.kernels.triton.cache import PagedCache  # noqa: E402
 
 
@@ -87,3 +89,18 @@ def make() -> Callable[..., Requests]:
         )
 
     return build
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses what makes the host wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in {"_local_scalar_dense", "nonzero", "masked_select", "_to_copy", "is_nonzero"}, name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_reading():
+    """A context in which the host may not wait for a device."""
+    return NoReading()

@@ -8,8 +8,8 @@ import torch
 from penstock.kernels.sparse.calibration import Calibration
 from penstock.kernels.sparse.serving import ServingConfig
 from penstock.kernels.sparse.serving_stats import ServingStats
+from penstock.kernels.triton import choose, decode, index, masses, observe, reference
 from penstock.kernels.triton import layers as layers_module
-from penstock.kernels.triton import reference
 from penstock.kernels.triton.cache import PagedCache
 from penstock.kernels.triton.index import MOST_SHARE, DeviceIndex, clusters_within
 from penstock.kernels.triton.layers import SparseLayers
@@ -36,7 +36,7 @@ class Engine:
         self.calibration, self.stats = Calibration(self.config.core()), ServingStats()
         self.layers = SparseLayers(
             self.config, StepShape(3, HEADS, GROUP, SIZE, pages), {LAYER: self.cache}, self.calibration,
-            self.stats, processors=2, foreign=foreign,
+            self.stats, scale=SIZE**-0.5, processors=2, foreign=foreign,
         )  # fmt: skip
         self.pages, self.device = pages, device
 
@@ -87,37 +87,37 @@ def asked(seed, rows=1):
 
 
 def fresh(cache, block, clusters, rounds):
-    index = Summaries.empty(cache, clusters)
-    summarise_blocks(cache, torch.tensor([block], device=cache.keys.device), index, rounds)
-    return index
+    found = Summaries.empty(cache, clusters)
+    summarise_blocks(cache, torch.tensor([block], device=cache.keys.device), found, rounds)
+    return found
 
 
 def test_the_last_slot_of_a_block_summarises_it_and_no_other_write_does(device):
     engine = Engine(device)
-    index = engine.layers._indexes[LAYER]
+    summaries = engine.layers._indexes[LAYER]
     engine.write([7, 2, 9], 0, keys_of(0, 6))
-    assert index.known.nonzero().flatten().tolist() == [7]
+    assert summaries.known.nonzero().flatten().tolist() == [7]
     engine.write([7, 2, 9], 6, keys_of(1, 1))
-    assert index.known.nonzero().flatten().tolist() == [7]
+    assert summaries.known.nonzero().flatten().tolist() == [7]
     engine.write([7, 2, 9], 7, keys_of(2, 1))
-    assert index.known.nonzero().flatten().tolist() == [2, 7]
+    assert summaries.known.nonzero().flatten().tolist() == [2, 7]
     for block in (2, 7):
-        want = fresh(engine.cache, block, index.summaries.clusters, 1)
-        assert torch.equal(index.summaries.means[block], want.means[block])
-        assert torch.equal(index.summaries.spreads[block], want.spreads[block])
-        assert torch.equal(index.summaries.values[block], want.values[block])
+        want = fresh(engine.cache, block, summaries.summaries.clusters, 1)
+        assert torch.equal(summaries.summaries.means[block], want.means[block])
+        assert torch.equal(summaries.summaries.spreads[block], want.spreads[block])
+        assert torch.equal(summaries.summaries.values[block], want.values[block])
 
 
 def test_a_block_that_another_request_fills_is_summarised_as_that_request_left_it(device):
     engine = Engine(device)
-    index = engine.layers._indexes[LAYER]
+    summaries = engine.layers._indexes[LAYER]
     engine.write([5], 0, keys_of(0, N))
     engine.write([5], 0, keys_of(1, N - 1))
     engine.decode(asked(0), [[5]], [N - 1])
     assert engine.counts[0] == 0
     engine.write([5], N - 1, keys_of(2, 1))
-    want = fresh(engine.cache, 5, index.summaries.clusters, 1)
-    assert torch.equal(index.summaries.means[5], want.means[5])
+    want = fresh(engine.cache, 5, summaries.summaries.clusters, 1)
+    assert torch.equal(summaries.summaries.means[5], want.means[5])
 
 
 def test_pages_are_counted_from_the_front_up_to_the_first_that_has_none(device):
@@ -143,9 +143,9 @@ def test_what_comes_from_elsewhere_is_read_in_full_and_summarised_as_it_is_decod
         if seen[-1] == 0:
             torch.testing.assert_close(out, dense, rtol=1e-4, atol=1e-5)
     assert seen == [0, 4, 6]
-    index = engine.layers._indexes[LAYER]
-    want = fresh(engine.cache, 5, index.summaries.clusters, 1)
-    assert torch.equal(index.summaries.means[5], want.means[5])
+    summaries = engine.layers._indexes[LAYER]
+    want = fresh(engine.cache, 5, summaries.summaries.clusters, 1)
+    assert torch.equal(summaries.summaries.means[5], want.means[5])
 
 
 def test_whoever_is_not_told_of_foreign_blocks_never_reads_a_summary_that_is_not_there(device):
@@ -231,12 +231,45 @@ def test_totals_are_told_every_so_many_steps(device, monkeypatch):
     assert found.dense == {"short context": 2}
 
 
+def test_the_host_reads_nothing_back(device, monkeypatch, no_reading):
+    if device.type != "cpu":
+        pytest.skip("the kernels are replaced")
+    grids = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    engine = Engine(device, foreign=True)
+    kernels = {
+        masses: ("_masses", "_exact"),
+        choose: ("_choose",),
+        decode: ("_decode", "_estimate", "_merge"),
+        index: ("_written", "_count", "_catch_up"),
+        observe: ("_observe",),
+    }
+    for module, names in kernels.items():
+        for name in names:
+            monkeypatch.setattr(module, name, Recorded())
+    query, table = asked(0), torch.zeros(1, engine.pages, dtype=torch.int32)
+    lengths, slots, out = torch.tensor([30], dtype=torch.int32), torch.tensor([4]), torch.empty(1, 2, SIZE)
+    with no_reading:
+        engine.layers.written(LAYER, slots)
+        engine.layers.attend(LAYER, query, table, lengths, out)
+        first, grids[:] = list(grids), []
+        engine.layers.written(LAYER, slots.fill_(-1))
+        engine.layers.attend(LAYER, query, table, lengths.fill_(0), out)
+    assert len(first) == 10
+    assert grids == first
+
+
 @pytest.mark.parametrize(("size", "tokens", "dtype"), [(64, 16, torch.bfloat16), (128, 16, torch.float16)])
 def test_the_index_stays_within_its_share_of_the_cache(size, tokens, dtype):
     part = torch.zeros(5, tokens, 2, size, dtype=dtype)
     cache = PagedCache(part, part)
     clusters = clusters_within(cache, 4)
-    index = DeviceIndex(cache, clusters, 1, torch.zeros(5, dtype=torch.uint8))
+    kept = DeviceIndex(cache, clusters, 1, torch.zeros(5, dtype=torch.uint8))
     assert 2 < clusters <= 4
-    assert index.summaries.nbytes <= MOST_SHARE * 2 * part.nbytes
+    assert kept.summaries.nbytes <= MOST_SHARE * 2 * part.nbytes
     assert clusters_within(cache, 16) == 1

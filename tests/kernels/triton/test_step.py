@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from penstock.kernels.sparse.serving import ServingConfig
 from penstock.kernels.triton import reference
@@ -79,16 +78,7 @@ def test_what_the_kernels_cannot_do_is_refused(make, config, size, block_tokens,
         SparseStep(config, StepShape(1, 2, 4, size, 2), requests.cache, tail_pages=1, processors=1)
 
 
-class NoReading(TorchDispatchMode):
-    """Refuses what makes the host wait for a device."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in {"_local_scalar_dense", "nonzero", "masked_select", "_to_copy", "is_nonzero"}, name
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_host_reads_nothing_back(make, monkeypatch):
+def test_the_host_reads_nothing_back(make, monkeypatch, no_reading):
     pytest.importorskip("triton")
     from penstock.kernels.triton import choose, decode, masses
 
@@ -111,7 +101,7 @@ def test_the_host_reads_nothing_back(make, monkeypatch):
             monkeypatch.setattr(module, name, Recorded())
     arguments = (there.query, there.cache, index, there.table)
     wanted, out = torch.tensor([0.9]), torch.empty_like(there.query)
-    with NoReading():
+    with no_reading:
         step.run(*arguments, there.lengths, there.full, wanted, out)
         first, grids[:] = list(grids), []
         step.run(*arguments, there.lengths.fill_(3), there.full.zero_(), wanted, out)
