@@ -31,6 +31,12 @@ SECTION = {
         }
     }
 }
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
 PROGRESS = re.compile(
     r"penstock: sparse attention: read ([\d.]+) % of pages in (\d+) selections.*"
     r"mass P10 ([\d.]+), P50 ([\d.]+)"
@@ -93,3 +99,40 @@ def test_above_it_answers_come_and_the_mass_is_measured(sparse_server: Server, m
     assert read < 95
     assert p50 >= MASS
     assert p10 >= 0.9 * MASS
+
+
+@pytest.fixture(scope="module")
+def drafting_server(engine: Engine, logs: Path) -> Iterator[Server]:
+    """Drafts from the prompt beside sparse decode; few tokens a step, so that prompts mix with decode rows."""
+    variant = msgspec.structs.replace(
+        engine,
+        name="sparse-drafting",
+        arguments=(
+            "--enforce-eager",
+            "--sparse-attention=tactic",
+            f"--additional-config={json.dumps(SECTION)}",
+            "--max-num-batched-tokens=256",
+            f"--speculative-config={json.dumps(NGRAM)}",
+        ),
+    )
+    server = engine_server(variant, logs)
+    with serving([server]):
+        yield server
+
+
+def test_with_drafts_short_answers_are_a_plain_servers_and_long_ones_are_sparse(
+    drafting_server: Server, plain_server: Server, model: str
+) -> None:
+    short = asks(6, 1500, 32)
+    ours, plain = (ask_all(server.url, model, short) for server in (drafting_server, plain_server))
+    assert [answer.token_ids for answer in ours] == [answer.token_ids for answer in plain]
+    drafted = samples(drafting_server.url)["vllm:spec_decode_num_drafts_total"]
+    answers = ask_together(drafting_server.url, model, asks(6, 9000, 96, shared=4000), at_once=6)
+    assert [len(answer.token_ids) for answer in answers] == [96] * 6
+    found = samples(drafting_server.url)
+    assert found["vllm:spec_decode_num_drafts_total"] > drafted > 0
+    *_, last = PROGRESS.findall(drafting_server.log.read_text())
+    read, selections, _, p50 = map(float, last)
+    assert selections > 200
+    assert read < 95
+    assert p50 >= MASS

@@ -1,14 +1,15 @@
 """vLLM's CPU attention with decode steps that read chosen pages; everything else is stock's.
 
-A step is sparse where every request has one query row and some context is long enough; prefill and mixed
-steps are dense. Each KV head of a request becomes a request of one head, over its own pages, and one call of
-the stock kernel serves all of them.
+Requests with a query row, or one and those of their drafts, are sparse where some context is long enough;
+prompts beside them are dense, in a call of their own. Each KV head of a request becomes a request of one
+head, over its own pages, and one call of the stock kernel serves all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from penstock.kernels.sparse.paged_decode import PagedDecode
 from penstock.plugins.configuration import sparse_config
 from penstock.plugins.vllm import sparse_blocks
 from penstock.plugins.vllm.packed_keys import PackedKeys
+from penstock.plugins.vllm.sparse_steps import DecodeStep, decode_step, most_decode_rows
 from penstock.plugins.vllm.sparse_warm_up import warm_up
 from penstock.plugins.vllm.sparse_worker import SparseWorker, check, dense_reason
 
@@ -53,14 +55,6 @@ class SparseCPUBackend(CPUAttentionBackend):
         return SparseCPUBuilder
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeStep:
-    """The requests of a step with one query row each: tokens, and block numbers (int64 [P])."""
-
-    tokens: Sequence[int]
-    blocks: Sequence[torch.Tensor]
-
-
 @dataclass
 class SparseCPUMetadata(CPUAttentionMetadata):
     """Stock's description of a step; ``decode`` is set where it may be sparse."""
@@ -76,6 +70,7 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.config = sparse_config(vllm_config.additional_config)
+        self._most_rows = most_decode_rows(vllm_config)
         worker = SparseWorker(self.config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for name, layer in layers.items():
@@ -90,24 +85,18 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
     ) -> SparseCPUMetadata:
         """As stock does, with the requests listed where the step may be sparse."""
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        return SparseCPUMetadata(**vars(stock), decode=self._decode(stock))
-
-    def _decode(self, stock: CPUAttentionMetadata) -> DecodeStep | None:
-        long = stock.max_seq_len >= self.config.least_tokens
-        if (
-            not long
-            or stock.max_query_len != 1
-            or stock.causal is not True
-            or stock.dynamic_causal is not None
-        ):
-            return None
-        tokens: list[int] = stock.seq_lens.tolist()
-        table = stock.block_table.long()
-        if min(tokens) < 1 or len(tokens) != stock.num_actual_tokens:
-            # Rows that pad a batch.
-            return None
-        blocks = [row[: -(-count // self.block_size)] for row, count in zip(table, tokens, strict=False)]
-        return DecodeStep(tokens, blocks)
+        step = None
+        plain = stock.causal is True and stock.dynamic_causal is None
+        if plain and stock.max_seq_len >= self.config.least_tokens:
+            step = decode_step(
+                common_attn_metadata,
+                most_rows=self._most_rows,
+                least_tokens=self.config.least_tokens,
+                block_tokens=self.block_size,
+                heads=self.num_kv_heads,
+                describe=partial(super().build, 0),
+            )
+        return SparseCPUMetadata(**vars(stock), decode=step)
 
 
 class SparseCPUImpl(CPUAttentionBackendImpl):
@@ -151,7 +140,12 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        self._attend(layer, query, kv_cache, reads, output)
+        self._attend(layer, query, kv_cache, step, reads, output)
+        if step.others is not None:
+            rows = step.others.rows
+            part = torch.empty_like(output[: len(rows)])
+            super().forward(layer, query[rows], key, value, kv_cache, step.others.metadata, part)
+            output[rows] = part
         return output
 
     def _reads(
@@ -160,11 +154,16 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
         """What each request reads; None where all of them read everything."""
         decode = self._bound_decode(worker, layer, kv_cache)
         heads, block_tokens = kv_cache.shape[1:3]
-        scaled = query[: len(step.tokens)].float() * self.scale
-        rows = scaled.view(len(step.tokens), heads, -1, self.head_size)
+        by_head = query.unflatten(1, (heads, -1))
         reads = []
-        for row, tokens, blocks in zip(rows, step.tokens, step.blocks, strict=True):
-            pages = decode.pages(row, blocks, tokens, block_tokens)
+        for tokens, blocks, rows, first in zip(step.tokens, step.blocks, step.rows, step.first, strict=True):
+            # All rows of a request read what their heads together need, as of the first row: what came after
+            # it is recent to the others, and read by all.
+            group = by_head[first : first + rows].float().transpose(0, 1).flatten(1, 2) * self.scale
+            known = tokens - rows + 1
+            pages = decode.pages(group, blocks[: -(-known // block_tokens)], known, block_tokens)
+            if pages is not None:
+                pages = torch.nn.functional.pad(pages, (0, len(blocks) - pages.shape[1]), value=True)
             reads.append(Read(blocks, pages, tokens - (len(blocks) - 1) * block_tokens))
         worker.tell_progress()
         return None if all(read.pages is None for read in reads) else reads
@@ -193,14 +192,28 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
         return self.decode
 
     def _attend(
-        self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, reads: list[Read], output: torch.Tensor
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        step: DecodeStep,
+        reads: Sequence[Read],
+        output: torch.Tensor,
     ) -> None:
         heads, block_tokens = kv_cache.shape[1:3]
         keys, values = self._flat
         stride = kv_cache.stride(0) // kv_cache.stride(1)
         table, lengths = head_rows(reads, heads, block_tokens, stride)
         count, group = len(lengths), self.num_queries_per_kv
-        starts = torch.arange(count + 1, dtype=torch.int32)
+        if step.order is None:
+            starts = torch.arange(count + 1, dtype=torch.int32)
+            asked = query[: len(reads)].reshape(count, group, self.head_size)
+            part = output[: len(reads)].view(count, group, self.head_size)
+        else:
+            counts = [0, *(rows for rows in step.rows for _ in range(heads))]
+            starts = torch.tensor(counts).cumsum(0).int()
+            asked = query.reshape(-1, group, self.head_size)[step.order]
+            part = torch.empty_like(asked)
         metadata = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=count,
             num_heads=group,
@@ -216,10 +229,10 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
             kv_cache_dtype=self.kv_cache_dtype,
         )
         ops.cpu_attention_with_kv_cache(
-            query=query[: len(reads)].reshape(count, group, self.head_size),
+            query=asked,
             key_cache=keys,
             value_cache=values,
-            output=output[: len(reads)].view(count, group, self.head_size),
+            output=part,
             query_start_loc=starts,
             seq_lens=lengths,
             scale=self.scale,
@@ -231,6 +244,8 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
             scheduler_metadata=metadata,
             s_aux=None,
         )
+        if step.order is not None:
+            output.view(-1, group, self.head_size)[step.order] = part
 
 
 def _one_head(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

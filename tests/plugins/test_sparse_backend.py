@@ -109,6 +109,71 @@ def test_requests_of_a_batch_are_what_they_are_alone(both):
         torch.testing.assert_close(row, reference(query, keys, values, read), rtol=1e-4, atol=1e-4)
 
 
+def with_rows(query, rows):
+    """A query for each of ``rows`` that are alike, as those of drafts often are."""
+    return query + 0.2 * torch.randn(rows, 8, 64, generator=torch.Generator().manual_seed(rows))
+
+
+def row_by_row(rig, queries, keys, values, blocks, tokens):
+    """Attention of the last tokens' ``queries`` over what they read together, none past its own place."""
+    rows = len(queries)
+    group = (queries / 8).view(rows, 2, 4, 64).transpose(0, 1).flatten(1, 2)
+    known = tokens - rows + 1
+    pages = rig.impl.decode.pages(group, torch.tensor(blocks[: -(-known // 32)]), known, 32)
+    assert pages is not None
+    pages = torch.nn.functional.pad(pages, (0, len(blocks) - pages.shape[1]), value=True)
+    read = pages.repeat_interleave(32, 1)[:, :tokens]
+    own = [read & (torch.arange(tokens) <= tokens - rows + row) for row in range(rows)]
+    return torch.stack(
+        [reference(q[None], keys, values, one) for q, one in zip(queries, own, strict=True)]
+    ), read
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, 1474, 1472])
+def test_rows_of_drafts_read_what_they_need_together_and_nothing_that_comes_after_them(
+    both, tokens, monkeypatch
+):
+    _, ours = both
+    monkeypatch.setattr(ours.builder, "_most_rows", 4)
+    query, keys, values, blocks = context(11, tokens)
+    own(ours, [blocks])
+    ours.write(keys, values, blocks)
+    queries = with_rows(query, 4)
+    found = ours.attend(queries, ours.metadata([blocks], [tokens], [4]))
+    want, read = row_by_row(ours, queries, keys, values, blocks, tokens)
+    assert read.float().mean() < 0.8
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_beside_a_prompt_decode_rows_are_what_they_are_alone_and_the_prompt_is_stocks(
+    both, order, monkeypatch
+):
+    stock, ours = both
+    monkeypatch.setattr(ours.builder, "_most_rows", 3)
+    free = list(range(1, 96))
+    requests = []
+    for seed, tokens, rows in ((12, 1400, 3), (13, 700, 40), (14, 600, 1)):
+        query, keys, values, _ = context(seed, tokens)
+        blocks = [free.pop() for _ in range(-(-tokens // 32))]
+        for rig in both:
+            own(rig, [blocks])
+            rig.write(keys, values, blocks)
+        requests.append((with_rows(query, rows), keys, values, blocks, tokens, rows))
+    requests = [requests[number] for number in order]
+    queries = torch.cat([request[0] for request in requests])
+    tables, tokens, rows = ([request[field] for request in requests] for field in (3, 4, 5))
+    found = ours.attend(queries, ours.metadata(tables, tokens, rows)).split(rows)
+    dense = stock.attend(queries, stock.metadata(tables, tokens, rows)).split(rows)
+    for part, plain, (asked, keys, values, blocks, length, count) in zip(found, dense, requests, strict=True):
+        if count == 40:
+            torch.testing.assert_close(part, plain, rtol=1e-5, atol=1e-6)
+            continue
+        want, read = row_by_row(ours, asked, keys, values, blocks, length)
+        assert read.float().mean() < 0.95
+        torch.testing.assert_close(part, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("tokens", "rows"), [(511, 1), (TOKENS, 3), (TOKENS, 40)])
 def test_short_contexts_and_prefill_are_stocks_to_the_bit(both, tokens, rows):
     _, keys, values, blocks = context(5, tokens)
