@@ -22,7 +22,8 @@ class Shape:
 
 
 class AttentionRig:
-    """A layer with ``backend`` (``CPU_ATTN`` or ``CUSTOM``), fed block tables by hand."""
+    """A layer with ``backend`` (``CPU_ATTN`` or ``CUSTOM``), fed block tables by hand; requests may have
+    ``drafts`` besides a step's own row."""
 
     def __init__(
         self,
@@ -31,6 +32,7 @@ class AttentionRig:
         backend: str,
         sparse: dict[str, Any] | None = None,
         layer: int = 5,
+        drafts: int = 0,
         **arguments: Any,
     ) -> None:
         from vllm.config import set_current_vllm_config
@@ -38,6 +40,7 @@ class AttentionRig:
         from vllm.model_executor.layers.attention import Attention
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+        drafting = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2}
         additional = {"penstock": {"sparse_attention": sparse}} if sparse else {}
         names: dict[torch.dtype, Any] = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
         config = EngineArgs(
@@ -46,6 +49,7 @@ class AttentionRig:
             block_size=shape.block_tokens,
             attention_backend=backend,
             additional_config=additional,
+            speculative_config=drafting if drafts else None,
             enforce_eager=True,
         ).create_engine_config()
         self.shape = shape
@@ -65,6 +69,11 @@ class AttentionRig:
         self.layer.process_weights_after_loading(shape.dtype)
         width = 2 * shape.head_size
         self.cache = torch.zeros(shape.blocks, shape.kv_heads, shape.block_tokens, width, dtype=shape.dtype)
+
+    @property
+    def query_shape(self) -> tuple[int, int]:
+        """Query heads, and channels of one."""
+        return self.shape.heads, self.shape.head_size
 
     @property
     def impl(self) -> Any:

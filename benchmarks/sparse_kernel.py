@@ -36,6 +36,7 @@ LEARNING = 24
 """Steps before the clock starts: margins settle and summaries are taken."""
 BUDGET = 1 / 8
 """Of the pages, in the rows that say what selection costs whatever it finds."""
+PROMPT_TOKENS = 4096
 SLOWEST = 1.03
 """Time to that of dense attention that no case may exceed."""
 
@@ -52,6 +53,10 @@ class Case:
     seed: int
     budget: float | None = None
     """Share of the pages that each head reads; None for as many as have the mass."""
+    drafts: int = 0
+    """Query rows besides the first: those of the steps before."""
+    prompt_rows: int = 0
+    """Rows of a prompt of ``PROMPT_TOKENS`` in the same step."""
 
 
 @click.command("sparse-kernel")
@@ -59,10 +64,26 @@ class Case:
 @click.option("--block-tokens", type=click.IntRange(32), default=32, show_default=True, help="Of a page.")
 @click.option("--keys", "only", type=click.Choice(list(LEVELS)), help="Of this level alone.")
 @click.option("--mass", default=0.9, show_default=True, help="P.")
+@click.option(
+    "--drafts", type=click.IntRange(0, 16), default=0, help="Query rows a request besides the first."
+)
+@click.option(
+    "--prompt-rows",
+    type=click.IntRange(0, PROMPT_TOKENS),
+    default=0,
+    help=f"Rows of a prompt, at the end of {PROMPT_TOKENS} tokens, in the same step.",
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write rows and claims here.")
 @click.option("--seed", default=0, show_default=True)
 def bench(
-    quick: bool, block_tokens: int, only: str | None, mass: float, json_file: Path | None, seed: int
+    quick: bool,
+    block_tokens: int,
+    only: str | None,
+    mass: float,
+    drafts: int,
+    prompt_rows: int,
+    json_file: Path | None,
+    seed: int,
 ) -> None:
     """Time sparse decode against stock's on one CPU thread, with the mass that it attains.
 
@@ -86,7 +107,9 @@ def bench(
                     )
                     tell(f"{level}, {tokens} tokens")
                     for budget in (None, BUDGET):
-                        case = Case(level, tokens, mass, block_tokens, LEARNING, seed, budget)
+                        case = Case(
+                            level, tokens, mass, block_tokens, LEARNING, seed, budget, drafts, prompt_rows
+                        )
                         rows.append(run_case(case, layer))
             builds = []
             for tokens in (8192,) if quick else GOALS:
@@ -130,6 +153,8 @@ def run_case(case: Case, layer: Layer) -> dict[str, Any]:
         "budget": case.budget,
         "P": case.mass if case.budget is None else None,
         "tokens": case.tokens,
+        **({"rows": 1 + case.drafts} if case.drafts else {}),
+        **({"prompt rows": case.prompt_rows} if case.prompt_rows else {}),
         "dense ms": 1e3 * median(dense),
         "sparse ms": 1e3 * median(sparse),
         "choice ms": 1e3 * median(stands.recorder.seconds[-case.steps :]),
@@ -164,7 +189,10 @@ class Stands:
             shape,
             "CUSTOM",
             {"mass": case.mass, "least_tokens": 1, "log_steps": 0, "budget": case.budget},
+            drafts=case.drafts,
         )
+        self._case = case
+        self._prompt = torch.randn(case.prompt_rows, *self.dense.query_shape).bfloat16()
         self.sparse.cache = self.dense.cache
         order = torch.randperm(shape.blocks, generator=torch.Generator().manual_seed(case.seed))
         self._tables = order.view(self.copies, pages).tolist()
@@ -177,8 +205,15 @@ class Stands:
         """CPU seconds of one decode step of one layer on the next copy; stock's own metadata apart, which an
         engine builds once for all layers."""
         self._turn = (self._turn + 1) % self.copies
-        metadata = rig.metadata([self._tables[self._turn]], [tokens], [1])
-        query = self._query(number)
+        case, table = self._case, self._tables[self._turn]
+        rows = 1 + case.drafts
+        if case.prompt_rows:
+            # The prompt is the beginning of the context, as far as it goes: its keys need not make sense.
+            prompt = min(PROMPT_TOKENS, tokens)
+            metadata = rig.metadata([table, table], [tokens, prompt], [rows, case.prompt_rows])
+        else:
+            metadata = rig.metadata([table], [tokens], [rows])
+        query = torch.cat([*map(self._query, self._steps(number)), self._prompt])
         began = time.thread_time()
         rig.attend(query, metadata)
         return time.thread_time() - began
@@ -192,8 +227,12 @@ class Stands:
         self.sparse.impl.decode = self.recorder
 
     def attained(self, number: int, tokens: int) -> list[float]:
-        """The mass that the pages of the last step have for each query head, by exact scores."""
-        query, pages = self._layer.queries[number], self.recorder.pages_read
+        """The mass that the pages of the last step have for each query head, by exact scores; with drafts,
+        for those of every row, in the context of the first."""
+        drafts, pages = self._case.drafts, self.recorder.pages_read
+        # [rows, H, G, D] as [H, rows * G, D].
+        query = self._layer.queries[self._steps(number)].transpose(0, 1).flatten(1, 2)
+        tokens -= drafts
         if pages is None:
             return [1.0] * query[..., 0].numel()
         size = self.sparse.shape.block_tokens
@@ -203,6 +242,10 @@ class Stands:
         exact = page_shares(exact_log_masses(query, paged, size - short))
         found: list[float] = (exact * pages[:, None]).sum(-1).flatten().tolist()
         return found
+
+    def _steps(self, number: int) -> list[int]:
+        """Whose queries are the rows of step ``number``."""
+        return [max(0, before) for before in range(number - self._case.drafts, number + 1)]
 
     def _query(self, number: int) -> torch.Tensor:
         query = self._layer.queries[number]

@@ -103,7 +103,7 @@ def test_above_it_answers_come_and_the_mass_is_measured(sparse_server: Server, m
 
 @pytest.fixture(scope="module")
 def drafting_server(engine: Engine, logs: Path) -> Iterator[Server]:
-    """Drafts from the prompt beside sparse decode; few tokens a step, so that prompts mix with decode rows."""
+    """Drafts from the prompt beside sparse decode; few tokens a step, so that prompts mix with decoding."""
     variant = msgspec.structs.replace(
         engine,
         name="sparse-drafting",

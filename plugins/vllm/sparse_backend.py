@@ -132,11 +132,11 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As stock's; chosen pages alone are read where ``attn_metadata`` allows and it saves something."""
-        step = None if attn_metadata is None else attn_metadata.decode
+        step: DecodeStep | None = None if attn_metadata is None else attn_metadata.decode
         reads = None
         if step is not None and self.worker is not None:
             reads = self._reads(self.worker, layer, query, kv_cache, step)
-        if reads is None:
+        if step is None or reads is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
