@@ -30,6 +30,8 @@ MOST_STEP_BYTES = 512 * 2**20
 CATCH_UP_PAGES = 64
 """Pages a request and step that are summarised late: at 16 tokens, 128k are done within 128 steps."""
 FETCH_STEPS = 64
+SAMPLE_STEPS = 8
+"""At least, between two samples: to make something of one takes the host milliseconds."""
 
 
 class Plan(NamedTuple):
@@ -124,6 +126,7 @@ class SparseLayers:
         self._random = random.Random(config.seed)
         self._asked = False
         self._steps = 0
+        self._sampled_at = -SAMPLE_STEPS
 
     @property
     def index_bytes(self) -> int:
@@ -192,7 +195,8 @@ class SparseLayers:
             self._sample_copy.start()
         if (sample := self._sample_copy.take()) is not None:
             self._measure(**sample)
-        if not self._sample_copy.pending and 0 < requests <= self.requests:
+        due = self._steps - self._sampled_at >= SAMPLE_STEPS
+        if due and not self._sample_copy.pending and 0 < requests <= self.requests:
             self._ask(requests)
 
     def _step(self, requests: int) -> SparseStep:
@@ -227,7 +231,7 @@ class SparseLayers:
         if share and (unsettled or self._random.random() < share * len(self._caches)):
             layer = self._random.choice(unsettled or list(self._caches))
             self._sample.ask(layer, self._random.randrange(requests * self.shape.heads))
-            self._asked = True
+            self._asked, self._sampled_at = True, self._steps
 
     def _measure(
         self, facts: torch.Tensor, estimated: torch.Tensor, exact: torch.Tensor, taken: torch.Tensor

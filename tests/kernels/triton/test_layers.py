@@ -213,10 +213,25 @@ def test_a_sample_is_the_exact_mass_of_what_was_read_and_moves_the_margin(device
     assert engine.layers._wanted.item() == pytest.approx(engine.calibration.ask(LAYER), abs=1e-6)
 
 
+def test_every_few_steps_a_row_of_a_layer_whose_margin_is_not_settled_is_sampled(device, monkeypatch):
+    engine = Engine(device, calibration_share=1.0)
+    asked_for = []
+    monkeypatch.setattr(
+        type(engine.layers._sample), "ask", lambda sample, layer, row: asked_for.append((layer, row))
+    )
+    for _ in range(2 * layers_module.SAMPLE_STEPS + 1):
+        engine.between_steps(2)
+    engine.between_steps(0)
+    assert len(asked_for) == 3
+    assert {layer for layer, _ in asked_for} == {LAYER}
+    assert {row for _, row in asked_for} <= {0, 1}
+
+
 def test_a_dense_step_leaves_no_sample(device):
     engine = Engine(device, calibration_share=1.0)
     for _ in range(3):
         engine.between_steps(1)
+    assert engine.layers._sampled_at == 1
     assert engine.stats.snapshot().measurements == 0
 
 
