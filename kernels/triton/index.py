@@ -4,7 +4,7 @@ summarises it, in the same step.
 
 A page counts only where a request's length makes it full, and whoever made it full wrote its last slot. So a
 summary that is read is of what stands in the block, whoever had it before; blocks of a cached prefix keep
-theirs. Only what did not pass through ``written`` (blocks that a KV connector filled) must be ``forgotten``
+theirs. Only what did not pass through ``written`` (blocks that a KV connector filled) must be marked unknown
 when it changes hands, and is summarised by ``catch_up`` when it is decoded.
 """
 

@@ -88,9 +88,9 @@ def check(kv_cache_dtype: str, head_size: int, head_sizes: Sequence[int]) -> Non
             "by which pages are chosen"
         )
     if head_size not in head_sizes:
-        raise ConfigurationError(
-            f"sparse attention: given heads of {head_size}, allowed: {', '.join(map(str, head_sizes))}"
-        )
+        ranged = isinstance(head_sizes, range)
+        allowed = f"{head_sizes[0]} to {head_sizes[-1]}" if ranged else ", ".join(map(str, head_sizes))
+        raise ConfigurationError(f"sparse attention: given heads of {head_size}, allowed: {allowed}")
 
 
 def dense_reason(impl: Any) -> str | None:

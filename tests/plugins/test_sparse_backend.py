@@ -273,17 +273,18 @@ def test_layers_that_cannot_be_sparse_are_dense_and_named(caplog):
 
 
 @pytest.mark.parametrize(
-    ("cache", "size", "message"),
+    ("cache", "size", "sizes", "message"),
     [
-        ("fp8_e5m2", 64, "given a KV cache of fp8_e5m2, allowed: one of 16 or 32 bits"),
-        ("auto", 100, "given heads of 100, allowed: 32, 64"),
+        ("fp8_e5m2", 64, [32, 64], "given a KV cache of fp8_e5m2, allowed: one of 16 or 32 bits"),
+        ("auto", 100, [32, 64], "given heads of 100, allowed: 32, 64"),
+        ("auto", 512, range(16, 257), "given heads of 512, allowed: 16 to 256"),
     ],
 )
-def test_what_no_layer_can_be_sparse_with_is_refused(cache, size, message):
+def test_what_no_layer_can_be_sparse_with_is_refused(cache, size, sizes, message):
     from penstock.plugins.vllm.sparse_worker import check
 
     with pytest.raises(ConfigurationError, match=message):
-        check(cache, size, [32, 64])
+        check(cache, size, sizes)
 
 
 def test_first_layers_stay_stocks(caplog):
