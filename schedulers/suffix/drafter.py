@@ -15,6 +15,7 @@ from penstock.schedulers.suffix.automaton import SuffixAutomaton, Text
 from penstock.schedulers.suffix.config import SuffixConfig
 from penstock.schedulers.suffix.match import NO_MATCH, Draft, Match, advance, draft, end_of
 from penstock.schedulers.suffix.shared import SharedTexts, Voice
+from penstock.schedulers.suffix.tree import DraftTree, Place, grow
 from penstock.schedulers.suffix.trust import Trust
 
 MOST_GROUPS = 64
@@ -40,6 +41,7 @@ class _Live:
     indexed: int = 0
     proposed: Draft = NO_DRAFT
     trust: Trust | None = None
+    tree: DraftTree | None = None
 
 
 class SuffixDrafter:
@@ -106,7 +108,7 @@ class SuffixDrafter:
             shared = self._group(live.group).drafts(live.voice, most_tokens, least)
             found += [(one, self._shared_trust) for one in shared]
         best, best_expected = Proposal([], []), 0.0
-        live.proposed, live.trust = NO_DRAFT, None
+        live.proposed, live.trust, live.tree = NO_DRAFT, None, None
         for one, trust in found:
             if one.tokens:
                 proposal = self._judged(one, trust)
@@ -115,6 +117,22 @@ class SuffixDrafter:
                     best, best_expected = proposal, expected
                     live.proposed, live.trust = one, trust
         return best
+
+    def propose_tree(self, request_id: str, most_tokens: int, branches: int) -> DraftTree:
+        """The ``most_tokens`` likeliest tokens that may come next, up to ``branches`` in one place, for whom
+        verifying another token costs nothing: also those below ``least_probability``, or after less than
+        ``least_match_tokens``.
+
+        Raises:
+            KeyError: the request is not open.
+        """
+        live = self._live[request_id]
+        places = [Place(live.own, self._place(live), self._own_trust)]
+        if self._config.shared_tokens:
+            shared = self._group(live.group).places(live.voice)
+            places += [Place(automaton, match, self._shared_trust) for automaton, match in shared]
+        live.trust, live.tree = None, grow(places, most_tokens, branches)
+        return live.tree
 
     def close(self, request_id: str) -> None:
         """A request is gone; its group remembers it.
@@ -136,6 +154,9 @@ class SuffixDrafter:
 
     def _judge(self, live: _Live, tokens: Sequence[int]) -> None:
         """Learn from the last draft up to its first wrong token, drafted or only thought of."""
+        if live.tree is not None:
+            live.tree.observe(tokens)
+            live.tree = None
         if live.trust is None:
             return
         for token, drafted, share, matched in zip(tokens, *live.proposed, strict=False):

@@ -7,7 +7,7 @@ token is ever taken out of an automaton, which could not be done in less than li
 from __future__ import annotations
 
 from penstock.schedulers.suffix.automaton import SuffixAutomaton, Text
-from penstock.schedulers.suffix.match import NO_MATCH, Draft, advance, draft, end_of
+from penstock.schedulers.suffix.match import NO_MATCH, Draft, Match, advance, draft, end_of
 
 
 class Voice:
@@ -47,9 +47,13 @@ class SharedTexts:
 
     def drafts(self, voice: Voice, most: int, least_match: int) -> tuple[Draft, Draft]:
         """What followed the end of the request's text, in the younger half and in the older one."""
+        (young, at_young), (old, at_old) = self.places(voice)
+        return draft(young, at_young, most, least_match), draft(old, at_old, most, least_match)
+
+    def places(self, voice: Voice) -> tuple[tuple[SuffixAutomaton, Match], tuple[SuffixAutomaton, Match]]:
+        """Where the request's text ends, in the younger half and in the older one."""
         self._follow(voice)
-        young, old = end_of(self._young, voice.text), voice.older
-        return draft(self._young, young, most, least_match), draft(self._old, old, most, least_match)
+        return (self._young, end_of(self._young, voice.text)), (self._old, voice.older)
 
     def _follow(self, voice: Voice) -> None:
         """Bring a request's places up to date with the halves."""
