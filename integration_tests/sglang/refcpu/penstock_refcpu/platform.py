@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
@@ -24,3 +27,17 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_dispatch_key_name(self) -> str:
         return "native"
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return True
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+        from penstock_refcpu.speculation import extend_cache_locs
+
+        return extend_cache_locs
+
+    def init_backend(self) -> None:
+        # The modules that it touches ask for the platform when they are imported.
+        from penstock_refcpu.speculation import install
+
+        install()
