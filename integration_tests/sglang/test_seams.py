@@ -143,6 +143,21 @@ def test_flowkv_is_a_transfer_backend_in_a_child_beside_those_of_stock():
     assert json.loads(done.stdout.splitlines()[-1]) == wanted
 
 
+ALGORITHM = """
+from sglang.srt.speculative.cpp_ngram.ngram_corpus import NgramCorpus
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+assert NgramCorpus.__module__.startswith("penstock.")
+assert SpeculativeAlgorithm.from_string("suffix").is_ngram()
+assert SpeculativeAlgorithm.from_string("NGRAM") is SpeculativeAlgorithm.NGRAM
+"""
+
+
+def test_suffix_is_an_algorithm_in_a_child_beside_those_of_stock():
+    done = run(CHILD + HOOKED + ALGORITHM, PENSTOCK_CONFIG='{"suffix": {}}')
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == ["update_spec_metrics", "NgramCorpus"]
+
+
 REFUSED = """
 from penstock.plugins import seams
 from penstock.plugins.sglang import features

@@ -51,9 +51,9 @@ def _replace(original: Any) -> Any:
 
                 client_gauges().show(payload, str(engine_idx or 0))
             if "drafts" in payload:
-                from penstock.patches.vllm.draft_gauges import draft_gauges
+                from penstock.patches.draft_gauges import draft_gauges
 
-                draft_gauges().show(payload["drafts"], engine_idx or 0)
+                draft_gauges().show(payload["drafts"], str(engine_idx or 0))
             if "sparse" in payload:
                 from penstock.patches.vllm.sparse_gauges import sparse_gauges
 

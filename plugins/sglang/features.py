@@ -15,7 +15,7 @@ from penstock.plugins.seams import Seam, Use
 from penstock.plugins.sglang import flags, transfer_backend
 from penstock.plugins.sglang.flowkv_seams import ALLOCATION, ENDS, MANAGER, POOL, REGISTRY
 from penstock.plugins.sglang.flowkv_settings import BACKEND
-from penstock.plugins.sglang.hooks import Around
+from penstock.plugins.sglang.hooks import Around, Instead
 from penstock.plugins.sglang.scheduler_seams import (
     ADMISSION,
     EDGE,
@@ -28,6 +28,9 @@ from penstock.plugins.sglang.scheduler_seams import (
     RUNTIME,
 )
 from penstock.plugins.sglang.settings import judges_at_the_edge
+from penstock.plugins.sglang.suffix_corpus import NoCorpus
+from penstock.plugins.sglang.suffix_seams import CORPUS, COUNTING, METRICS, WORKER, Algorithm
+from penstock.plugins.sglang.suffix_seams import REGISTRY as ALGORITHMS
 from penstock.schedulers.config import SchedulerConfig
 
 _SERVER_ARGS = "sglang.srt.server_args:ServerArgs"
@@ -104,6 +107,17 @@ FLOWKV = Feature(
     ),
 )
 
+SUFFIX_DRAFTER = Feature(
+    name="suffix-drafter",
+    summary="--speculative-algorithm SUFFIX: drafts from what requests said, without a model",
+    seams=(*ALGORITHMS, *WORKER, *METRICS),
+    hooks=(
+        Algorithm(),
+        Instead(CORPUS, NoCorpus),
+        _around(COUNTING, "suffix_metrics", "update_spec_metrics"),
+    ),
+)
+
 SLO_SCHEDULER = Feature(
     name="slo-scheduler",
     summary="--schedule-policy slo: passes are planned to meet latency targets",
@@ -124,7 +138,7 @@ REQUEST_IDENTITY = Feature(
 
 FEATURES = {
     feature.name: feature
-    for feature in (COMMAND_LINE, REQUEST_SCHEDULER, SLO_SCHEDULER, REQUEST_IDENTITY, FLOWKV)
+    for feature in (COMMAND_LINE, REQUEST_SCHEDULER, SLO_SCHEDULER, REQUEST_IDENTITY, FLOWKV, SUFFIX_DRAFTER)
 }
 
 

@@ -1,4 +1,4 @@
-"""``--penstock-config`` and our values of ``--schedule-policy``, on the parser that SGLang builds."""
+"""``--penstock-config`` and our values of SGLang's options, on the parser that SGLang builds."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ from penstock.plugins.sglang.settings import (
     scheduler_config,
     settled,
 )
+from penstock.plugins.sglang.suffix_settings import (
+    ALGORITHM,
+    SECTION,
+    is_asked_for,
+    require_draftable,
+    suffix_config,
+)
+from penstock.plugins.sglang.suffix_settings import FLAG as SPECULATION_FLAG
 from penstock.schedulers.config import SchedulerConfig
 
 DESTINATION = "penstock_config"
@@ -50,6 +58,8 @@ def add_cli_args(original: Callable[[ArgumentParser], Any], parser: ArgumentPars
         if action.dest == "disaggregation_transfer_backend" and action.choices is not None:
             action.choices = [*action.choices, BACKEND]
             action.help = f"{action.help} Penstock adds flowkv (few descriptors, every page verified)."
+        if action.dest == "speculative_algorithm":
+            action.help = f"{action.help} Penstock adds {ALGORITHM} (drafts from what requests said)."
     return result
 
 
@@ -87,19 +97,30 @@ def join(args: Namespace) -> None:
         ease(flowkv_config(given))
     elif BACKEND in given:
         raise ConfigurationError(f"section {BACKEND!r} is given without {TRANSFER_FLAG} {BACKEND}")
-    if config is None and not transfers:
+    drafts = is_asked_for(args)
+    if drafts:
+        require_draftable(args)
+        given = {**given, SECTION: section({NAMESPACE: given}, SECTION)}
+        suffix_config(given)
+    elif SECTION in given:
+        raise ConfigurationError(f"section {SECTION!r} is given without {SPECULATION_FLAG} {ALGORITHM}")
+    if config is None and not transfers and not drafts:
         return
     hand_on(given)
-    _apply(config, transfers=transfers)
+    _apply(config, transfers=transfers, drafts=drafts)
 
 
-def _apply(config: SchedulerConfig | None, *, transfers: bool) -> None:
+def _apply(config: SchedulerConfig | None, *, transfers: bool, drafts: bool) -> None:
     from penstock.plugins.features import require
-    from penstock.plugins.sglang.features import FLOWKV, server_features
+    from penstock.plugins.sglang.features import FLOWKV, SUFFIX_DRAFTER, server_features
     from penstock.plugins.sglang.hooks import apply_now, confirm
     from penstock.plugins.sglang.installation import upstream
 
-    asked = [*(server_features(config) if config is not None else ()), *((FLOWKV,) if transfers else ())]
+    asked = [
+        *(server_features(config) if config is not None else ()),
+        *((FLOWKV,) if transfers else ()),
+        *((SUFFIX_DRAFTER,) if drafts else ()),
+    ]
     for feature in asked:
         require(feature, upstream())
     apply_now()

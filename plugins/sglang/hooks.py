@@ -52,6 +52,26 @@ class Around:
         return any(self.function is held for held in _held_by(pkgutil.resolve_name(self.target)))
 
 
+@dataclass(frozen=True, slots=True)
+class Instead:
+    """A class that SGLang takes in the place of ``target`` (``package.module:Class``)."""
+
+    target: str
+    kind: type
+
+    def register(self) -> None:
+        """Hand the hook to SGLang; a second time without effect."""
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        if self.target not in _registered:
+            _registered.add(self.target)
+            HookRegistry.register(self.target.replace(":", "."), self.kind, HookType.REPLACE)
+
+    def in_place(self) -> bool:
+        """Whether the target is ours."""
+        return pkgutil.resolve_name(self.target) is self.kind
+
+
 def apply_now() -> None:
     """Apply what is registered, where SGLang has applied its plugins' hooks already."""
     from sglang.srt.plugins.hook_registry import HookRegistry

@@ -19,7 +19,7 @@ from penstock.schedulers.config import SchedulerConfig
 
 VARIABLE = "PENSTOCK_CONFIG"
 FLAG = "--penstock-config"
-SECTIONS = ("scheduler", "flowkv")
+SECTIONS = ("scheduler", "flowkv", "suffix")
 POLICIES = ("dlpm", "vtc", "slo")
 """Of ours. SGLang has an ``lpm`` and an ``fcfs`` of its own, which stay what they are."""
 STOCK_POLICY = "fcfs"

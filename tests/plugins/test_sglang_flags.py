@@ -13,6 +13,7 @@ from penstock.plugins.configuration import ConfigurationError
 from penstock.plugins.sglang import flags
 from penstock.plugins.sglang.flowkv_settings import POST_CAPTURE, RELEASE_TIMEOUT, flowkv_config
 from penstock.plugins.sglang.settings import VARIABLE, inherited, parse, scheduler_config
+from penstock.plugins.sglang.suffix_settings import BRANCHES, branches_of, suffix_config
 
 STOCK = ["fcfs", "lpm"]
 SWITCHES = (
@@ -22,7 +23,11 @@ SWITCHES = (
     "enable-pd-role-switch",
     "disable-radix-cache",
     "disaggregation-decode-enable-radix-cache",
+    "enable-dp-attention",
+    "enable-mixed-chunk",
+    "speculative-adaptive",
 )
+SUFFIX = ("--speculative-algorithm", "suffix")
 FLOWKV = (
     "--disaggregation-transfer-backend",
     "flowkv",
@@ -45,10 +50,9 @@ def clean(monkeypatch):
 def applied(monkeypatch) -> list[str]:
     calls: list[str] = []
 
-    def apply(config, *, transfers: bool) -> None:
-        calls.extend(
-            name for name, asked in (("applied", config is not None), ("flowkv", transfers)) if asked
-        )
+    def apply(config, *, transfers: bool, drafts: bool) -> None:
+        asked_for = (("applied", config is not None), ("flowkv", transfers), ("suffix", drafts))
+        calls.extend(name for name, asked in asked_for if asked)
 
     monkeypatch.setattr(flags, "_apply", apply)
     return calls
@@ -70,7 +74,12 @@ def parsed(*words: str) -> Namespace:
         parser.add_argument("--page-size", type=int)
         for name in ("attn-cp", "dcp"):
             parser.add_argument(f"--{name}-size", type=int, default=1)
-        parser.add_argument("--speculative-algorithm")
+        parser.add_argument("--speculative-algorithm", help="Algorithm.")
+        for name in ("draft-model-path", "ngram-external-corpus-path"):
+            parser.add_argument(f"--speculative-{name}")
+        for name in ("num-steps", "num-draft-tokens", "eagle-topk"):
+            parser.add_argument(f"--speculative-{name}", type=int)
+        parser.add_argument("--attention-backend")
         for name in SWITCHES:
             parser.add_argument(f"--{name}", action="store_true")
         parser.add_argument("--chunked-prefill-size", type=int)
@@ -125,7 +134,8 @@ def test_a_file_says_the_same_as_its_text(applied, tmp_path):
     [
         (["--penstock-config", "nowhere.json"], "--penstock-config: given 'nowhere.json'"),
         (["--penstock-config", "{"], "--penstock-config: allowed is a JSON object"),
-        (["--penstock-config", '{"suffix": {}}'], "given section 'suffix', allowed on SGLang: scheduler"),
+        (["--penstock-config", '{"sparse": {}}'], "given section 'sparse', allowed on SGLang: scheduler"),
+        (["--penstock-config", '{"suffix": {}}'], "without --speculative-algorithm SUFFIX"),
         (["--penstock-config", '{"flowkv": {}}'], "without --disaggregation-transfer-backend flowkv"),
         (["--penstock-config", '{"scheduler": 1}'], "penstock.scheduler: given 1"),
         (["--penstock-config", config(polciy="vtc")], "did you mean policy?"),
@@ -195,6 +205,56 @@ def test_what_flowkv_cannot_stand_beside_is_refused_by_name(applied, words, reas
 def test_roles_may_change_where_sglang_loses_no_page(applied, cache):
     flags.join(parsed(*FLOWKV, "--enable-pd-role-switch", cache))
     assert applied == ["flowkv"]
+
+
+def test_suffix_is_an_algorithm_and_its_section_reaches_children(applied):
+    flags.join(parsed(*SUFFIX, "--penstock-config", '{"suffix": {"shared_tokens": 7}}'))
+    assert applied == ["suffix"]
+    assert suffix_config(inherited()).shared_tokens == 7
+
+
+def test_suffix_beside_a_policy_that_is_fair_is_both(applied):
+    flags.join(parsed(*SUFFIX, "--schedule-policy", "dlpm"))
+    assert applied == ["applied", "suffix"]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--speculative-num-draft-tokens", "1"], "--speculative-num-draft-tokens: given 1"),
+        (["--speculative-eagle-topk", "0"], "--speculative-eagle-topk: given 0"),
+        (["--speculative-eagle-topk", "2", "--page-size", "4"], "--speculative-eagle-topk: given 2 with"),
+        (["--speculative-num-steps", "3"], "--speculative-num-steps contradicts"),
+        (["--speculative-draft-model-path", "any"], "--speculative-draft-model-path contradicts"),
+        (["--speculative-ngram-external-corpus-path", "any"], "external-corpus-path contradicts"),
+        (["--speculative-adaptive"], "--speculative-adaptive contradicts"),
+        (["--enable-mixed-chunk"], "--enable-mixed-chunk contradicts"),
+        (["--enable-dp-attention"], "--enable-dp-attention contradicts"),
+        (["--pp-size", "2"], "--pp-size: given 2"),
+        (["--disaggregation-mode", "decode"], "--disaggregation-mode decode contradicts"),
+        (["--schedule-policy", "slo"], "slo contradicts --speculative-algorithm"),
+        (["--penstock-config", '{"suffix": {"context_tokens": 0}}'], "suffix.context_tokens: given 0"),
+        (["--penstock-config", '{"suffix": {"depth": 3}}'], "suffix.depth: unknown key"),
+    ],
+)
+def test_what_suffix_cannot_stand_beside_is_refused_by_name(applied, words, reason):
+    with pytest.raises(ConfigurationError) as refused:
+        flags.join(parsed(*SUFFIX, *words))
+    assert reason in str(refused.value)
+    assert applied == []
+
+
+@pytest.mark.parametrize(
+    ("words", "branches"),
+    [
+        ([], BRANCHES),
+        (["--page-size", "1", "--speculative-eagle-topk", "2"], 2),
+        (["--page-size", "16"], 1),
+        (["--page-size", "16", "--attention-backend", "flashinfer"], BRANCHES),
+    ],
+)
+def test_drafts_branch_where_sglang_verifies_branches(words, branches):
+    assert branches_of(parsed(*SUFFIX, *words)) == branches
 
 
 def test_flag_and_variable_must_agree(applied, monkeypatch):
