@@ -13,6 +13,7 @@ BENCHES = {
     "scheduler": "penstock.benchmarks.scheduler:bench",
     "sglang-dlpm": "penstock.benchmarks.sglang_dlpm:bench",
     "sglang-flowkv": "penstock.benchmarks.sglang_flowkv:bench",
+    "sglang-suffix": "penstock.benchmarks.sglang_suffix:bench",
     "slo": "penstock.benchmarks.slo:bench",
     "slo-replan": "penstock.benchmarks.slo_replan:bench",
     "sparse": "penstock.benchmarks.sparse:bench",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from penstock.benchmarks.tiny_model import corpus
+from penstock.benchmarks.draft_texts import KINDS, texts
 from penstock.plugins.vllm.draft_budget import DraftBudget
 from penstock.schedulers.asking import Asking
 from penstock.schedulers.draft_config import SpeculationConfig
@@ -115,43 +115,6 @@ def _mean_us(times_ns: list[int]) -> float:
     return round(sum(times_ns) / len(times_ns) / 1e3, 1)
 
 
-Text = tuple[list[int], list[int]]
-"""A prompt and the output that follows it."""
-
-
-def texts(kind: str, number: int, seed: int = 0) -> Iterator[Text]:
-    """Prompts and outputs as token ids, words as tokens.
-
-    ``quoting`` outputs repeat parts of their prompt with changes, ``alike`` outputs are variants of one text
-    that no prompt shows, ``looping`` ones repeat a phrase, ``random`` ones nothing.
-    """
-    rng = random.Random(f"{kind} {seed}")
-    words = corpus().split()
-    ids = {word: index for index, word in enumerate(dict.fromkeys(words))}
-    said = [ids[word] for word in words]
-    shared = _passage(said, rng, 200)
-    for _ in range(number):
-        prompt = _passage(said, rng, 400)
-        if kind == "quoting":
-            start = rng.randrange(200)
-            yield prompt, _edited(prompt[start : start + 200], rng)
-        elif kind == "alike":
-            yield [rng.randrange(len(ids)) for _ in range(50)], _edited(shared, rng)
-        elif kind == "looping":
-            yield prompt, (_passage(said, rng, rng.randint(3, 20)) * 70)[:200]
-        else:
-            yield prompt, [rng.randrange(len(ids)) for _ in range(200)]
-
-
-def _passage(said: list[int], rng: random.Random, length: int) -> list[int]:
-    start = rng.randrange(len(said) - length)
-    return said[start : start + length]
-
-
-def _edited(text: list[int], rng: random.Random) -> list[int]:
-    return [token if rng.random() > 0.05 else rng.choice(text) for token in text]
-
-
 Propose = Callable[[str, list[int], int], list[int]]
 """Draft of a request's whole text, of which so many tokens are new."""
 
@@ -203,7 +166,7 @@ def _config(longest: int) -> Any:
 def measure_proposals(number: int, seed: int = 0) -> list[dict[str, Any]]:
     """One row a kind of text and drafter: what was accepted, and microseconds a proposal with its upkeep."""
     rows = []
-    for kind in ("quoting", "alike", "looping", "random"):
+    for kind in KINDS:
         for name, make in (("suffix", suffix_proposer), ("vllm ngram", lambda: ngram_proposer(1024))):
             rows.append(
                 {"case": "proposals", "text": kind, "drafter": name, **_replay(make(), kind, number, seed)}

@@ -10,8 +10,9 @@ pytest.importorskip("vllm")
 
 from penstock.benchmarks import slo_speculation
 from penstock.benchmarks import speculation_cases as cases
+from penstock.benchmarks.draft_texts import texts
 from penstock.benchmarks.slo_run import Score
-from penstock.benchmarks.speculation_cost import suffix_proposer, texts, time_allocation
+from penstock.benchmarks.speculation_cost import suffix_proposer, time_allocation
 from penstock.benchmarks.speculation_model import Asked, Loop
 
 
