@@ -18,6 +18,9 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent.parent / "plugins" / "dashboards"
 AT = 'instance=~"$instance"'
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+ENGINES = "(vllm|sglang):"
+"""Before the name of a series that each engine has under its own."""
+TRANSFERS = ENGINES + "flowkv_"
 COLUMNS, WIDTH, HEIGHT = 3, 8, 8
 
 
@@ -41,19 +44,31 @@ class Dashboard:
     panels: Sequence[Panel]
 
 
+def selected(series: str, *matchers: str) -> str:
+    """A series, of all engines where its name begins with ``ENGINES``."""
+    if series.startswith(ENGINES):
+        matchers, series = (f'__name__=~"{series}"', *matchers), ""
+    return f"{series}{{{','.join(matchers)}}}" if matchers else series
+
+
+def grows(series: str) -> str:
+    """What a series of the chosen servers grows by in a second."""
+    return f"rate({selected(series, AT)}[$__rate_interval])"
+
+
 def gauge(series: str, by: str = "engine") -> str:
     """The sum of a gauge by a label."""
     return f"sum by ({by}) ({series}{{{AT}}})"
 
 
-def rate(series: str, by: str = "instance") -> str:
-    """What a counter grows by in a second."""
-    return f"sum by ({by}) (rate({series}_total{{{AT}}}[$__rate_interval]))"
+def growth(series: str, by: str = "engine") -> str:
+    """What a total grows by in a second, by a label."""
+    return f"sum by ({by}) ({grows(series)})"
 
 
 def quantile(series: str, share: float) -> str:
     """A quantile of a histogram."""
-    buckets = f"sum by (le) (rate({series}_bucket{{{AT}}}[$__rate_interval]))"
+    buckets = f"sum by (le) ({grows(series + '_bucket')})"
     return f"histogram_quantile({share:g}, {buckets})"
 
 
@@ -64,11 +79,11 @@ def quantiles(title: str, unit: str, series: str, text: str = "") -> Panel:
 
 def per_second(title: str, unit: str, *series: str, by: str = "instance") -> Panel:
     """What counters grow by."""
-    return Panel(title, unit, [(rate(name, by), _legend(name, by)) for name in series])
+    return Panel(title, unit, [(growth(name + "_total", by), _legend(name, by)) for name in series])
 
 
 def _legend(series: str, by: str) -> str:
-    short = series.removeprefix("vllm:flowkv_num_").removeprefix("penstock_proxy_").replace("_", " ")
+    short = series.removeprefix(TRANSFERS + "num_").removeprefix("penstock_proxy_").replace("_", " ")
     return " ".join([short, *(f"{{{{{label.strip()}}}}}" for label in by.split(","))])
 
 
@@ -77,37 +92,35 @@ def of_clients(title: str, unit: str, series: str, text: str = "") -> Panel:
     return Panel(title, unit, [(gauge(series, "client"), "{{client}}")], text)
 
 
+FAULTS = (
+    "num_failed_transfers",
+    "num_failed_handshakes",
+    "num_expired_leases",
+    "num_stale_reads_refused",
+    "num_digest_mismatches",
+)
+
 FLOWKV = Dashboard(
     "flowkv",
     "Penstock: FlowKV and the P/D proxy",
-    "vllm:flowkv_xfer_time_seconds_count",
+    TRANSFERS + "xfer_time_seconds_count",
     [
-        quantiles("Transfer time", "s", "vllm:flowkv_xfer_time_seconds", "Post included."),
-        quantiles("Time to post", "s", "vllm:flowkv_post_time_seconds"),
-        quantiles(
-            "Descriptors a transfer", "short", "vllm:flowkv_num_descriptors", "One or two are expected."
-        ),
-        quantiles("Bytes a transfer", "bytes", "vllm:flowkv_bytes_transferred"),
+        quantiles("Transfer time", "s", TRANSFERS + "xfer_time_seconds", "Post included."),
+        quantiles("Time to post", "s", TRANSFERS + "post_time_seconds"),
+        quantiles("Descriptors a transfer", "short", TRANSFERS + "num_descriptors", "Few are expected."),
+        quantiles("Bytes a transfer", "bytes", TRANSFERS + "bytes_transferred"),
         Panel(
             "Throughput of transfers",
             "Bps",
             [
                 (
-                    f"sum(rate(vllm:flowkv_bytes_transferred_sum{{{AT}}}[$__rate_interval]))"
-                    f" / sum(rate(vllm:flowkv_xfer_time_seconds_sum{{{AT}}}[$__rate_interval]))",
+                    f"sum({grows(TRANSFERS + 'bytes_transferred_sum')})"
+                    f" / sum({grows(TRANSFERS + 'xfer_time_seconds_sum')})",
                     "while transferring",
                 )
             ],
         ),
-        per_second(
-            "Faults",
-            "cps",
-            "vllm:flowkv_num_failed_transfers",
-            "vllm:flowkv_num_failed_handshakes",
-            "vllm:flowkv_num_expired_leases",
-            "vllm:flowkv_num_stale_reads_refused",
-            "vllm:flowkv_num_digest_mismatches",
-        ),
+        per_second("Faults", "cps", *(TRANSFERS + name for name in FAULTS)),
         per_second("Proxy: requests", "reqps", "penstock_proxy_requests", by="mode, status"),
         Panel(
             "Proxy: in flight",
@@ -169,11 +182,6 @@ REQUESTS = Dashboard(
         ),
     ],
 )
-
-
-def growth(series: str, by: str = "engine") -> str:
-    """What a total that is shown as a gauge grows by in a second."""
-    return f"sum by ({by}) (rate({series}{{{AT}}}[$__rate_interval]))"
 
 
 def share(part: str, whole: str, by: str) -> str:
@@ -326,7 +334,7 @@ def as_json(board: Dashboard) -> str:
             "label": "Server",
             "type": "query",
             "datasource": SOURCE,
-            "query": f"label_values({board.anchor}, instance)",
+            "query": f"label_values({selected(board.anchor)}, instance)",
             "refresh": 2,
             "multi": True,
             "includeAll": True,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from engine_pair import eventually
 from sglang_pair import PAGE, SglangPair, all_back, load, prompt, router_of, serving_sglang_pair
-from sglang_server import CHUNK, Refused, all_at_once, ask, generate
+from sglang_server import CHUNK, Refused, all_at_once, ask, generate, series
 
 from penstock.benchmarks.processes import Server
 from penstock.benchmarks.servers import serving
@@ -28,7 +28,7 @@ CLIENTS = 200
 def pair(model: str, logs: Path) -> Iterator[SglangPair]:
     # Without a prefix cache on decode, SGLang loses pages when a prefill server becomes one.
     switching = ("--enable-pd-role-switch", "--disaggregation-decode-enable-radix-cache")
-    with serving_sglang_pair(model, logs, *switching) as pair:
+    with serving_sglang_pair(model, logs, *switching, "--enable-metrics") as pair:
         yield pair
 
 
@@ -60,6 +60,33 @@ def test_answers_behind_sglang_s_router_are_transformers_cold_and_from_the_prefi
         answers = all_at_once([partial(generate, router, row, TOKENS) for row in prompts])
         assert [answer["output_ids"] for answer in answers] == wanted
     all_back(pair.prefill, pair.decode)
+
+
+def test_what_decode_reads_is_on_its_metrics_page(pair: SglangPair, model: str):
+    figures = ("xfer_time_seconds_count", "num_descriptors_sum", "bytes_transferred_sum")
+
+    def read() -> list[float]:
+        return [sum(series(pair.decode, f"sglang:flowkv_{name}").values()) for name in figures]
+
+    before = read()
+    for seed, chunks in ((90, 1), (91, 3)):
+        pair.generate(prompt(seed, chunks * CHUNK), 1)
+    transfers, descriptors, moved = (now - then for now, then in zip(read(), before, strict=True))
+    # A chunk is a transfer. Pages are handed out in runs, and a run is a descriptor.
+    assert transfers == 4
+    assert moved == 4 * CHUNK * token_bytes(model)
+    assert 4 <= descriptors <= 4 * CHUNK / PAGE / 2
+    (labels,) = series(pair.decode, "sglang:flowkv_num_descriptors_count")
+    assert {'tp_rank="0"', 'engine_type="dynamic"'} < set(labels.split(","))
+    assert series(pair.prefill, "sglang:flowkv_num_descriptors_count") == {}
+
+
+def token_bytes(model: str) -> int:
+    """Of one token's K and V in float32, all layers."""
+    config = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))
+    heads = config["num_key_value_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return 2 * 4 * int(config["num_hidden_layers"] * heads * size)
 
 
 def test_two_hundred_at_once_that_begin_alike(pair: SglangPair, router: Server, greedy):

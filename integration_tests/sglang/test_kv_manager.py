@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from sglang.srt.disaggregation.common import conn
 from penstock.connectors.compat import CompatibilityRecord
 from penstock.plugins.sglang.kv_manager import FlowKVManager
 from penstock.plugins.sglang.room_messages import Greeting, Wanted, frames
+from penstock.plugins.sglang.transfer_series import TransferSeries
 
 ADDRESS, ROOM, AGENT = "10.0.0.1:8998", 7, "a" * 32
 PREFILL = {
@@ -66,6 +69,7 @@ def manager() -> FlowKVManager:
         _objections={},
         _record=RECORD,
         refused={},
+        _series=TransferSeries(time.monotonic, logging.getLogger("test"), {}),
     )
     return made
 

@@ -13,7 +13,7 @@ from typing import Any
 from penstock.plugins.features import Feature
 from penstock.plugins.seams import Seam, Use
 from penstock.plugins.sglang import flags, transfer_backend
-from penstock.plugins.sglang.flowkv_seams import ALLOCATION, ENDS, MANAGER, POOL, REGISTRY
+from penstock.plugins.sglang.flowkv_seams import ALLOCATION, ENDS, MANAGER, POOL, REGISTRY, SERIES
 from penstock.plugins.sglang.flowkv_settings import BACKEND
 from penstock.plugins.sglang.hooks import Around, Instead
 from penstock.plugins.sglang.scheduler_seams import (
@@ -98,12 +98,13 @@ REQUEST_SCHEDULER = Feature(
 FLOWKV = Feature(
     name="flowkv",
     summary="--disaggregation-transfer-backend flowkv: prefill to decode in few, verified transfers",
-    seams=(*REGISTRY, *MANAGER, *ENDS, *POOL, *ALLOCATION),
+    seams=(*REGISTRY, *MANAGER, *ENDS, *POOL, *ALLOCATION, *SERIES),
     hooks=(
         transfer_backend.Member(f"{_TRANSFER}:TransferBackend", "FLOWKV", BACKEND),
         Around(f"{_TRANSFER}:get_kv_class", transfer_backend.get_kv_class),
         Around(f"{_PLATFORM}.get_kv_pool_cls", transfer_backend.get_kv_pool_cls),
         Around(f"{_PLATFORM}.get_paged_allocator_cls", transfer_backend.get_paged_allocator_cls),
+        _around(f"{_SCHEDULER}.init_metrics_collector", "transfer_series", "init_metrics_collector"),
     ),
 )
 

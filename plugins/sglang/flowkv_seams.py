@@ -151,3 +151,10 @@ ALLOCATION = (
     ),
 )
 """The allocator that prefers runs."""
+
+SERIES = (
+    Seam("sglang.srt.managers.scheduler:Scheduler.init_metrics_collector", Use.PATCH, "(self)", wraps=True),
+    *read("sglang.srt.managers.scheduler:Scheduler", "metrics_collector"),
+    *read("sglang.srt.observability.metrics_collector:SchedulerMetricsCollector", "labels"),
+)
+"""The labels of the scheduler's series."""

@@ -17,6 +17,7 @@ from penstock.connectors.errors import FlowKVError, HandOffError
 from penstock.connectors.handoff import HandOff, check_host, parse_hand_off
 from penstock.connectors.receiver import Load, Outcome
 from penstock.connectors.runs import count_blocks, runs_of
+from penstock.connectors.transfer_stats import TransferStatsData
 from penstock.plugins.sglang.room_messages import Chunk, Ending
 
 
@@ -70,6 +71,7 @@ class IncomingRooms:
         self._reading: dict[str, tuple[int, int]] = {}
         self._reads_of: Counter[int] = Counter()
         self._over: list[Arrival] = []
+        self._stats = TransferStatsData()
         self._serial = count()
 
     def open(self, room: int, pages: Sequence[int]) -> None:
@@ -86,6 +88,7 @@ class IncomingRooms:
             try:
                 load = self._load(state, chunk)
             except HandOffError as error:
+                self._stats.add_failure(error.kind)
                 self._end(chunk.room, error)
                 return
             state.ending = chunk.ending or state.ending
@@ -106,6 +109,12 @@ class IncomingRooms:
                     self._over.append(Arrival(room, state.ending.aux, descriptors=state.descriptors))
             over, self._over = self._over, []
             return over
+
+    def take_stats(self) -> TransferStatsData:
+        """What has been observed since the last call."""
+        with self._lock:
+            stats, self._stats = self._stats, TransferStatsData()
+            return stats
 
     def is_reading(self, room: int) -> bool:
         """Whether a page of the room may still be written."""
@@ -139,6 +148,10 @@ class IncomingRooms:
         self._reads_of[room] -= 1
         if not self._reads_of[room]:
             del self._reads_of[room]
+        if outcome.error is not None:
+            self._stats.add_failure(outcome.error.kind)
+        elif outcome.stats is not None:
+            self._stats.add_transfer(outcome.stats)
         state = self._rooms.get(room)
         if state is None or state.serial != serial:
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import secrets
 import threading
+import time
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ from penstock.plugins.sglang.room_messages import (
 from penstock.plugins.sglang.settings import inherited
 from penstock.plugins.sglang.transfer_ends import Cache, ReadingEnd, ServingEnd
 from penstock.plugins.sglang.transfer_record import pool_of, record_of
+from penstock.plugins.sglang.transfer_series import TransferSeries
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,6 +79,7 @@ class FlowKVManager(CommonKVManager):
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         self._agent = secrets.token_hex(16)
         self._record = cache.record
+        self._series = TransferSeries(time.monotonic, upstream().logger)
         self._stopped = threading.Event()
         self.serving: ServingEnd | None = None
         self.reading: ReadingEnd | None = None
@@ -156,6 +159,7 @@ class FlowKVManager(CommonKVManager):
                 self.update_status(end.room, KVPoll.Success)
             else:
                 self.fail_room(end.room, end.reason)
+        self._series.show(self.serving.rooms.take_stats())
 
     def fail_room(self, room: int, reason: str) -> None:
         """Prefill gives a room up, and tells decode why."""
@@ -213,6 +217,7 @@ class FlowKVManager(CommonKVManager):
         self.transfer_infos[wanted.room] = {wanted.agent: wanted}
         objection = self._objections.get(wanted.agent, "the decode server has not introduced itself")
         if objection:
+            self._series.failed("handshake")
             self._refuse(wanted.room, f"cannot exchange KV: {objection}")
             return
         self.req_to_decode_prefix_len[wanted.room] = wanted.prefix_tokens
@@ -290,6 +295,7 @@ class FlowKVManager(CommonKVManager):
             else:
                 self.record_failure(arrival.room, str(arrival.error))
                 self.update_status(arrival.room, KVPoll.Failed)
+        self._series.show(self.reading.rooms.take_stats())
 
     def forget_room(self, room: int) -> None:
         """Nothing of the room is wanted any more."""
@@ -312,6 +318,7 @@ class FlowKVManager(CommonKVManager):
     def _refuse_prefill(self, address: str, reason: str) -> None:
         self.incompatible.add(address)
         for room in list(self.addr_to_rooms_tracker[address]):
+            self._series.failed("handshake")
             self.record_failure(room, f"prefill server {address}: {reason}")
             self.update_status(room, KVPoll.Failed)
 

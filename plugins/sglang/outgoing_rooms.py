@@ -17,6 +17,7 @@ from penstock.connectors.handoff import HandOff, fingerprint
 from penstock.connectors.lease import LeaseEnd
 from penstock.connectors.runs import runs_of
 from penstock.connectors.sender import Sender
+from penstock.connectors.transfer_stats import TransferStatsData
 
 RANK = 0
 """Every rank has a channel and leases of its own, so each is the only one of its sender."""
@@ -48,6 +49,7 @@ class OutgoingRooms:
         self._rooms: dict[int, _Room] = {}
         self._room_of: dict[str, int] = {}
         self._hashing: deque[tuple[str, Pending]] = deque()
+        self._stats = TransferStatsData()
         self._serial = count()
 
     def __len__(self) -> int:
@@ -81,6 +83,7 @@ class OutgoingRooms:
         self._publish()
         failed: dict[int, str] = {}
         for ended in self._sender.collect():
+            self._stats.expired_leases += ended.end is LeaseEnd.EXPIRED
             room = self._room_of.pop(ended.request_id, None)
             if room is None or (state := self._rooms.get(room)) is None:
                 continue
@@ -95,6 +98,12 @@ class OutgoingRooms:
         for end in ends:
             self.forget(end.room)
         return ends
+
+    def take_stats(self) -> TransferStatsData:
+        """What has been observed since the last call."""
+        self._stats.stale_reads_refused += self._sender.leases.take_stale_refused()
+        stats, self._stats = self._stats, TransferStatsData()
+        return stats
 
     def forget(self, room: int) -> None:
         """The room's pages may be handed to others: whoever still reads them will not be believed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -12,11 +11,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
+from penstock.connectors.transfer_stats import TransferStatsData
 from penstock.plugins.configuration import flowkv_config
 from penstock.plugins.vllm.record import require_supported
 from penstock.plugins.vllm.transfer_meta import HandshakeMetadata, StepMetadata, WorkerMetadata
 from penstock.plugins.vllm.transfer_scheduler import TransferScheduler
-from penstock.plugins.vllm.transfer_stats import FlowKVPromMetrics, FlowKVStats, TransferStatsData
+from penstock.plugins.vllm.transfer_stats import FlowKVPromMetrics, FlowKVStats
 from penstock.plugins.vllm.transfer_worker import TransferWorker
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class FlowKVConnector(KVConnectorBase_V1):
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         half = self._scheduler or self._worker
         stats: TransferStatsData | None = half.take_stats() if half else None
-        return FlowKVStats(asdict(stats)) if stats else None
+        return FlowKVStats(stats.as_dict()) if stats else None
 
     def shutdown(self) -> None:
         if half := self._scheduler or self._worker:

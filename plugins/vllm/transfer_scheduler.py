@@ -28,10 +28,10 @@ from penstock.connectors.lease import LeaseEnd
 from penstock.connectors.receiver import Load
 from penstock.connectors.runs import runs_of
 from penstock.connectors.sender import Sender
+from penstock.connectors.transfer_stats import TransferStatsData
 from penstock.plugins.vllm.record import block_size_of
 from penstock.plugins.vllm.run_pool import RunPool
 from penstock.plugins.vllm.transfer_meta import HandshakeMetadata, RejectedLoad, StepMetadata, WorkerMetadata
-from penstock.plugins.vllm.transfer_stats import TransferStatsData
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

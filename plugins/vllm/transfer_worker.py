@@ -14,11 +14,11 @@ from penstock.connectors.digest import sampled_positions
 from penstock.connectors.messages import Welcome
 from penstock.connectors.receiver import Outcome, Receiver
 from penstock.connectors.receiver_thread import ReceiverThread
+from penstock.connectors.transfer_stats import TransferStatsData
 from penstock.connectors.transports.factory import make_transport
 from penstock.plugins.cache_digest import digester_of
 from penstock.plugins.vllm.record import geometry_of, record_of
 from penstock.plugins.vllm.transfer_meta import HandshakeMetadata, StepMetadata, WorkerMetadata
-from penstock.plugins.vllm.transfer_stats import TransferStatsData
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -21,12 +21,15 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 from penstock import patches
 from penstock.plugins import dashboards, ledger
+from penstock.plugins.sglang.transfer_series import declared as declared_on_sglang
 from penstock.plugins.vllm.transfer_stats import FlowKVPromMetrics
 from penstock.routers.metrics import Metrics
 
 FOLDER = Path(dashboards.__path__[0])
 FILES = sorted(FOLDER.glob("*.json"))
-OURS = re.compile(r"\b(?:penstock_|vllm:flowkv_)\w+")
+OURS = re.compile(r"\b(?:penstock_|vllm:flowkv_|sglang:flowkv_)\w+")
+EITHER = re.compile(r"\((\w+)\|(\w+)\)(:\w+)")
+"""Series that two engines have, each under its own name."""
 SUFFIXES = {
     "counter": ("_total",),
     "histogram": ("_bucket", "_sum", "_count"),
@@ -45,12 +48,13 @@ def families(registry: Any) -> dict[str, set[str]]:
 
 @pytest.fixture(scope="module")
 def exported() -> dict[str, set[str]]:
-    """What the proxy, the connector, the ledger and the gauges of the front end declare."""
+    """What the proxy, both engines' transfers, the ledger and the gauges of the front end declare."""
     own = CollectorRegistry()
     kinds = {kind: partial(kind, registry=own) for kind in (Gauge, Counter, Histogram)}
     FlowKVPromMetrics(
         SimpleNamespace(kv_transfer_config=None), kinds, ["model_name", "engine"], {0: ["m", "0"]}
     )
+    declared_on_sglang(("model_name", "tp_rank"))
     published_here = ledger._gauge is None
     if published_here:
         ledger._publish_all()
@@ -70,7 +74,8 @@ def exported() -> dict[str, set[str]]:
 def expressions(file: Path) -> list[str]:
     board = json.loads(file.read_text())
     anchors = [variable["query"] for variable in board["templating"]["list"]]
-    return [target["expr"] for panel in board["panels"] for target in panel["targets"]] + anchors
+    found = [target["expr"] for panel in board["panels"] for target in panel["targets"]] + anchors
+    return [EITHER.sub(r"\1\3|\2\3", expression) for expression in found]
 
 
 def queried(file: Path) -> set[str]:

@@ -168,6 +168,10 @@ def test_chunks_arrive_in_any_order_and_both_ends_hear_of_it_once(pair: Pair):
     # 7 to 9 go to 1 to 3, 20 to 4, 21 to 50, 40 to 51.
     assert pair.incoming.advance() == [Arrival(5, AUX, descriptors=4)]
     assert (pair.target.bytes[target] == pair.source.bytes[source]).all()
+    seen = pair.incoming.take_stats()
+    assert sorted(seen.num_bytes) == [PAGE_BYTES, 2 * PAGE_BYTES, 3 * PAGE_BYTES]
+    assert sorted(seen.num_descriptors) == [1, 1, 2]
+    assert pair.incoming.take_stats().is_empty
     assert not pair.incoming.is_reading(5)
     assert pair.outgoing.advance() == [RoomEnd(5)]
     assert pair.incoming.advance() == pair.outgoing.advance() == []
@@ -206,6 +210,8 @@ def test_what_nobody_reads_comes_back_when_its_time_is_over(pair: Pair):
     (end,) = pair.outgoing.advance()
     assert end.room == 5
     assert "in time" in str(end.reason)
+    assert pair.outgoing.take_stats().expired_leases == 1
+    assert pair.outgoing.take_stats().is_empty
     assert len(pair.sender.leases) == 0
 
 
@@ -216,6 +222,8 @@ def test_pages_that_prefill_gave_up_are_not_believed(pair: Pair):
     pair.incoming.take(chunk)
     (arrival,) = pair.incoming.advance()
     assert isinstance(arrival.error, StaleReadError)
+    assert pair.incoming.take_stats().stale_reads_refused == 1
+    assert pair.outgoing.take_stats().stale_reads_refused == 1
     assert pair.outgoing.advance() == []
 
 
@@ -235,6 +243,7 @@ def test_bytes_that_changed_after_they_were_hashed_are_not_believed(pair: Pair):
     pair.incoming.take(chunk)
     (arrival,) = pair.incoming.advance()
     assert isinstance(arrival.error, DigestMismatchError)
+    assert pair.incoming.take_stats().digest_mismatches == 1
 
 
 def test_a_room_that_decode_forgets_is_still_read_until_its_reads_end(pair: Pair):
@@ -271,6 +280,7 @@ def test_pages_that_do_not_fit_the_room_fail_it(
     pair.incoming.take(pair.chunk(5, first, list(range(20, 20 + pages)), total))
     (arrival,) = pair.incoming.advance()
     assert isinstance(arrival.error, HandOffError)
+    assert pair.incoming.take_stats().failed_handshakes == 1
     assert said in str(arrival.error)
     assert (pair.target.bytes == before).all()
 
