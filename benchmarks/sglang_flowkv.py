@@ -14,6 +14,7 @@ from penstock.plugins.sglang.installation import installed_version
 
 PARTS = {
     "pages": "penstock.benchmarks.sglang_pages",
+    "prefixes": "penstock.benchmarks.sglang_prefixes",
     "transfer": "penstock.benchmarks.sglang_transfer",
 }
 """Modules with a ``measure(options, tell)``, in the order in which they run."""

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+from pathlib import Path
+
 import pytest
 
+from penstock.benchmarks import sglang_prefixes
+from penstock.benchmarks.flowkv_part import Options
+from penstock.benchmarks.servers import console_script
 from penstock.benchmarks.sglang_pages import APART, FLOWKV, MOONCAKE, NIXL, SIDES, claims_of, ways
 from penstock.benchmarks.sglang_pools import PAGE, Diverged, Pool, Sent, hand_overs
+from penstock.benchmarks.sglang_prefixes import STOCK, Hits, Run
 from penstock.simulation.traces import replay
 
 PREFILL, DECODE = 2_000, 1_400
@@ -45,3 +53,29 @@ def test_claims_fail_where_they_should():
     counts = {NIXL: [190], MOONCAKE: [19], FLOWKV: [10], APART: [10]}
     assert [claim.holds for claim in claims_of(counts, 1)] == [False] * 4
     assert [claim.holds for claim in claims_of({**counts, FLOWKV: [9], APART: [9]}, 0)] == [True] * 4
+
+
+def test_the_radix_cache_gives_as_much_on_flowkv_s_allocator_as_on_stock_s(tmp_path: Path):
+    file = tmp_path / "found.json"
+    command = [console_script("penstock"), "bench", "sglang-flowkv", "--quick", "--parts", "prefixes"]
+    subprocess.run([*command, "--json", str(file)], check=True, capture_output=True, timeout=300)
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert [claim["holds"] for claim in found["claims"]] == [True, True]
+    assert {row["allocator"] for row in found["rows"]} == {STOCK, sglang_prefixes.FLOWKV}
+    assert all(row["from the cache"] > 0 for row in found["rows"])
+
+
+def test_a_cache_that_gives_less_or_is_never_full_fails_the_claims():
+    def run(allocator: str, cached: int, evicted: int) -> tuple[Run, Hits]:
+        hits = Hits(
+            prompt_tokens=1000, cached_tokens=cached, hit_rate=0.0, evicted_tokens=evicted, decisions=""
+        )
+        return Run("chat", allocator, 0, Options()), hits
+
+    for ours, evicted, holds in (
+        (500, 100, [True, True]),
+        (489, 100, [False, True]),
+        (500, 99, [True, False]),
+    ):
+        results = [run(STOCK, 500, 100), run(sglang_prefixes.FLOWKV, ours, evicted)]
+        assert [claim.holds for claim in sglang_prefixes.claims_of(results)] == holds
