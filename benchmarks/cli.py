@@ -12,6 +12,7 @@ BENCHES = {
     "needle": "penstock.benchmarks.needle.bench:bench",
     "scheduler": "penstock.benchmarks.scheduler:bench",
     "sglang-dlpm": "penstock.benchmarks.sglang_dlpm:bench",
+    "sglang-scheduler": "penstock.benchmarks.sglang_scheduler:bench",
     "sglang-flowkv": "penstock.benchmarks.sglang_flowkv:bench",
     "sglang-suffix": "penstock.benchmarks.sglang_suffix:bench",
     "slo": "penstock.benchmarks.slo:bench",

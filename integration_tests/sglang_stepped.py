@@ -4,9 +4,10 @@
 
 A run is an object with ``section`` (what Penstock is asked for, or null), ``shape`` (fields of
 ``EngineShape``), perhaps ``retract_every`` (so many passes SGLang retracts a request, as if memory had run
-out), and ``asks`` (rows of id, arrival, prompt tokens, output tokens, time to first token and per
-token in milliseconds or null; what an id has before a dash is its client). Written is one object a run:
-``requests`` by id, each with the times of its tokens since it came, and what the policy counted.
+out), perhaps ``compare_plans`` (where nothing is planned a plan is made, and must hold nothing else), and
+``asks`` (rows of id, arrival, prompt tokens, output tokens, time to first token and per token in milliseconds
+or null; what an id has before a dash is its client). Written is one object a run: ``requests`` by id, each
+with the times of its tokens since it came, and what the policy counted.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
         )
         for number, (name, arrival, prompt, output, ttft, tpot) in enumerate(given["asks"], start=10)
     ]
+    stood = compare_plans(engine.scheduler.policy) if given.get("compare_plans") else []
     result = Simulation(engine, Fixed(asks), load_step_time("opt-6.7b-a100"), clock).run()
     engine.idle()
     policy = engine.scheduler.policy
@@ -66,9 +68,31 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
     }
     if hasattr(policy, "totals"):
         policy.check_integrity(set())
+        found["stood"] = len(stood)
         found["counted"] = policy.totals.payload()
         found["left"] = len(policy.records) + len(policy.planner.backlog)
     return found
+
+
+def compare_plans(policy: Any) -> list[None]:
+    """Have the policy plan wherever it finds that there is nothing to plan; an item each time."""
+    decode_on, stood = policy._all_decode_on, []
+
+    def compared(now_s: float, running: list[Any]) -> bool:
+        on: bool = decode_on(now_s, running)
+        if on:
+            stood.append(None)
+            decodes = policy.records.decoding(running, policy._in_flight())
+            limits = policy._limits(now_s, decodes)
+            plan = policy.planner.plan(now_s, decodes, policy._free_kv_tokens(), limits)
+            assert not plan.waiting
+            assert not plan.preempt
+            assert plan.caps == dict.fromkeys(plan.order, 1)
+            assert set(plan.order) == {request.rid for request in running}
+        return on
+
+    policy._all_decode_on = compared
+    return stood
 
 
 def main() -> None:

@@ -119,11 +119,11 @@ class Environment:
             say(f"no CPU build where pip looks by default: trying {CPU_WHEELS}")
             self._pip("install", "--extra-index-url", CPU_WHEELS, torch)
 
-    def _install_sglang(self) -> None:
+    def _install_sglang(self, version: str = SGLANG_VERSION) -> None:
         self._install_cpu_torch()
-        say(f"SGLang {SGLANG_VERSION}")
+        say(f"SGLang {version}")
         # SGLang's own list asks for CUDA's torch and some twenty packages that only a GPU can use.
-        self._pip("install", "--no-deps", f"torchvision=={TORCHVISION_VERSION}", f"sglang=={SGLANG_VERSION}")
+        self._pip("install", "--no-deps", f"torchvision=={TORCHVISION_VERSION}", f"sglang=={version}")
         self._pip("install", "--no-deps", "-r", str(ROOT / SGLANG_REQUIREMENTS))
         self._install_nixl()
         # The router is a wheel of its own; behind it the tests run two servers as one.

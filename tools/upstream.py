@@ -2,8 +2,11 @@
 
 For a version with a CPU build: install, run ``penstock doctor`` and ``integration_tests/upstream`` there,
 which starts a real server. For a version without one: take the wheel and check every seam in its source.
+SGLang has one build; earlier releases than that of ``make test-sglang`` are run on the reference platform.
 
     python tools/upstream.py [VERSION ...] [--install-only]
+
+A version of SGLang is written ``sglang-0.5.22``.
 """
 
 from __future__ import annotations
@@ -38,6 +41,14 @@ FAST_TESTS = (
 )
 READ = ("0.33.0",)
 """Versions whose source is read."""
+SGLANG = "sglang-"
+SGLANG_RUN = (SGLANG + "0.5.22",)
+SGLANG_FEATURES = ("request-scheduler", "slo-scheduler", "request-identity")
+"""That earlier releases have the seams for; FlowKV stands on classes that 0.5.23 brought."""
+SGLANG_TESTS = tuple(
+    f"integration_tests/sglang/test_{name}.py"
+    for name in ("engine", "tokens", "passes", "request_scheduler", "slo")
+)
 
 
 class UpstreamEnvironment(make_env.Environment):
@@ -62,28 +73,48 @@ class UpstreamEnvironment(make_env.Environment):
         self._pip("install", "--no-deps", f"nixl=={nixl}", f"nixl-cu12=={nixl}")
 
 
+class UpstreamSglang(make_env.Environment):
+    """An environment with one given version of SGLang."""
+
+    def __init__(self, version: str) -> None:
+        super().__init__(FOLDER / f"{SGLANG}{version}", "sglang")
+        self.version = version
+
+    @property
+    def wanted(self) -> dict[str, str]:
+        """What the stamp says once everything is in place."""
+        return {**super().wanted, "sglang": self.version}
+
+    def _install_sglang(self, version: str = "") -> None:
+        super()._install_sglang(version or self.version)
+
+
 def run_version(version: str, *, install_only: bool) -> bool:
     """Install one version and run the checks on it; False if one fails."""
-    environment = UpstreamEnvironment(version)
+    environment: make_env.Environment
+    if version.startswith(SGLANG):
+        environment = UpstreamSglang(version.removeprefix(SGLANG))
+        engine, features, tests = "sglang", SGLANG_FEATURES, SGLANG_TESTS
+    else:
+        environment = UpstreamEnvironment(version)
+        engine, features = "vllm", ("flowkv", "request-scheduler")
+        tests = (*FAST_TESTS, "integration_tests/upstream")
     environment.folder.parent.mkdir(exist_ok=True)
     with make_env.only_one(environment.folder):
         environment.refresh()
     if install_only:
         return True
-    doctor = [
-        str(environment.folder / "bin" / "penstock"),
-        "doctor",
-        "--require",
-        "flowkv",
-        "--require",
-        "request-scheduler",
-    ]
-    tests = [str(environment.python), "-m", "pytest", "-q", *FAST_TESTS, "integration_tests/upstream"]
-    # A server under test finds its own `vllm` command, and no configuration of the caller's.
+    doctor = [str(environment.folder / "bin" / "penstock"), "doctor", "--engine", engine]
+    for feature in features:
+        doctor += ["--require", feature]
+    pytest = [str(environment.python), "-m", "pytest", "-q", *tests]
+    # A server under test finds its own command, and no configuration of the caller's.
     path = f"{environment.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     variables = {**os.environ, "PATH": path, "PENSTOCK_UPSTREAM": version}
-    commands = (doctor, tests)
-    return all(subprocess.run(c, check=False, cwd=ROOT, env=variables).returncode == 0 for c in commands)
+    return all(
+        subprocess.run(command, check=False, cwd=ROOT, env=variables).returncode == 0
+        for command in (doctor, pytest)
+    )
 
 
 def read_version(version: str) -> bool:
@@ -122,10 +153,15 @@ def _run_check(root: Path) -> list[str]:
     return found
 
 
+def named(version: str) -> str:
+    """The version with its engine."""
+    return version if version.startswith(SGLANG) else f"vLLM {version}"
+
+
 def results(versions: Sequence[str], *, install_only: bool) -> Iterator[tuple[str, bool]]:
     """Each version with whether it passes, as it is known."""
     for version in versions:
-        print(f"[upstream] vLLM {version}", flush=True)
+        print(f"[upstream] {named(version)}", flush=True)
         if version in READ:
             yield version, read_version(version)
         else:
@@ -135,7 +171,7 @@ def results(versions: Sequence[str], *, install_only: bool) -> Iterator[tuple[st
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns 1 if a version fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("versions", nargs="*", default=[*RUN, *READ], metavar="VERSION")
+    parser.add_argument("versions", nargs="*", default=[*RUN, *READ, *SGLANG_RUN], metavar="VERSION")
     parser.add_argument("--install-only", action="store_true", help="make the environments and stop")
     options = parser.parse_args(arguments)
     try:
@@ -144,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"[upstream] {error}", file=sys.stderr)
         return 1
     for version, passed in found.items():
-        print(f"[upstream] vLLM {version}: {'passed' if passed else 'FAILED'}")
+        print(f"[upstream] {named(version)}: {'passed' if passed else 'FAILED'}")
     return 0 if all(found.values()) else 1
 
 

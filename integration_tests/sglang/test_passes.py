@@ -37,6 +37,13 @@ FLOOD = [[f"flood-{n}", 0.04 * n, 20, 100, None, None] for n in range(16)]
 LIGHT = [[f"light-{n}", 0.7, 20, 100, None, None] for n in range(2)]
 for name, section in (("crowded", None), ("dlpm, crowded", {"policy": "dlpm", "quantum_tokens": 100})):
     RUNS[name] = {"section": section, "shape": ROOMY, "asks": FLOOD + LIGHT, "retract_every": 40}
+# Everybody who runs has targets, and more wait than there are seats for.
+RUNS["slo, full"] = {
+    "section": SLO,
+    "shape": {**ROOMY, "max_running_requests": 8},
+    "asks": CHATS,
+    "compare_plans": True,
+}
 PLANNED = [name for name in RUNS if name.startswith("slo")]
 
 
@@ -110,3 +117,8 @@ def test_the_client_that_holds_the_most_is_retracted_first(runs):
     assert preempted(runs["crowded"], "light") > 0
     assert preempted(runs["dlpm, crowded"], "light") == 0
     assert preempted(runs["dlpm, crowded"], "flood") > 0
+
+
+def test_where_all_decode_and_nobody_can_come_in_a_plan_would_hold_nothing_else(runs):
+    """The run itself compares; this says that there was something to compare."""
+    assert runs["slo, full"]["stood"] > runs["slo, full"]["steps"] / 3

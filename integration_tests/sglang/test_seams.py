@@ -105,7 +105,7 @@ EVERY_POLICY = [
     "set_internal_state",
     "verify",
 ]
-SLO = ["_should_defer_prefill", "run_batch"]
+SLO = ["_get_new_batch_prefill_raw", "run_batch"]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from penstock.plugins.sglang.features import FEATURES
 from penstock.plugins.sglang.installation import DISTRIBUTION, installed_version
 from penstock.plugins.trees import LiveTree, SourceTree, installed_tree
 
-TESTED = ("0.5.23",)
+TESTED = ("0.5.22", "0.5.23")
 GROUP = "sglang.srt.plugins"
 
 

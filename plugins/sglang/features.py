@@ -125,7 +125,7 @@ SLO_SCHEDULER = Feature(
     seams=(*_SEAMS, *PLANS),
     hooks=(
         *_EVERY_POLICY,
-        _around(f"{_SCHEDULER}._should_defer_prefill", "scheduler_hooks", "should_defer_prefill"),
+        _around(f"{_SCHEDULER}._get_new_batch_prefill_raw", "scheduler_hooks", "get_new_batch_prefill"),
         _around(f"{_SCHEDULER}.run_batch", "scheduler_hooks", "run_batch"),
     ),
 )

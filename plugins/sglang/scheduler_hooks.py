@@ -79,9 +79,22 @@ def on_idle(original: Callable[[Any], Any], scheduler: Any) -> Any:
     return original(scheduler)
 
 
-def should_defer_prefill(original: Callable[..., bool], scheduler: Any, running_batch: ScheduleBatch) -> bool:
-    """Around ``Scheduler._should_defer_prefill``: SGLang's own reasons come first."""
-    return original(scheduler, running_batch) or scheduler.policy.defers_prefill(running_batch)
+def get_new_batch_prefill(
+    original: Callable[..., Any],
+    scheduler: Any,
+    prefill_delayer_single_pass: Any,
+    running_batch: ScheduleBatch,
+) -> tuple[ScheduleBatch | None, ScheduleBatch]:
+    """Around ``Scheduler._get_new_batch_prefill_raw``, which SGLang calls unless it has reasons of its own to
+    leave prompts alone."""
+    if scheduler.policy.defers_prefill(running_batch):
+        return None, running_batch
+    found: tuple[ScheduleBatch | None, ScheduleBatch] = original(
+        scheduler,
+        prefill_delayer_single_pass=prefill_delayer_single_pass,
+        running_batch=running_batch,
+    )
+    return found
 
 
 def run_batch(original: Callable[..., Any], scheduler: Any, batch: ScheduleBatch, *args: Any) -> Any:

@@ -31,7 +31,7 @@ PASSES = (
         f"{_SCHEDULER}._get_new_batch_prefill_raw",
         Use.PATCH,
         "(self, prefill_delayer_single_pass, running_batch)",
-        fingerprints=("ea6fa4541a12",),
+        fingerprints=("a7cfd4d598bb", "ea6fa4541a12"),
         wraps=True,
     ),
     *read(
@@ -104,12 +104,19 @@ RUNTIME = (
 """Changes at run time."""
 
 PLANS = (
-    Seam(f"{_SCHEDULER}._should_defer_prefill", Use.PATCH, "(self, running_batch)", wraps=True),
     Seam(f"{_SCHEDULER}.run_batch", Use.PATCH, "(self, batch, pp_proxy_tensors=...)", wraps=True),
     Seam(f"{_SCHEDULER}._add_request_to_queue", Use.CALL, "(self, req, is_retracted=...)"),
     Seam(f"{_BATCH}.release_req", Use.CALL, "(self, idx, remaing_req_count)"),
     Seam(f"{_BATCH}.filter_batch", Use.CALL, "(self, keep_indices=...)"),
-    *read(_BATCH, "reqs", "forward_mode", "prefix_lens", "extend_num_tokens", "batch_is_full"),
+    *read(
+        _BATCH,
+        "reqs",
+        "forward_mode",
+        "prefix_lens",
+        "extend_num_tokens",
+        "batch_is_full",
+        "seq_lens_cpu",
+    ),
     *read(
         _SCHEDULER,
         "chunked_req",

@@ -56,6 +56,8 @@ class PlannedPolicy(PassPolicy):
         self.prompt_tokens: int | None = None
         """What the prompts of the pass may have; None leaves it to SGLang."""
         self._waiting: dict[str, Req] = {}
+        self._queue: list[Req] = []
+        """SGLang's list of waiting requests as it was last seen."""
         self._steps = StepsInFlight()
         self._owes_decodes = self._awaits_launch = False
         # On a CPU the model has run when SGLang has launched it; on a virtual clock no time passed.
@@ -83,6 +85,9 @@ class PlannedPolicy(PassPolicy):
     def _decide(self, now_s: float, running_batch: ScheduleBatch) -> bool:
         """Make a plan; True if it has no prompts."""
         chunked = self.scheduler.chunked_req
+        if chunked is None and self._all_decode_on(now_s, running_batch.reqs):
+            self._awaits_launch = True
+            return True
         in_flight = self._in_flight()
         self._forget_beside({*self._waiting.values(), *running_batch.reqs, *in_flight, chunked})
         decodes = self.records.decoding(running_batch.reqs, in_flight - {chunked})
@@ -101,6 +106,24 @@ class PlannedPolicy(PassPolicy):
             self.plan, self.prompt_tokens = plan, -(-prompt_tokens // page) * page
             self._owes_decodes = not self.scheduler.is_mixed_chunk and not decoding.isdisjoint(plan.caps)
         return False
+
+    def _all_decode_on(self, now_s: float, running: list[Req]) -> bool:
+        """Whether there is nothing to plan: everybody who runs decodes under targets, and nobody can come in.
+        The planner hears of the pass all the same."""
+        if len(self.records) != len(self._waiting) + len(running):
+            return False
+        scheduler, records = self.scheduler, self.records
+        limits = Limits(
+            step_tokens=len(running),
+            running_requests=scheduler.max_running_requests,
+            block_tokens=scheduler.page_size,
+        )
+        if not self.planner.closed(len(running), limits):
+            return False
+        if any(records.of(request).running.targets is None for request in running):
+            return False
+        names = tuple(request.rid for request in running)
+        return self.planner.whole(now_s, names, self._free_kv_tokens(), limits) is not None
 
     def _limits(self, now_s: float, decodes: list[Running]) -> Limits:
         """What the pass may hold. Where decodes have a pass of their own after the prompts', that is so much
@@ -202,8 +225,10 @@ class PlannedPolicy(PassPolicy):
 
     def _meet(self, queue: list[Req]) -> None:
         """Who came to the waiting requests, and who left them without being served."""
-        if len(queue) == len(self._waiting) and all(self._waiting.get(r.rid) is r for r in queue):
+        # Equal lists of as many as wait are told apart by identity, without a look at any request.
+        if len(queue) == len(self._waiting) and queue == self._queue:
             return
+        self._queue = list(queue)
         here = set(queue)
         for request in [request for request in self._waiting.values() if request not in here]:
             self._leave(request)
@@ -260,6 +285,5 @@ def features_of(batch: ScheduleBatch) -> StepFeatures:
     """What a batch computes."""
     requests = len(batch.reqs)
     if batch.forward_mode.is_decode():
-        context = sum(len(request.origin_input_ids) + len(request.output_ids) for request in batch.reqs)
-        return StepFeatures(requests, requests, context)
+        return StepFeatures(requests, requests, int(batch.seq_lens_cpu.sum()))
     return StepFeatures(int(batch.extend_num_tokens or 0), requests, sum(batch.prefix_lens or ()))

@@ -1,0 +1,39 @@
+"""``penstock bench sglang-scheduler``: what its rows and claims make of passes."""
+
+from __future__ import annotations
+
+from click.testing import CliRunner
+
+from penstock.benchmarks import sglang_scheduler
+from penstock.benchmarks.sglang_scheduler import ADMISSION, DECODE, bench, claims_of, cost_of, row_of
+
+
+def test_passes_of_all_blocks_are_compared_by_kind_with_those_of_fcfs():
+    plain = cost_of("fcfs", [{DECODE: [1.0, 2.0], ADMISSION: []}, {DECODE: [9.0], ADMISSION: [4.0]}], [], {})
+    ours = cost_of(
+        "slo",
+        [{DECODE: [2.3, 2.4], ADMISSION: [4.2]}],
+        [(DECODE, 30), (DECODE, 10), (ADMISSION, 7), (DECODE, 20)],
+        {"plans": 6.0, "replans": 3.0},
+    )
+    row = row_of(ours, plain)
+    assert (row["decode ms"], row["decode calls"], row["admission calls"]) == (2.3499999999999996, 20, 7)
+    assert (row["plans a pass"], row["replans a pass"]) == (2.0, 1.0)
+    assert [(claim.holds, round(claim.value, 2)) for claim in claims_of([plain, ours])] == [
+        (False, 0.35),
+        (True, 0.2),
+    ]
+
+
+def test_a_kind_of_which_there_was_no_pass_has_no_claim():
+    plain = cost_of("fcfs", [{DECODE: [1.0], ADMISSION: []}], [], {})
+    assert row_of(plain, plain)["admission ms"] is None
+    ours = cost_of("dlpm", [{DECODE: [1.0], ADMISSION: [2.0]}], [], {})
+    assert [claim.value for claim in claims_of([plain, ours])] == [0.0]
+
+
+def test_without_sglang_it_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(sglang_scheduler, "find_spec", lambda name: None)
+    done = CliRunner().invoke(bench, ["--quick"])
+    assert done.exit_code == 1
+    assert "penstock[sglang]" in done.output
