@@ -204,7 +204,9 @@ def test_a_trusted_header_or_a_routing_key_says_who_asks(server: Server):
     sampling = {"max_new_tokens": 2, "ignore_eos": True}
     routed = {"input_ids": prompt(4), "sampling_params": sampling, "routing_key": "by-key"}
     assert ask(server, "/generate", routed)["output_ids"]
-    for client in ("by-header", "by-key"):
+    messages = {"model": "default", "max_tokens": 2, "messages": [{"role": "user", "content": "hello"}]}
+    assert ask(server, "/v1/messages", messages, **{"X-SMG-Routing-Key": "by-message"})["content"]
+    for client in ("by-header", "by-key", "by-message"):
         eventually(
             f"{client} is shown",
             lambda client=client: of_client(server, "penstock_client_output_tokens", client) == 2,
