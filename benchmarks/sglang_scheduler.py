@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -41,13 +42,17 @@ if TYPE_CHECKING:
     from penstock.benchmarks.flowkv_part import Tell
     from penstock.simulation.sglang_engine import SglangEngine
 
-STOCK = ("fcfs", "lpm")
+BARE = "fcfs, Penstock not loaded"
+STOCK = ("fcfs", BARE, "lpm")
+"""The others have Penstock loaded, and nothing asked of it."""
 POLICIES = (*STOCK, "vtc", "dlpm", "slo")
 RUNNING, WAITING = 256, 1_000
 CLIENTS = 100
 PREFIX, OWN = 64, 136
 """Tokens of a prompt: those that a client's prompts share, and its own."""
 OUTPUTS = (200, 1_000)
+GROUPS = ("sglang.srt.plugins", "sglang.srt.platforms")
+ENTRY = "penstock.plugins.sglang.entry"
 TARGETS_MS = ((2_000.0, 50.0), (60_000.0, 100.0), (600_000.0, 250.0))
 PASS_S = 0.01
 """By how much the clock goes on with every pass."""
@@ -140,7 +145,11 @@ def serve(policy: str, waiting: int, seed: int, asker: Connection) -> None:
         # Everybody has an account from the first request on: that they are opened is no part of a pass.
         section["newcomers_per_refill"] = CLIENTS
     os.environ[VARIABLE] = json.dumps({"scheduler": section}) if section else ""
+    if policy == BARE:
+        others = {point.name for group in GROUPS for point in entry_points(group=group)} - {"penstock"}
+        os.environ["SGLANG_PLUGINS"] = ",".join(sorted(others)) or "none"
     load = Load(policy, waiting, seed)
+    assert (ENTRY in sys.modules) == (policy != BARE)
     load.passes(SETTLING)
     before = load.work()
     gc.disable()
@@ -178,7 +187,7 @@ class Load:
         shape = EngineShape(
             kv_tokens=RUNNING * (PREFIX + OWN + OUTPUTS[1]) * 2,
             max_running_requests=RUNNING,
-            schedule_policy=policy if policy in STOCK else STOCK[0],
+            schedule_policy="lpm" if policy == "lpm" else "fcfs",
         )
         prepare = None if policy in STOCK else on_virtual_clock
         self.engine: SglangEngine = SglangEngine(shape, clock=self._clock, prepare=prepare)
@@ -264,10 +273,16 @@ def added_ms(cost: Cost, plain: Cost, kind: str) -> float | None:
 
 def claims_of(costs: Sequence[Cost]) -> list[Claim]:
     """What must hold of the policies of ours."""
-    ours = [cost for cost in costs if cost.policy not in STOCK]
-    return [
+    plain, ours = costs[0], [cost for cost in costs if cost.policy not in STOCK]
+    off = [
+        Claim.of(f"installed and off: calls added, {kind} pass", plain.calls[kind] - number, "==", 0)
+        for cost in costs
+        if cost.policy == BARE
+        for kind, number in cost.calls.items()
+    ]
+    return off + [
         Claim.of(f"{cost.policy}: ms added, {kind} pass", value, "<=", ALLOWED_MS)
         for cost in ours
         for kind in KINDS
-        if (value := added_ms(cost, costs[0], kind)) is not None
+        if (value := added_ms(cost, plain, kind)) is not None
     ]

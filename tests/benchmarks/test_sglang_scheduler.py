@@ -5,7 +5,7 @@ from __future__ import annotations
 from click.testing import CliRunner
 
 from penstock.benchmarks import sglang_scheduler
-from penstock.benchmarks.sglang_scheduler import ADMISSION, DECODE, bench, claims_of, cost_of, row_of
+from penstock.benchmarks.sglang_scheduler import ADMISSION, BARE, DECODE, bench, claims_of, cost_of, row_of
 
 
 def test_passes_of_all_blocks_are_compared_by_kind_with_those_of_fcfs():
@@ -37,3 +37,10 @@ def test_without_sglang_it_says_what_is_missing(monkeypatch):
     done = CliRunner().invoke(bench, ["--quick"])
     assert done.exit_code == 1
     assert "penstock[sglang]" in done.output
+
+
+def test_a_call_more_with_penstock_loaded_and_nothing_asked_of_it_fails_the_claim():
+    for calls, holds in ((20, True), (19, False)):
+        plain = cost_of("fcfs", [{DECODE: [1.0], ADMISSION: []}], [(DECODE, 20)], {})
+        bare = cost_of(BARE, [{DECODE: [1.0], ADMISSION: []}], [(DECODE, calls)], {})
+        assert [claim.holds for claim in claims_of([plain, bare])] == [holds]
