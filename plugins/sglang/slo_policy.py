@@ -120,8 +120,10 @@ class PlannedPolicy(PassPolicy):
         )
         if not self.planner.closed(len(running), limits):
             return False
-        if any(records.of(request).running.targets is None for request in running):
-            return False
+        for request in running:
+            # One that has ended may still be there, and its seat is free.
+            if request.finished() or records.of(request).running.targets is None:
+                return False
         names = tuple(request.rid for request in running)
         return self.planner.whole(now_s, names, self._free_kv_tokens(), limits) is not None
 
@@ -225,7 +227,7 @@ class PlannedPolicy(PassPolicy):
 
     def _meet(self, queue: list[Req]) -> None:
         """Who came to the waiting requests, and who left them without being served."""
-        # Equal lists of as many as wait are told apart by identity, without a look at any request.
+        # Lists compare by identity first: a pass in which nobody came or left looks at no request.
         if len(queue) == len(self._waiting) and queue == self._queue:
             return
         self._queue = list(queue)

@@ -102,9 +102,11 @@ class Records:
         generated; a request whose last one is in flight is left out."""
         found: list[Running] = []
         for request in requests:
+            if request.finished():
+                continue
             running = self.of(request).running
             generated = len(request.output_ids) + (request in in_flight)
-            if generated >= running.max_output_tokens or request.finished():
+            if generated >= running.max_output_tokens:
                 continue
             running.tokens = len(request.origin_input_ids) + generated
             running.computed_tokens = running.tokens - 1
