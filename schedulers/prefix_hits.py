@@ -14,11 +14,11 @@ from penstock.schedulers.client_queue import Entry
 
 
 def sample(prefix: Sequence[Hashable]) -> tuple[Hashable, ...]:
-    """The chained hashes at depths 1, 2, 4, 8, ... blocks: O(log blocks) of them.
+    """The chained hashes at depths 1, 4, 16, 64, ... blocks: O(log blocks) of them.
 
-    Two prompts that share n blocks agree in every sample down to the largest power of two in n.
+    Two prompts that share n blocks agree in every sample down to the largest power of four in n.
     """
-    depths = (1 << bit for bit in range(len(prefix).bit_length()))
+    depths = (1 << bit for bit in range(0, len(prefix).bit_length(), 2))
     return tuple(dict.fromkeys(prefix[depth - 1] for depth in depths))
 
 

@@ -25,8 +25,12 @@ from penstock.schedulers.waiting import AsItComes, ClientService, HitTokens, Job
 
 RECHECKS = 8
 """Hits that one pick looks up at most."""
-REFRESH_S = 30e-6
-"""Time for the look-ups of a step. One is made however long it takes: as long, where a hundred blocks hit."""
+REFRESH_S = 20e-6
+"""Time for the look-ups of a step, in the mean: what one takes beyond it is taken off that of the next"""
+REPAID_STEPS = 4
+"""steps, so many at most: a look-up may have been interrupted."""
+FORGET_STEPS = 16
+"""Idle accounts are looked for once in so many steps."""
 
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
 
@@ -42,8 +46,8 @@ class RankedOrder(AsItComes):
         ageing_tokens_per_s: cached tokens that a second of waiting is worth. All age at one rate, so waiting
             never changes the order of two requests, and a score needs no refreshing.
         refreshes_per_step: hits that ``begin_step`` looks up at most.
-        refresh_s: how long it may take over them, on the clock of ``book``; one is made in any case. A
-            virtual clock that stands still sets no bound.
+        refresh_s: how long it may take over them in the mean, on the clock of ``book``. A virtual clock that
+            stands still sets no bound.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class RankedOrder(AsItComes):
         self._ageing = ageing_tokens_per_s
         self._look_ups = LookUps(refreshes_per_step)
         self._refresh_s = refresh_s
+        self._overspent_s = 0.0
         self._entries: dict[str, Entry] = {}
         self._ranks = SortedList()
         self._chosen: Entry | None = None
@@ -114,7 +119,8 @@ class RankedOrder(AsItComes):
         self._step += 1
         self._chosen = None
         self._popped.clear()
-        self._book.forget_idle(lambda account: self._standings.may_forget(account, self._least()))
+        if self._step % FORGET_STEPS == 1:
+            self._book.forget_idle(lambda account: self._standings.may_forget(account, self._least()))
         if self._hits_matter():
             self._refresh()
             if self._book.unnamed.queue:
@@ -269,13 +275,17 @@ class RankedOrder(AsItComes):
         return self._chosen
 
     def _refresh(self) -> None:
-        """Look up hits until the number is used up, or until one more, as long as those before, would end
-        after the time of a step."""
-        begin = self._book.now()
-        for done, entry in enumerate(self._look_ups.next(), 1):
-            self._look_up(entry)
-            if (self._book.now() - begin) * (done + 1) > self._refresh_s * done:
-                return
+        """Look up hits until the number or the time is used up. The last one may take longer: then the next
+        steps make none until their time has made up for it, ``REPAID_STEPS`` at most."""
+        left_s = self._refresh_s - self._overspent_s
+        if left_s > 0:
+            begin = self._book.now()
+            for entry in self._look_ups.next():
+                self._look_up(entry)
+                if self._book.now() - begin >= left_s:
+                    break
+            left_s -= self._book.now() - begin
+        self._overspent_s = min(max(0.0, -left_s), REPAID_STEPS * self._refresh_s)
 
     def _recheck(self) -> None:
         """Look up the first one's hit, and as long as that makes another one the first, the other's."""
@@ -299,8 +309,11 @@ class RankedOrder(AsItComes):
             self._look_ups.looked_up(entry)
         if hit != entry.hit:
             entry.hit = hit
-            entry.account.queue.rescore(entry, self._score(entry))
-            self._seat(entry.account)
+            account = entry.account
+            head = account.queue.head()
+            account.queue.rescore(entry, self._score(entry))
+            if head is entry or account.queue.head() is entry:
+                self._seat(account)
 
     def _score(self, entry: Entry) -> float:
         return entry.hit - self._ageing * entry.job.arrival_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from penstock.schedulers import bills
 from penstock.schedulers.asking import Asking
@@ -23,8 +23,7 @@ class Bill(bills.Bill):
     job: Job | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Token positions ``start`` to ``end`` of a request that a step computes, and what they cost."""
 
     start: int
@@ -39,11 +38,11 @@ class Charges:
     A request is charged at the moment of its admission, so that the next pick of the same step knows, and
     the charge is settled with what the step in fact computes. Generated tokens are read off the requests, in
     turns: up to ``AT_ONCE`` of those that run are charged in every step, of more an ``EVERY``th part, so that
-    what is not charged yet is what ``EVERY`` steps generate.
+    what is not charged yet is what ``EVERY`` steps generate, for heavy and light clients alike.
     """
 
-    AT_ONCE = 16
-    EVERY = 16
+    AT_ONCE = 4
+    EVERY = 64
 
     def __init__(self, order: WaitingOrder, clock: Clock, asking_of: Callable[[Request], Asking]) -> None:
         self._cashier = bills.Cashier(order)
