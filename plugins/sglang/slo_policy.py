@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.common import match_kv_cache
 
@@ -49,7 +50,8 @@ class PlannedPolicy(PassPolicy):
         planner: Planner | None = None,
     ) -> None:
         super().__init__(scheduler, config, clock)
-        self.planner = planner or Planner(config.slo)
+        # A pass over the decodes serves all of them, and none is sent again.
+        self.planner = planner or Planner(msgspec.structs.replace(config.slo, resumed_token_s=0.0))
         self.records = Records(config, self.asking, clock)
         self.totals = SLOTotals(self.planner, config.slo.tiers_s)
         self.plan: Plan = PASSIVE

@@ -103,6 +103,7 @@ PLANS = (
             "_pause_state",
         )
     ),
+    *read("vllm.config.vllm:VllmConfig", "use_v2_model_runner"),
     *read("vllm.v1.core.sched.interface:PauseState", "UNPAUSED"),
     *read("vllm.v1.core.sched.output:SchedulerOutput", "total_num_scheduled_tokens"),
     *read("vllm.v1.core.block_pool:BlockPool", "get_num_free_blocks"),

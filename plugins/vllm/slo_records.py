@@ -110,53 +110,48 @@ class Records:
             first_token_s=running.first_token_s,
         )
 
-    def running(self, requests: Iterable[Request]) -> list[Running]:
-        """Requests of the running batch that can take part in the next step.
+    def running(self, requests: Iterable[Request], output_s: float) -> list[Running]:
+        """Requests of the running batch that can take part in the next step; the last one came back at
+        ``output_s``.
 
         Tokens that a step in flight will sample count as generated (``num_output_placeholders``); a request
         whose last token is in flight is left out, as vLLM does.
         """
         found: list[Running] = []
-        live = self._live
-        decoding, prompts = self._decoding, 0
+        live, decoding, drafting = self._live, self._decoding, self._sampled > 1
+        all_served = not self._noted
+        prompts = 0
         for request in requests:
             name = request.request_id
-            record = live.get(name)
-            running = (record or self.of(request)).running
-            tokens, computed = request.num_tokens, request.num_computed_tokens
+            running = (live.get(name) or self.of(request)).running
+            known, prompt = request.num_tokens, request.num_prompt_tokens
             in_flight = request.num_output_placeholders
             if in_flight:
                 if ends_in_flight(request):
                     continue
-                sampled = in_flight if self._sampled == 1 else -(-in_flight // self._sampled)
-                running.output_tokens = tokens + sampled - request.num_prompt_tokens
-                running.tokens = tokens + in_flight
+                sampled = -(-in_flight // self._sampled) if drafting else in_flight
+                running.output_tokens = known + sampled - prompt
             else:
-                running.output_tokens = tokens - request.num_prompt_tokens
-                running.tokens = tokens
-            running.computed_tokens = computed
-            if self._sampled > 1:
+                running.output_tokens = known - prompt
+            running.tokens = known + in_flight
+            running.computed_tokens = computed = request.num_computed_tokens
+            if drafting:
                 running.draft_tokens = len(request.spec_token_ids)
-            if tokens - computed > 1:
+            if known - computed > 1:
                 prompts += 1
                 decoding.discard(name)
-            elif running.targets is not None and running.decodes:
-                decoding.add(name)
+            else:
+                if all_served and running.first_token_s is not None:
+                    running.last_token_s = output_s
+                if name not in decoding and running.targets is not None and running.decodes:
+                    decoding.add(name)
             found.append(running)
         self.prompts = prompts
         return found
 
     def all_decode(self, requests: Sequence[Request]) -> bool:
-        """Whether each has targets and nothing but its next token to compute.
-
-        Whom ``running`` saw decode does so until it is preempted, ends or has a further turn: only the others
-        are looked at.
-        """
-        decoding = self._decoding
-        others = [request for request in requests if request.request_id not in decoding]
-        if others:
-            self.running(others)
-        return all(request.request_id in decoding for request in others)
+        """Whether ``running`` saw each decode under targets of its own, and none was set back since."""
+        return self._decoding.issuperset([request.request_id for request in requests])
 
     def preempted(self, request_id: str) -> None:
         """A request has a prompt to compute again."""
@@ -172,7 +167,8 @@ class Records:
         """Note the tokens that a step gave to those ``served`` at ``now_s``.
 
         Where ``everyone`` in the running batch was served and none can have missed its deadline, only first
-        tokens are: ``catch_up`` notes the others before anybody asks for them.
+        tokens are: ``running`` says when the others had theirs, and ``catch_up`` notes
+        them before anybody is passed over.
         """
         if everyone and now_s <= self._in_time_until_s:
             begun = self._begun

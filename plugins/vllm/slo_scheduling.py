@@ -25,7 +25,7 @@ from penstock.plugins.vllm.slo_records import Records
 from penstock.plugins.vllm.slo_stats import SLOStats
 from penstock.schedulers.slo.plan import PASSIVE, Plan
 from penstock.schedulers.slo.planner import Planner
-from penstock.schedulers.slo.requests import Limits, Waiting
+from penstock.schedulers.slo.requests import Limits, Running, Waiting
 from penstock.schedulers.slo.step_time import StepFeatures
 from penstock.schedulers.slo.steps_in_flight import StepsInFlight
 from penstock.schedulers.waiting import Clock
@@ -60,7 +60,11 @@ class SLOScheduling(DraftControlling):
         self.config = scheduler_config(self.vllm_config.additional_config)
         self.clock = clock
         self._cached = CachedPrefix(self)
-        self.planner = planner or Planner(self.config.slo)
+        slo = self.config.slo
+        if self.vllm_config.use_v2_model_runner:
+            # Its workers keep the tokens of whom a step passes over.
+            slo = msgspec.structs.replace(slo, resumed_token_s=0.0)
+        self.planner = planner or Planner(slo)
         asking_of = Askings(self.config).of
         self.records = Records(self.config, asking_of, clock, wall_clock, int(self.num_spec_tokens))
         self.control_drafts(self.config.speculation, clock, asking_of, self.planner.model)
@@ -120,25 +124,27 @@ class SLOScheduling(DraftControlling):
             block_tokens=self.block_size,
         )
         free_kv_tokens = self._free_kv_tokens()
-        closed = planner.closed(len(self.running), limits) and not holding and not self.num_spec_tokens
-        if closed and self._all_decode():
+        others = self._look_at_others()
+        closed = planner.closed(len(self.running), limits) and not holding
+        if closed and self._decoding.is_all_of(self.running):
             whole = planner.whole(now_s, self._decoding.names, free_kv_tokens, limits)
             if whole is not None:
                 return whole
-        self.records.catch_up(self.running, self._output_s)
-        running = self.records.running(self.running)
+        running = self._decoding.records(self._output_s) + others
         if holding:
-            running += self.records.running(holding)
+            running += self.records.running(holding, self._output_s)
         return planner.plan(now_s, running, free_kv_tokens, limits)
 
-    def _all_decode(self) -> bool:
-        """Whether all that run have targets and no prompt to compute. While they are the same as in the step
-        before this touches none of them."""
-        if not self._decoding.is_all_of(self.running):
-            if not self.records.all_decode(self.running):
-                return False
-            self._decoding.set(self.running)
-        return True
+    def _look_at_others(self) -> list[Running]:
+        """Requests that run and are not known to decode on, as the planner sees them; if all of them do, they
+        are known from now on."""
+        others = self._decoding.others(self.running)
+        found = self.records.running(others, self._output_s)
+        decode = len(found) == len(others) and self.records.all_decode(others)
+        if not decode or self.num_spec_tokens:
+            return found
+        self._decoding.join(others, found)
+        return []
 
     def _holding(self) -> list[Request]:
         """Requests that wait with KV blocks of their own and may run: vLLM takes them in first."""
@@ -170,9 +176,10 @@ class SLOScheduling(DraftControlling):
         adapted = self._adapted_beside(plan) if self.lora_config else {}
         if adapted:
             self.plan = msgspec.structs.replace(plan, caps={**plan.caps, **adapted})
-        # Whom the plan leaves out has its last token in flight, and must not be the one to throw out.
-        places = {name: place for place, name in enumerate(plan.order)}
-        self.running.sort(key=lambda request: places.get(request.request_id, -1))
+        if plan.reorders:
+            # Whom the plan leaves out has its last token in flight, and must not be the one to throw out.
+            places = {name: place for place, name in enumerate(plan.order)}
+            self.running.sort(key=lambda request: places.get(request.request_id, -1))
         others = self.records.prompts or self.kv_holding_waiting or self.num_spec_tokens
         if not others and len(plan.caps) - len(plan.waiting) == len(self.running):
             self._leave_decodes()
@@ -256,11 +263,13 @@ class SLOScheduling(DraftControlling):
         """What a step holds. ``num_computed_tokens`` counts its tokens already."""
         scheduled, requests = output.num_scheduled_tokens, self.requests
         tokens = output.total_num_scheduled_tokens
-        if self.plan.whole and scheduled.keys() == self.plan.caps.keys():
-            computed = self._decoding.went_on()
+        decoding = self._decoding
+        others = scheduled.keys() - decoding.names
+        beside = sum([scheduled[name] for name in others])
+        if len(scheduled) - len(others) == len(decoding.names) == tokens - beside > 0:
+            computed = decoding.went_on() + sum([requests[name].num_computed_tokens for name in others])
         else:
-            # Who came in may have more to compute.
-            self._decoding.forget()
+            decoding.forget()
             computed = sum([requests[name].num_computed_tokens for name in scheduled])
         return StepFeatures(tokens, len(scheduled), computed - tokens)
 
@@ -274,10 +283,8 @@ class SLOScheduling(DraftControlling):
             self._stats.stepped(flight.predicted_s, seconds)
         records = self.records
         served = output.num_scheduled_tokens
-        if self._decoding.is_all_of(self.running):
-            everyone = self._decoding.are_in(served)
-        else:
-            everyone = all(request.request_id in served for request in self.running)
+        others = self._decoding.others(self.running)
+        everyone = self._decoding.are_in(served) and all(one.request_id in served for one in others)
         if not everyone:
             records.catch_up(self.running, before_s)
         outputs = super().update_from_output(*args, **kwargs)

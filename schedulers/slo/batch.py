@@ -38,21 +38,23 @@ class Sorted:
     ) -> Sorted:
         """One pass over the batch, each list in the order in which it is served."""
         batch = cls()
+        guarded, slack_s = batch.guarded, pacing.slack_s
         for request in running:
             targets, name = request.targets, request.request_id
+            decodes = request.output_tokens > 0 and request.tokens - request.computed_tokens <= 1
             if targets is None or name in demoted:
-                if request.decodes:
+                if decodes:
                     batch.best_decodes.append((request.last_token_s or request.arrival_s, name, request))
                 else:
                     batch.best_prefills.append((request.arrival_s, name, request))
                 continue
-            slack = pacing.slack_s(request, targets, start_s)
-            if not request.decodes:
+            slack = slack_s(request, targets, start_s)
+            if not decodes:
                 batch.prefills.append((slack, name, request))
                 continue
             slack -= SPARE_S
             if slack >= -late_tpots * targets.tpot_s:
-                batch.guarded.append((slack, name, request))
+                guarded.append((slack, name, request))
             else:
                 paced = (request.last_token_s or start_s) + targets.tpot_s - start_s
                 batch.late.append((paced, name, request))

@@ -56,6 +56,10 @@ class SLOConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Most seconds of one step, however much slack is banked: a request that arrives meanwhile waits."""
     least_prefill_tokens: Count = 128
     """Prefill tokens of a step that a step-time model, however wrong, cannot take away."""
+    resumed_token_s: Annotated[float, msgspec.Meta(ge=0, le=1)] = 5e-8
+    """Seconds for each token of a decode that was passed over, when it is served again: vLLM's first model
+    runner copies all of them and sends them to its workers. Decodes are passed over for prompts where that
+    costs less than it saves. 0 where an adapter knows that it costs nothing."""
     late_tpots: Annotated[float, msgspec.Meta(ge=0)] = 1.0
     """A decode that is late by more than so many of its times per token keeps its pace but shortens no
     step.

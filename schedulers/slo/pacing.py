@@ -37,8 +37,15 @@ class Pacing:
         Time that is lent makes a short step efficient, so it ends at ``lent_step_s``: where pace and load
         leave longer steps anyway, lending costs tokens their pace and gains prompts little.
         """
-        slack = request.due_s(targets, self._pace) - start_s
-        if self._pace == "mean" and slack < self._lent_step_s and request.output_tokens:
+        if self._pace != "mean":
+            return request.due_s(targets, self._pace) - start_s
+        first_s, tokens = request.first_token_s, request.output_tokens
+        if tokens and first_s is not None and request.last_token_s is not None:
+            # As ``due_s`` says, without its calls: hundreds of decodes are asked for in a step.
+            slack = first_s + tokens * targets.tpot_s - start_s
+        else:
+            slack = request.due_s(targets, self._pace) - start_s
+        if slack < self._lent_step_s and tokens:
             slack = min(self._lent_step_s, slack + self._catch_up_s(request, targets.tpot_s))
         return slack
 

@@ -13,10 +13,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens for every request of one step. ``active`` False leaves everything to the engine.
 
     A request that is not in ``caps`` is passed over in this step. ``order`` are running requests, those to
-    throw out first at the end; ``waiting`` those to take from the queue, in order; ``preempt`` running
-    best-effort ones to throw out before the step. ``drafts`` are draft lengths, beside the caps
-    and ``step_tokens``. ``best_effort`` are the requests of the step that no target protects. ``whole`` is a
-    plan that gives one token to each running request and none to anybody else.
+    throw out first at the end; ``reorders`` is False where they stand as they run already. ``waiting`` are
+    those to take from the queue, in order; ``preempt`` running best-effort ones to throw out before the step.
+    ``drafts`` are draft lengths, beside the caps and ``step_tokens``. ``best_effort`` are the requests of the
+    step that no target protects. ``whole`` is a plan that gives one token to each running request and none to
+    anybody else.
     """
 
     active: bool = False
@@ -24,6 +25,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     step_tokens: int = 0
     caps: Mapping[str, int] = {}
     order: tuple[str, ...] = ()
+    reorders: bool = False
     waiting: tuple[str, ...] = ()
     preempt: tuple[str, ...] = ()
     best_effort: frozenset[str] = frozenset()

@@ -203,7 +203,7 @@ class Planner:
         if not step.caps:
             for request in staying:
                 step.give(request, limits.step_tokens)
-        return self._finish(now_s, staying, batch, step, served, seats, drafts)
+        return self._finish(now_s, staying, batch, step, served, seats, drafts, limits.block_tokens)
 
     def _need(self, job: Waiting) -> float:
         """KV tokens to have free for a request that comes in."""
@@ -268,25 +268,36 @@ class Planner:
         served: list[str],
         seats: Seats,
         drafts: dict[str, int],
+        block_tokens: int,
     ) -> Plan:
         best = [*batch.best_decodes, *batch.best_prefills]
-        ordered = chain(batch.guarded, batch.prefills, batch.late, sorted(best, key=lambda e: e[2].arrival_s))
         thrown_out = set(seats.preempted)
         waiting = tuple(name for name in served if name in self.backlog)
         self.backlog.put_in_front(waiting)
         caps = step.caps
         skipped = [request.request_id for request in running if request.request_id not in caps]
+        # Where there is room for the tokens of all, and a block for each, the engine will throw out nobody.
+        needed = step.tokens + len(running) * block_tokens
+        reorders = bool(skipped or thrown_out) or seats.free_kv_tokens < needed
+        if reorders:
+            ordered = chain(
+                batch.guarded, batch.prefills, batch.late, sorted(best, key=lambda e: e[2].arrival_s)
+            )
+            order = tuple([name for _, name, _ in ordered if name not in thrown_out])
+        else:
+            order = tuple([request.request_id for request in running])
         self.suspensions.record(skipped, now_s)
         self.counters.skipped += len(skipped)
         self.counters.preempted += len(seats.preempted)
         return Plan(
             active=True,
             step_tokens=max(1, step.tokens - step.draft_tokens),
-            caps=step.caps,
-            order=tuple(name for _, name, _ in ordered if name not in thrown_out),
+            caps=caps,
+            order=order,
+            reorders=reorders,
             waiting=waiting,
             preempt=tuple(seats.preempted),
-            best_effort=frozenset(name for _, name, _ in best if name in step.caps),
+            best_effort=frozenset([name for _, name, _ in best if name in caps]),
             drafts=drafts,
             features=step.features,
             predicted_s=self.model.seconds(step.features),

@@ -2,13 +2,15 @@
 
 The step ends before the tightest decode is due (Sarathi's and Niyama's slack rule), but leaves prompts a
 floor of tokens whatever the model believes. Decodes with slack for two such steps give their place to
-prompts. Prompts are served by deadline; one that would end in the step keeps the step short enough for its
-own deadline.
+prompts, where that saves more than it costs to take them up again. Prompts are served by deadline; one that
+would end in the step keeps the step short enough for its own deadline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 
 from penstock.schedulers.drafts import Besides
 from penstock.schedulers.slo.batch import Sorted
@@ -93,19 +95,39 @@ class Step:
                 self.give(request, min(share, self._config.skipped_chunk_tokens))
 
     def decode(self, batch: Sorted, *, prompts: bool) -> None:
-        """Bound the step by the tightest decode; serve those due in it, or all where no prompt waits."""
+        """Bound the step by the tightest decode; serve those due in it, or all where no prompt waits or where
+        it does not pay to pass any over."""
         if batch.guarded:
             self.length_s = min(self.length_s, max(0.0, batch.guarded[0][0]))
         far_s = max(2 * self.length_s, self._config.longest_step_s) if prompts else float("inf")
-        self._give_one(request for slack, _, request in batch.guarded if slack <= far_s)
         near_s = self.length_s if prompts else float("inf")
-        self._give_one(request for paced, _, request in batch.late if paced <= near_s)
+        guarded, far = _cut(batch.guarded, far_s)
+        late, early = _cut(batch.late, near_s)
+        due, others = guarded + late, far + early
+        if others and not self._pays_to_pass_over(others, due):
+            due += others
+        self._give_one(due)
         shortest = self._model.seconds(self.features)
         self.length_s = max(self.length_s, shortest)
 
-    def _give_one(self, decodes: Iterable[Running]) -> None:
+    def _pays_to_pass_over(self, decodes: Sequence[Running], served: Sequence[Running]) -> bool:
+        """Whether a step without ``decodes``, with ``served``, is shorter by more than it takes to serve them
+        again afterwards."""
+        tokens, context_tokens = self.tokens + len(served), self.context_tokens + _context(served)
+        more, more_context = len(decodes), _context(decodes)
+        without = StepFeatures(tokens, tokens, context_tokens)
+        beside = StepFeatures(tokens + more, tokens + more, context_tokens + more_context)
+        saved_s = self._model.seconds(beside) - self._model.seconds(without)
+        return saved_s > self._config.resumed_token_s * more_context
+
+    def _give_one(self, decodes: Sequence[Running]) -> None:
         """A token for each that has none, as ``give`` would: batches of decodes are large."""
         caps, most = self.caps, self._limits.step_tokens
+        if not caps and len(decodes) <= most:
+            self.caps = dict.fromkeys([request.request_id for request in decodes], 1)
+            self.tokens = len(self.caps)
+            self.context_tokens = _context(decodes)
+            return
         for request in decodes:
             if request.request_id not in caps and self.tokens < most:
                 caps[request.request_id] = 1
@@ -148,3 +170,15 @@ class Step:
         number = len(pending) if cost <= 0 else int(left / cost)
         for request in pending[: max(0, number)]:
             self.give(request, 1)
+
+
+def _cut(decodes: list[tuple[float, str, Running]], most_s: float) -> tuple[list[Running], list[Running]]:
+    """Decodes, in the order of their times, up to ``most_s`` and beyond it."""
+    place = bisect_right(decodes, most_s, key=itemgetter(0))
+    requests = [request for _, _, request in decodes]
+    return requests[:place], requests[place:]
+
+
+def _context(decodes: Sequence[Running]) -> int:
+    """KV tokens that a token of each attends to."""
+    return sum([request.computed_tokens for request in decodes])

@@ -357,3 +357,11 @@ def test_chunked_prefill_is_needed():
     config.scheduler_config.enable_chunked_prefill = False
     with pytest.raises(ConfigurationError, match="chunked prefill"):
         make_scheduler(vllm_config=config)
+
+
+@pytest.mark.parametrize("second_runner", [False, True])
+def test_passing_a_decode_over_costs_nothing_where_workers_keep_its_tokens(second_runner, monkeypatch):
+    config = Settings().config()
+    monkeypatch.setattr(type(config), "use_v2_model_runner", second_runner)
+    scheduler = build(Settings(), SyncSLOScheduler, vllm_config=config)
+    assert (scheduler.planner.config.resumed_token_s == 0) is second_runner

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 pytest.importorskip("vllm")
@@ -30,7 +31,7 @@ def test_the_plan_of_a_batch_that_decodes_on_serves_what_a_plan_by_slack_would(i
         ) -> Plan | None:
             nonlocal stood
             stands = whole(now_s, *arguments)
-            live = scheduler.records.running(scheduler.running)
+            live = scheduler.records.running(scheduler.running, now_s)
             # One that has its last token in flight keeps its seat; the plan by slack counts that as free.
             if stands is not None and len(live) == len(scheduler.running):
                 stood += 1
@@ -68,6 +69,30 @@ def test_what_a_batch_that_decodes_on_has_computed_is_counted_on(is_async):
         scheduler._decoding.went_on = on
         traffic(scheduler, seed, is_async, targets=1.0, time=time)
     assert counted > 20
+
+
+@BOTH
+def test_requests_that_are_not_looked_at_again_are_planned_as_they_are(is_async):
+    """A plan for those who come in beside a batch that decodes on is made from counted records."""
+    known = 0
+    for seed in range(6):
+        time = Time()
+        scheduler = build(settings_of(seed, is_async), kind_of(is_async, seed), clock=time, wall_clock=time)
+        records_of = scheduler._decoding.records
+
+        def compared(output_s: float, records_of=records_of, scheduler=scheduler) -> list[Any]:
+            nonlocal known
+            found = records_of(output_s)
+            counted = [msgspec.structs.astuple(one) for one in found]
+            running = scheduler.running[: len(scheduler._decoding.names)]
+            fresh = scheduler.records.running(running, output_s)
+            assert counted == [msgspec.structs.astuple(one) for one in fresh]
+            known += len(found)
+            return found
+
+        scheduler._decoding.records = compared
+        traffic(scheduler, seed, is_async, targets=1.0, time=time)
+    assert known > 20
 
 
 @BOTH

@@ -226,6 +226,40 @@ def test_no_draft_reaches_beyond_the_last_token():
     assert all(plan.drafts.get(f"d{left - 1}", 0) <= left - 1 for left in range(1, 5))
 
 
+@pytest.mark.parametrize(
+    ("resumed_token_s", "served"),
+    [(0.0, {"tight"}), (9e-8, {"tight"}), (11e-8, {"tight", "slack", "more slack"})],
+)
+def test_decodes_give_their_place_to_prompts_only_where_that_saves_more_than_it_costs(
+    resumed_token_s, served
+):
+    """Each makes a step longer by 0.1 ms: a token, and 1,000 to attend to."""
+    profile = Profile(base_s=0.01, token_s=5e-5, context_s=5e-8)
+    config = SLOConfig(resumed_token_s=resumed_token_s, pace="cumulative")
+    policy = Planner(config, StepTimeModel(profile))
+    policy.arrive(Waiting("prompt", "", 10_000, 46.0, targets=Targets(2.0, 0.1)))
+    running = [
+        decoding(name, Targets(ttft_s, 0.05), 900)
+        for name, ttft_s in (("tight", 1.1), ("slack", 5.0), ("more slack", 9.0))
+    ]
+    plan = policy.plan(46.0, running, 100_000, LIMITS)
+    assert plan.caps.keys() - {"prompt"} == served
+    assert plan.caps["prompt"] > 0
+
+
+def test_where_all_are_served_and_have_room_they_stay_in_their_order():
+    policy = Planner(SLOConfig(), StepTimeModel(Profile(base_s=0.001, token_s=1e-6)))
+    names = ("b", "c", "a")
+    running = [
+        decoding(name, Targets(5.0, tpot_s), 5) for name, tpot_s in zip(names, (0.3, 0.1, 0.2), strict=True)
+    ]
+    limits = Limits(step_tokens=2048, running_requests=64, block_tokens=16)
+    roomy = policy.plan(0.2, running, 1_000, limits)
+    assert (roomy.order, roomy.reorders) == (names, False)
+    tight = policy.plan(0.2, running, 50, limits)
+    assert (tight.order, tight.reorders) == (("c", "a", "b"), True)
+
+
 def test_requests_leave_in_every_state():
     policy = planner()
     rng = random.Random(0)
