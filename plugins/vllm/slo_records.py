@@ -167,8 +167,8 @@ class Records:
         """Note the tokens that a step gave to those ``served`` at ``now_s``.
 
         Where ``everyone`` in the running batch was served and none can have missed its deadline, only first
-        tokens are: ``running`` says when the others had theirs, and ``catch_up`` notes
-        them before anybody is passed over.
+        tokens are: ``running`` says when the others had theirs, and ``catch_up`` notes them before anybody is
+        passed over.
         """
         if everyone and now_s <= self._in_time_until_s:
             begun = self._begun

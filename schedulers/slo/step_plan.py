@@ -113,10 +113,10 @@ class Step:
     def _pays_to_pass_over(self, decodes: Sequence[Running], served: Sequence[Running]) -> bool:
         """Whether a step without ``decodes``, with ``served``, is shorter by more than it takes to serve them
         again afterwards."""
-        tokens, context_tokens = self.tokens + len(served), self.context_tokens + _context(served)
-        more, more_context = len(decodes), _context(decodes)
-        without = StepFeatures(tokens, tokens, context_tokens)
-        beside = StepFeatures(tokens + more, tokens + more, context_tokens + more_context)
+        tokens, requests = self.tokens + len(served), len(self.caps) + len(served)
+        context, more_context = self.context_tokens + _context(served), _context(decodes)
+        without = StepFeatures(tokens, requests, context)
+        beside = StepFeatures(tokens + len(decodes), requests + len(decodes), context + more_context)
         saved_s = self._model.seconds(beside) - self._model.seconds(without)
         return saved_s > self._config.resumed_token_s * more_context
 
