@@ -49,7 +49,7 @@ def exact_log_masses(
                         scores[g, n] += factor * keys[d, n]
             count = tail if page == len(blocks) - 1 else tokens
             for g in range(group):
-                logs[head, g, page] = _log_sum(scores[g, :count])
+                logs[head, g, page] = log_sum(scores[g, :count])
 
 
 @compiled
@@ -68,7 +68,7 @@ def unpack(row: Any, places: Any, keys: Any) -> None:
 
 
 @compiled
-def _log_sum(scores: Any) -> Any:
+def log_sum(scores: Any) -> Any:
     """Of exponentials; not finite if a score is not."""
     peak = F32(-1e30)
     for n in range(len(scores)):

@@ -55,9 +55,9 @@ def _replace(original: Any) -> Any:
 
                 draft_gauges().show(payload["drafts"], str(engine_idx or 0))
             if "sparse" in payload:
-                from penstock.patches.vllm.sparse_gauges import sparse_gauges
+                from penstock.patches.sparse_gauges import sparse_gauges
 
-                sparse_gauges().show(payload["sparse"], engine_idx or 0)
+                sparse_gauges().show(payload["sparse"], str(engine_idx or 0))
         return original(
             self, scheduler_stats, iteration_stats, mm_cache_stats=mm_cache_stats, engine_idx=engine_idx
         )

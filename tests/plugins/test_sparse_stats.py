@@ -19,7 +19,8 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from penstock.kernels.sparse.fallback import Reason
 from penstock.kernels.sparse.serving import ServingConfig
 from penstock.patches.vllm import stat_logging, worker_stats
-from penstock.plugins.vllm.sparse_stats import Sources, summary
+from penstock.plugins.sparse_stats import summary
+from penstock.plugins.vllm.sparse_stats import PART, Sources
 from penstock.plugins.vllm.sparse_worker import SparseWorker
 
 
@@ -71,7 +72,7 @@ def busy() -> ModelRunnerOutput:
 
 def test_what_a_worker_counted_arrives_in_the_front_end_s_series():
     made = worker(0.93)
-    payload = Engine(lambda: summary([made])).step(busy())
+    payload = Engine(lambda: {PART: summary([made])}).step(busy())
     stats = SchedulerStats(kv_connector_stats={stat_logging.PAYLOAD_KEY: payload})
     stat_logging.PATCH.install()
     try:
@@ -118,7 +119,7 @@ def test_an_output_that_all_steps_share_carries_nothing():
 def test_workers_are_added_up_and_masses_are_of_the_one_that_measures_most():
     one, other = worker(0.8), worker(0.95)
     other.stats.measured(0.95)
-    found = summary([one, other])["sparse"]
+    found = summary([one, other])
     assert found["totals"]["selections"] == 4
     assert found["totals"]["cache_bytes"] == 2000
     assert found["dense"] == {"short context": 2}

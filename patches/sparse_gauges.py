@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from prometheus_client import Gauge
 
+ENGINE = ("engine",)
 TOTALS = {
     "selections": "Times that a layer chose pages for a request.",
     "measurements": "Exact masses that were computed, of query heads.",
@@ -21,14 +23,18 @@ TOTALS = {
 
 
 class SparseGauges:
-    """Shows the latest totals of each engine."""
+    """Shows the latest totals of each engine.
 
-    def __init__(self) -> None:
-        # As vLLM does for its gauges: several front ends hear of one engine in turn.
+    ``prefix`` goes before the names of the series, ``engine_labels`` say which engine a series is of.
+    """
+
+    def __init__(self, prefix: str = "", engine_labels: Sequence[str] = ENGINE) -> None:
+        # As the engines do for their gauges: several processes hear of one engine in turn.
         mode: Any = "mostrecent"
 
         def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"penstock_sparse_{name}", text, ("engine", *labels), multiprocess_mode=mode)
+            names = (*engine_labels, *labels)
+            return Gauge(f"{prefix}penstock_sparse_{name}", text, names, multiprocess_mode=mode)
 
         self._mass = gauge(
             "attained_mass",
@@ -40,21 +46,20 @@ class SparseGauges:
         self._dense = gauge("dense_selections", "Times that a layer was dense for a request.", "reason")
         self._totals = {name: gauge(name, text) for name, text in TOTALS.items()}
 
-    def show(self, payload: dict[str, Any], engine: int) -> None:
-        """Replace what is shown of one engine."""
-        label = str(engine)
+    def show(self, payload: dict[str, Any], *engine: str) -> None:
+        """Replace what is shown of one engine, named by the values of ``engine_labels``."""
         for quantile, mass in payload["masses"].items():
-            self._mass.labels(label, quantile).set(mass)
+            self._mass.labels(*engine, quantile).set(mass)
         for layer, (read, pages) in payload["layers"].items():
-            self._read.labels(label, layer).set(read)
-            self._pages.labels(label, layer).set(pages)
+            self._read.labels(*engine, layer).set(read)
+            self._pages.labels(*engine, layer).set(pages)
         for reason, count in payload["dense"].items():
-            self._dense.labels(label, reason).set(count)
+            self._dense.labels(*engine, reason).set(count)
         for name, value in payload["totals"].items():
-            self._totals[name].labels(label).set(value)
+            self._totals[name].labels(*engine).set(value)
 
 
 @cache
-def sparse_gauges() -> SparseGauges:
+def sparse_gauges(prefix: str = "", engine_labels: tuple[str, ...] = ENGINE) -> SparseGauges:
     """The series of this process."""
-    return SparseGauges()
+    return SparseGauges(prefix, engine_labels)
