@@ -1,4 +1,5 @@
-"""``sglang.Engine`` takes no options of plugins: ``PENSTOCK_CONFIG`` asks for a policy there."""
+"""``sglang.Engine`` takes no options of plugins: ``PENSTOCK_CONFIG`` asks for a policy there, and for sparse
+attention, whose settings of SGLang's it brings along."""
 
 from __future__ import annotations
 
@@ -16,6 +17,17 @@ from penstock.schedulers.config import SchedulerConfig
 
 PROMPT = list(range(20, 60))
 TOKENS = 6
+ASKED = {
+    "scheduler": {"policy": "vtc"},
+    # Every page, so that the tokens are those of dense attention.
+    "sparse_attention": {
+        "least_tokens": 16,
+        "dense_layers": 0,
+        "budget": 1.0,
+        "most_share": 1.0,
+        "log_steps": 4,
+    },
+}
 
 # SGLang starts its processes anew, and they import the program.
 PROGRAM = """
@@ -61,7 +73,7 @@ def test_a_program_asks_by_the_variable(model: str, greedy, tmp_path: Path):
         [sys.executable, str(program), model],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PENSTOCK_CONFIG": '{"scheduler": {"policy": "vtc"}}'},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PENSTOCK_CONFIG": json.dumps(ASKED)},
         timeout=500,
         check=False,
     )
@@ -71,6 +83,7 @@ def test_a_program_asks_by_the_variable(model: str, greedy, tmp_path: Path):
     assert found["had"] == TOKENS, "the client's name came to the scheduler"
     assert "client_id: given 5" in found["refused"]
     assert "penstock: waiting requests are ordered by vtc" in done.stdout + done.stderr
+    assert "penstock: sparse attention: read 100.0 % of pages in" in done.stdout + done.stderr
 
 
 def test_a_grpc_request_names_its_client_as_others_do():

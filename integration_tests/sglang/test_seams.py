@@ -106,23 +106,30 @@ EVERY_POLICY = [
     "verify",
 ]
 SLO = ["_get_new_batch_prefill_raw", "run_batch"]
+SPARSE = ["alloc", "alloc_decode", "alloc_extend", "on_idle", "process_batch_result", "resolve_once"]
 
 
 @pytest.mark.parametrize(
     ("asked", "first", "child"),
     [
-        ({"policy": "dlpm"}, EVERY_POLICY, EVERY_POLICY),
+        ({"scheduler": {"policy": "dlpm"}}, EVERY_POLICY, EVERY_POLICY),
         (
-            {"policy": "slo", "trust_headers": True},
+            {"scheduler": {"policy": "slo", "trust_headers": True}},
             [*EVERY_POLICY, *SLO, "launch_server"],
             EVERY_POLICY + SLO,
         ),
+        ({"sparse_attention": {}}, SPARSE, SPARSE),
+        (
+            {"scheduler": {"policy": "dlpm"}, "sparse_attention": {}},
+            sorted({*SPARSE, *EVERY_POLICY}),
+            sorted({*SPARSE, *EVERY_POLICY}),
+        ),
     ],
-    ids=["dlpm", "slo, headers"],
+    ids=["dlpm", "slo, headers", "sparse attention", "dlpm and sparse attention"],
 )
 def test_what_the_variable_asks_for_is_hooked_and_nothing_else(asked, first, child):
     """``first`` is the process that a user starts, which serves HTTP, ``child`` one of an engine's."""
-    config = json.dumps({"scheduler": asked})
+    config = json.dumps(asked)
     options = ["add_cli_args", "from_cli_args"]
     assert sorted(found_by(CHILD + HOOKED, PENSTOCK_CONFIG=config)) == sorted(child)
     assert sorted(found_by(HOOKED, PENSTOCK_CONFIG=config)) == sorted([*first, *options])

@@ -30,11 +30,18 @@ def register() -> None:
 def _apply_inherited() -> None:
     from penstock.plugins.configuration import ConfigurationError
     from penstock.plugins.features import FeatureError, require
-    from penstock.plugins.sglang.features import FLOWKV, SUFFIX_DRAFTER, scheduler_feature, server_features
+    from penstock.plugins.sglang.features import (
+        FLOWKV,
+        SPARSE_ATTENTION,
+        SUFFIX_DRAFTER,
+        scheduler_feature,
+        server_features,
+    )
     from penstock.plugins.sglang.flags import refuse
     from penstock.plugins.sglang.flowkv_settings import BACKEND, ease, flowkv_config
     from penstock.plugins.sglang.installation import upstream
     from penstock.plugins.sglang.settings import inherited, scheduler_config
+    from penstock.plugins.sglang.sparse_settings import sparse_config
     from penstock.plugins.sglang.suffix_settings import SECTION, suffix_config
 
     try:
@@ -50,5 +57,7 @@ def _apply_inherited() -> None:
         if SECTION in given:
             suffix_config(given)
             require(SUFFIX_DRAFTER, upstream())
+        if sparse_config(given) is not None:
+            require(SPARSE_ATTENTION, upstream())
     except (ConfigurationError, FeatureError) as error:
         refuse(error)

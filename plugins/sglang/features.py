@@ -28,6 +28,10 @@ from penstock.plugins.sglang.scheduler_seams import (
     RUNTIME,
 )
 from penstock.plugins.sglang.settings import judges_at_the_edge
+from penstock.plugins.sglang.sparse_attention import BACKEND_HOOK
+from penstock.plugins.sglang.sparse_seams import BACKEND as SPARSE_BACKEND
+from penstock.plugins.sglang.sparse_seams import LAYERS, PAGES
+from penstock.plugins.sglang.sparse_seams import METRICS as SPARSE_METRICS
 from penstock.plugins.sglang.suffix_corpus import NoCorpus
 from penstock.plugins.sglang.suffix_seams import CORPUS, COUNTING, METRICS, WORKER, Algorithm
 from penstock.plugins.sglang.suffix_seams import REGISTRY as ALGORITHMS
@@ -39,6 +43,7 @@ _PLATFORM = "sglang.srt.platforms.interface:SRTPlatform"
 _TRANSFER = "sglang.srt.disaggregation.utils"
 _SAMPLING = "sglang.srt.sampling.sampling_params:SamplingParams"
 _BATCH = "sglang.srt.managers.schedule_batch:ScheduleBatch"
+_ALLOCATOR = "sglang.srt.mem_cache.allocator.paged:PagedTokenToKVPoolAllocator"
 _STATE = "sglang.srt.managers.scheduler_components.internal_state:SchedulerInternalStateController"
 
 
@@ -60,7 +65,7 @@ def _around(target: str, module: str, name: str) -> Around:
 
 COMMAND_LINE = Feature(
     name="command-line",
-    summary="--penstock-config, and our values of --schedule-policy",
+    summary="--penstock-config, and our values of SGLang's own options",
     seams=(
         Seam(f"{_SERVER_ARGS}.add_cli_args", Use.PATCH, "(parser)", wraps=True),
         Seam(f"{_SERVER_ARGS}.from_cli_args", Use.PATCH, "(cls, args)", wraps=True),
@@ -119,6 +124,22 @@ SUFFIX_DRAFTER = Feature(
     ),
 )
 
+SPARSE_ATTENTION = Feature(
+    name="sparse-attention",
+    summary="--attention-backend tactic: decodes read the pages that hold a share of attention, on CPU",
+    seams=(*SPARSE_BACKEND, *LAYERS, *PAGES, *SPARSE_METRICS),
+    hooks=(
+        BACKEND_HOOK,
+        _around(f"{_SERVER_ARGS}.resolve_once", "sparse_attention", "resolve_once"),
+        *(
+            _around(f"{_ALLOCATOR}.{name}", "sparse_pages", "allocate")
+            for name in ("alloc", "alloc_extend", "alloc_decode")
+        ),
+        _around(f"{_SCHEDULER}.process_batch_result", "sparse_metrics", "process_batch_result"),
+        _around(f"{_SCHEDULER}.on_idle", "sparse_metrics", "on_idle"),
+    ),
+)
+
 SLO_SCHEDULER = Feature(
     name="slo-scheduler",
     summary="--schedule-policy slo: passes are planned to meet latency targets",
@@ -139,7 +160,15 @@ REQUEST_IDENTITY = Feature(
 
 FEATURES = {
     feature.name: feature
-    for feature in (COMMAND_LINE, REQUEST_SCHEDULER, SLO_SCHEDULER, REQUEST_IDENTITY, FLOWKV, SUFFIX_DRAFTER)
+    for feature in (
+        COMMAND_LINE,
+        REQUEST_SCHEDULER,
+        SLO_SCHEDULER,
+        REQUEST_IDENTITY,
+        FLOWKV,
+        SUFFIX_DRAFTER,
+        SPARSE_ATTENTION,
+    )
 }
 
 

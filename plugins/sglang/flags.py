@@ -22,6 +22,10 @@ from penstock.plugins.sglang.settings import (
     scheduler_config,
     settled,
 )
+from penstock.plugins.sglang.sparse_settings import BACKEND as SPARSE_BACKEND
+from penstock.plugins.sglang.sparse_settings import SECTION as SPARSE_SECTION
+from penstock.plugins.sglang.sparse_settings import is_asked_for as is_sparse
+from penstock.plugins.sglang.sparse_settings import require_sparse, settle, sparse_config
 from penstock.plugins.sglang.suffix_settings import (
     ALGORITHM,
     SECTION,
@@ -33,6 +37,7 @@ from penstock.plugins.sglang.suffix_settings import FLAG as SPECULATION_FLAG
 from penstock.schedulers.config import SchedulerConfig
 
 DESTINATION = "penstock_config"
+SPARSE_OPTIONS = ("attention_backend", "decode_attention_backend")
 
 
 def add_cli_args(original: Callable[[ArgumentParser], Any], parser: ArgumentParser) -> Any:
@@ -60,6 +65,9 @@ def add_cli_args(original: Callable[[ArgumentParser], Any], parser: ArgumentPars
             action.help = f"{action.help} Penstock adds flowkv (few descriptors, every page verified)."
         if action.dest == "speculative_algorithm":
             action.help = f"{action.help} Penstock adds {ALGORITHM} (drafts from what requests said)."
+        if action.dest in SPARSE_OPTIONS and action.choices is not None:
+            action.choices = [*action.choices, SPARSE_BACKEND]
+            action.help = f"{action.help} Penstock adds tactic (decodes read the pages that matter, on CPU)."
     return result
 
 
@@ -104,15 +112,20 @@ def join(args: Namespace) -> None:
         suffix_config(given)
     elif SECTION in given:
         raise ConfigurationError(f"section {SECTION!r} is given without {SPECULATION_FLAG} {ALGORITHM}")
-    if config is None and not transfers and not drafts:
+    sparse = sparse_config(given, flag=is_sparse(args))
+    if sparse is not None:
+        require_sparse(args, sparse)
+        settle(args)
+        given = {**given, SPARSE_SECTION: section({NAMESPACE: given}, SPARSE_SECTION)}
+    if config is None and not transfers and not drafts and sparse is None:
         return
     hand_on(given)
-    _apply(config, transfers=transfers, drafts=drafts)
+    _apply(config, transfers=transfers, drafts=drafts, sparse=sparse is not None)
 
 
-def _apply(config: SchedulerConfig | None, *, transfers: bool, drafts: bool) -> None:
+def _apply(config: SchedulerConfig | None, *, transfers: bool, drafts: bool, sparse: bool) -> None:
     from penstock.plugins.features import require
-    from penstock.plugins.sglang.features import FLOWKV, SUFFIX_DRAFTER, server_features
+    from penstock.plugins.sglang.features import FLOWKV, SPARSE_ATTENTION, SUFFIX_DRAFTER, server_features
     from penstock.plugins.sglang.hooks import apply_now, confirm
     from penstock.plugins.sglang.installation import upstream
 
@@ -120,6 +133,7 @@ def _apply(config: SchedulerConfig | None, *, transfers: bool, drafts: bool) -> 
         *(server_features(config) if config is not None else ()),
         *((FLOWKV,) if transfers else ()),
         *((SUFFIX_DRAFTER,) if drafts else ()),
+        *((SPARSE_ATTENTION,) if sparse else ()),
     ]
     for feature in asked:
         require(feature, upstream())

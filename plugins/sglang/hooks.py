@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from penstock.plugins.features import FeatureError, Hook
 
-_registered: set[str] = set()
+_registered: set[tuple[str, Callable[..., Any]]] = set()
 
 
 @runtime_checkable
@@ -43,8 +43,8 @@ class Around:
         """Hand the hook to SGLang; a second time without effect."""
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-        if self.target not in _registered:
-            _registered.add(self.target)
+        if (self.target, self.function) not in _registered:
+            _registered.add((self.target, self.function))
             HookRegistry.register(self.target.replace(":", "."), self.function, HookType.AROUND)
 
     def in_place(self) -> bool:
@@ -63,8 +63,8 @@ class Instead:
         """Hand the hook to SGLang; a second time without effect."""
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-        if self.target not in _registered:
-            _registered.add(self.target)
+        if (self.target, self.kind) not in _registered:
+            _registered.add((self.target, self.kind))
             HookRegistry.register(self.target.replace(":", "."), self.kind, HookType.REPLACE)
 
     def in_place(self) -> bool:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 Layout = Literal["tokens", "layers"]
-STRIDED = frozenset({"torch_native"})
+STRIDED = frozenset({"torch_native", "tactic"})
 """Attention backends that read and write a cache whose tokens lie further apart than they are long."""
 BACKUPS = ("cpu_tensor", "none")
 """Of ``--disaggregation-decode-retraction-backup``: those that copy by index, whatever the strides."""

@@ -19,7 +19,7 @@ from penstock.schedulers.config import SchedulerConfig
 
 VARIABLE = "PENSTOCK_CONFIG"
 FLAG = "--penstock-config"
-SECTIONS = ("scheduler", "flowkv", "suffix")
+SECTIONS = ("scheduler", "flowkv", "suffix", "sparse_attention")
 POLICIES = ("dlpm", "vtc", "slo")
 """Of ours. SGLang has an ``lpm`` and an ``fcfs`` of its own, which stay what they are."""
 STOCK_POLICY = "fcfs"

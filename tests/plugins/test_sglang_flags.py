@@ -13,10 +13,15 @@ from penstock.plugins.configuration import ConfigurationError
 from penstock.plugins.sglang import flags
 from penstock.plugins.sglang.flowkv_settings import POST_CAPTURE, RELEASE_TIMEOUT, flowkv_config
 from penstock.plugins.sglang.settings import VARIABLE, inherited, parse, scheduler_config
+from penstock.plugins.sglang.sparse_settings import settle, sparse_config
 from penstock.plugins.sglang.suffix_settings import BRANCHES, branches_of, suffix_config
 
 STOCK = ["fcfs", "lpm"]
+BACKENDS = ["torch_native", "triton", "flashinfer"]
 SWITCHES = (
+    "enable-two-batch-overlap",
+    "enable-pdmux",
+    "prefill-only-disable-kv-cache",
     "enable-hisparse",
     "enable-unified-memory",
     "disaggregation-enable-kv-checksum",
@@ -36,6 +41,7 @@ FLOWKV = (
     "--page-size",
     "16",
 )
+TACTIC = ("--attention-backend", "tactic")
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +56,9 @@ def clean(monkeypatch):
 def applied(monkeypatch) -> list[str]:
     calls: list[str] = []
 
-    def apply(config, *, transfers: bool, drafts: bool) -> None:
-        asked_for = (("applied", config is not None), ("flowkv", transfers), ("suffix", drafts))
-        calls.extend(name for name, asked in asked_for if asked)
+    def apply(config, *, transfers: bool, drafts: bool, sparse: bool) -> None:
+        asked = {"applied": config is not None, "flowkv": transfers, "suffix": drafts, "sparse": sparse}
+        calls.extend(name for name, wanted in asked.items() if wanted)
 
     monkeypatch.setattr(flags, "_apply", apply)
     return calls
@@ -71,6 +77,10 @@ def parsed(*words: str) -> Namespace:
             "--disaggregation-transfer-backend", choices=["mooncake"], default="mooncake", help=""
         )
         parser.add_argument("--disaggregation-decode-host-receive-threshold", type=float, default=1.0)
+        for name in ("attention", "prefill-attention", "decode-attention"):
+            parser.add_argument(f"--{name}-backend", choices=BACKENDS, help="")
+        parser.add_argument("--device")
+        parser.add_argument("--kv-cache-dtype", default="auto")
         parser.add_argument("--page-size", type=int)
         for name in ("attn-cp", "dcp"):
             parser.add_argument(f"--{name}-size", type=int, default=1)
@@ -79,7 +89,6 @@ def parsed(*words: str) -> Namespace:
             parser.add_argument(f"--speculative-{name}")
         for name in ("num-steps", "num-draft-tokens", "eagle-topk"):
             parser.add_argument(f"--speculative-{name}", type=int)
-        parser.add_argument("--attention-backend")
         for name in SWITCHES:
             parser.add_argument(f"--{name}", action="store_true")
         parser.add_argument("--chunked-prefill-size", type=int)
@@ -290,3 +299,68 @@ def test_an_embedded_server_without_plugins_is_refused_where_headers_count(appli
     monkeypatch.setenv(VARIABLE, "")
     with pytest.raises(ConfigurationError, match="SGLANG_RUST_SERVER"):
         flags.join(parsed("--penstock-config", config(trust_headers=True)))
+
+
+def sparse(**keys: object) -> list[str]:
+    return ["--penstock-config", json.dumps({"sparse_attention": keys})]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        TACTIC,
+        ["--decode-attention-backend", "tactic"],
+        ["--attention-backend", "torch_native", "--decode-attention-backend", "tactic"],
+        sparse(),
+        [*TACTIC, *sparse(selector="tactic")],
+    ],
+)
+def test_sparse_attention_is_asked_for_by_flag_or_section_and_leaves_prompts_to_sglang(applied, words):
+    args = parsed(*words)
+    flags.join(args)
+    assert applied == ["sparse"]
+    assert args.attention_backend in (None, "torch_native")
+    assert args.decode_attention_backend == "tactic"
+    assert args.page_size == 16
+    assert sparse_config(inherited()) is not None
+    before = dict(vars(args))
+    settle(args)
+    assert vars(args) == before
+
+
+def test_keys_of_sparse_attention_and_a_page_size_stay_as_given(applied):
+    args = parsed(*TACTIC, "--page-size", "64", *sparse(mass=0.8, dense_layers=0))
+    flags.join(args)
+    assert args.page_size == 64
+    found = sparse_config(inherited())
+    assert found is not None
+    assert (found.mass, found.dense_layers) == (0.8, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (sparse(mass=0.0), "sparse_attention.mass: given 0.0"),
+        (sparse(mass=1.5), "sparse_attention.mass: given 1.5"),
+        (sparse(selector="quest"), "sparse_attention.selector: given 'quest', allowed: tactic"),
+        (sparse(masss=0.9), "did you mean mass?"),
+        ([*TACTIC, "--page-size", "1"], "--page-size: given 1"),
+        (
+            [*TACTIC, "--page-size", "8", *sparse(summary_tokens=16)],
+            "at least sparse_attention.summary_tokens, 16",
+        ),
+        ([*TACTIC, "--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype: given fp8_e5m2, allowed"),
+        ([*TACTIC, "--device", "cuda"], "--device: given cuda, allowed"),
+        ([*TACTIC, "--speculative-algorithm", "NGRAM"], "--speculative-algorithm contradicts"),
+        ([*TACTIC, "--enable-pdmux"], "--enable-pdmux contradicts"),
+        ([*TACTIC, "--dcp-size", "2"], "--dcp-size: given 2"),
+        (["--attention-backend", "triton", *sparse()], "--attention-backend: given triton"),
+        ([*TACTIC, "--prefill-attention-backend", "triton"], "--prefill-attention-backend: given triton"),
+        ([*TACTIC, "--decode-attention-backend", "triton"], "--decode-attention-backend: given triton"),
+    ],
+)
+def test_what_sparse_attention_cannot_be_beside_is_refused_by_name(applied, words, reason):
+    with pytest.raises(ConfigurationError) as refused:
+        flags.join(parsed(*words))
+    assert reason in str(refused.value)
+    assert applied == []
