@@ -129,7 +129,7 @@ class Rig:
         return self.backend.forward_decode(*given), self.stock.forward_decode(*given)
 
     def sparse(self, number: int = 2) -> sparse_layers.SparseLayer:
-        return self.backend._layers[number]
+        return self.backend.layers[number]
 
 
 def all_pages(**named: Any) -> Rig:
