@@ -61,13 +61,14 @@ class TacticBackend(TorchNativeAttnBackend):
         layers = attention_layers(model_runner.model)
         reasons = {f"layer {number}": dense_reason(layer) for number, layer in layers.items()}
         self.worker.tell_layers(reasons)
-        self._layers = {
+        self.layers = {
             number: SparseLayer(layer, self.token_to_kv_pool, self.worker)
             for number, layer in layers.items()
             if reasons[f"layer {number}"] is None and number >= config.dense_layers
         }
-        if self._layers:
-            self._warm_up(layers[next(iter(self._layers))])
+        """Those that may be sparse, by their number."""
+        if self.layers:
+            self._warm_up(layers[next(iter(self.layers))])
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """As stock does, and the requests are listed where the pass may be sparse."""
@@ -85,7 +86,7 @@ class TacticBackend(TorchNativeAttnBackend):
     ) -> torch.Tensor:
         """As stock's; of requests that are long enough, chosen pages alone are read where that saves
         something."""
-        sparse = self._layers.get(layer.layer_id)
+        sparse = self.layers.get(layer.layer_id)
         if self._step is None or sparse is None or k is None:
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         if save_kv_cache:
@@ -107,7 +108,7 @@ class TacticBackend(TorchNativeAttnBackend):
         return output
 
     def _described(self, batch: ForwardBatch) -> DecodeStep | None:
-        if not batch.forward_mode.is_decode() or batch.encoder_lens is not None or not self._layers:
+        if not batch.forward_mode.is_decode() or batch.encoder_lens is not None or not self.layers:
             return None
         tokens: list[int] = batch.seq_lens.tolist()
         if not tokens or max(tokens) < self.worker.config.least_tokens:
