@@ -12,6 +12,8 @@ from numba.extending import intrinsic, overload
 from penstock.kernels.numba_support import compiled
 
 F32 = np.float32
+NOTHING = F32(-1e30)
+"""The log of no mass: below every score, and finite so that only what is broken is not."""
 LEAST_EXPONENT = F32(-87.0)
 """Below it, ``exp`` stays at what it has there: 1.6e-38."""
 LOG2_E, LN2_HIGH, LN2_LOW = F32(1.44269504), F32(0.693359375), F32(-2.12194440e-4)

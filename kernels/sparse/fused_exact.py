@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from penstock.kernels.numba_support import compiled
-from penstock.kernels.sparse.compiled_math import F32, exp, log, widen
+from penstock.kernels.sparse.compiled_math import F32, NOTHING, exp, log, widen
 
 
 @compiled
@@ -70,7 +70,7 @@ def unpack(row: Any, places: Any, keys: Any) -> None:
 @compiled
 def log_sum(scores: Any) -> Any:
     """Of exponentials; not finite if a score is not."""
-    peak = F32(-1e30)
+    peak = NOTHING
     for n in range(len(scores)):
         peak = scores[n] if scores[n] > peak else peak
     total = F32(0)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from penstock.kernels.numba_support import compiled
-from penstock.kernels.sparse.compiled_math import F32, exp, log, prefetch
-from penstock.kernels.sparse.lanes import FOUR, NOTHING, WORDS, lane_scores, lane_sum, pack
+from penstock.kernels.sparse.compiled_math import F32, NOTHING, exp, log, prefetch
+from penstock.kernels.sparse.lanes import FOUR, WORDS, lane_scores, lane_sum, pack
 
 CHUNK = 32
 """Pages whose scores are held at a time: few enough for a cache, and the length of a vector or two."""

@@ -10,11 +10,8 @@ from typing import Any
 import numpy as np
 
 from penstock.kernels.numba_support import compiled
-from penstock.kernels.sparse.compiled_math import F32, exp, log, widen
+from penstock.kernels.sparse.compiled_math import F32, NOTHING, exp, log, widen
 from penstock.kernels.sparse.fused_exact import log_sum
-
-LOWEST = F32(-1e30)
-"""Below every score, and finite so that only what is broken is not."""
 
 
 @compiled
@@ -77,7 +74,7 @@ def attend(
     row = np.empty(max(size, width), np.float32)
     scores = np.empty((group, page_tokens), np.float32)
     for head in range(heads[0], heads[1]):
-        peaks = np.full(group, LOWEST, np.float32)
+        peaks = np.full(group, NOTHING, np.float32)
         sums = np.zeros(group, np.float32)
         output[head] = F32(0)
         for page in range(len(blocks)):

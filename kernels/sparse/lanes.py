@@ -20,15 +20,13 @@ from numba.extending import intrinsic
 
 from penstock.kernels.numba_support import compiled
 from penstock.kernels.sparse.block_index import CHANNELS, SHIFT
-from penstock.kernels.sparse.compiled_math import F32
+from penstock.kernels.sparse.compiled_math import F32, NOTHING
 
 FOUR = 4
 """Query heads that share a read of a cluster."""
 HIGH = 254
 """What the higher of a query's two 8-bit digits counts; the lower one is between -127 and 127."""
 MOST_DIGITS = 127 * HIGH
-NOTHING = F32(-1e30)
-"""The log of no mass, finite so that only what is broken is not."""
 WORD, FLOAT, BYTE = ir.IntType(32), ir.FloatType(), ir.IntType(8)
 
 

@@ -1,6 +1,6 @@
 """Compiles each kernel for a GPU that need not be there, with the arguments that its launcher gives it.
 
-    TRITON_INTERPRET=0 python compile_all.py COMPUTE_CAPABILITY
+    TRITON_INTERPRET=0 python compile_kernels.py COMPUTE_CAPABILITY
 
 Prints one line a kernel: its name, and the bytes of shared memory that a program takes.
 """

@@ -17,7 +17,7 @@ MOST_SHARED = 227 * 1024
 
 def test_every_kernel_compiles_for_hopper(tmp_path):
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("compile_all.py"), "90"],
+        [sys.executable, Path(__file__).with_name("compile_kernels.py"), "90"],
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
