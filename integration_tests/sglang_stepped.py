@@ -38,6 +38,7 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
     clock = VirtualClock()
     prepare = on_virtual_clock if given["section"] else None
     engine = SglangEngine(EngineShape(**given["shape"]), clock=clock, prepare=prepare)
+    # Keys of workloads are larger than vocabularies.
     asks = [
         Ask(
             request_id=name,
@@ -49,11 +50,12 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
             ttft_slo_ms=ttft,
             tpot_slo_ms=tpot,
         )
-        for number, (name, arrival, prompt, output, ttft, tpot) in enumerate(given["asks"], start=10)
+        for number, (name, arrival, prompt, output, ttft, tpot) in enumerate(given["asks"], start=10**6)
     ]
     stood = compare_plans(engine.scheduler.policy) if given.get("compare_plans") else []
     result = Simulation(engine, Fixed(asks), load_step_time("opt-6.7b-a100"), clock).run()
     engine.idle()
+    assert all(one.output_tokens == one.ask.output_tokens for one in result.served)
     policy = engine.scheduler.policy
     found: dict[str, Any] = {
         "requests": {

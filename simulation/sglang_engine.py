@@ -24,7 +24,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from penstock.simulation.records import Ask, Batch, Progress, Row
-from penstock.simulation.unloaded_model import unloaded_model
+from penstock.simulation.unloaded_model import VOCABULARY, unloaded_model
 
 CONTEXT_TOKENS = 131_072
 
@@ -90,6 +90,7 @@ class SglangEngine:
         self.scheduler.output_streamer.send_to_detokenizer = SenderWrapper(None)
         self._shape = shape
         self._asks: dict[str, Ask] = {}
+        self._answers: dict[int, int] = {}
         self._waiting: set[str] = set()
         if prepare is not None:
             prepare(self.scheduler, clock)
@@ -98,16 +99,21 @@ class SglangEngine:
         """Queue a request.
 
         Raises:
-            ValueError: prompt and output are longer than the KV cache.
+            ValueError: prompt and output are longer than the KV cache, or answers differ in more ways than
+                there are tokens.
         """
         if ask.prompt_tokens + ask.output_tokens >= self._shape.kv_tokens:
             raise ValueError(
                 f"request {ask.request_id!r} has {ask.prompt_tokens} + {ask.output_tokens} tokens, "
                 f"allowed: fewer than {self._shape.kv_tokens}"
             )
+        # SGLang ends a request at a token beyond its vocabulary, and has its prompts of any numbers.
+        self._answers.setdefault(ask.answer, len(self._answers))
+        if len(self._answers) > VOCABULARY:
+            raise ValueError(f"{len(self._answers)} different answers, allowed: {VOCABULARY}")
         tokens = array("q")
         for piece in ask.prompt:
-            tokens.extend([piece.key] * piece.tokens)
+            tokens.extend([self._answers.get(piece.key, piece.key + VOCABULARY)] * piece.tokens)
         sampling = SamplingParams(
             max_new_tokens=ask.output_tokens,
             ignore_eos=True,
@@ -184,7 +190,7 @@ class SglangEngine:
         scheduler.on_idle()
 
     def _sampled(self, batch: Any, *_: Any, **__: Any) -> GenerationBatchResult:
-        answers = [self._asks[request.rid].answer for request in batch.reqs]
+        answers = [self._answers[self._asks[request.rid].answer] for request in batch.reqs]
         return GenerationBatchResult(
             logits_output=LogitsProcessorOutput(next_token_logits=None),
             next_token_ids=torch.tensor(answers, dtype=torch.int64),

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+VOCABULARY = 32_000
+
 
 @contextmanager
 def unloaded_model(context_tokens: int, dtype: str) -> Iterator[str]:
@@ -23,7 +25,7 @@ def unloaded_model(context_tokens: int, dtype: str) -> Iterator[str]:
         "num_hidden_layers": 1,
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
-        "vocab_size": 32000,
+        "vocab_size": VOCABULARY,
         "max_position_embeddings": context_tokens,
         "torch_dtype": dtype,
     }
