@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from prometheus_client import Gauge
-
+from penstock.patches.gauges import ENGINE, engine_gauge
 from penstock.schedulers.client_service import REST
 
-ENGINE = ("engine",)
 PER_CLIENT = {
     "penstock_client_extend_tokens": "Prompt tokens computed for a client.",
     "penstock_client_output_tokens": "Tokens generated for a client.",
@@ -33,23 +31,19 @@ class ClientGauges:
     """
 
     def __init__(self, prefix: str = "", engine_labels: Sequence[str] = ENGINE) -> None:
-        # As the engines do for their gauges: several processes hear of one engine in turn.
-        mode: Any = "mostrecent"
         self._clients = [
-            Gauge(prefix + name, text, (*engine_labels, "client"), multiprocess_mode=mode)
-            for name, text in PER_CLIENT.items()
+            engine_gauge(prefix + name, text, engine_labels, "client") for name, text in PER_CLIENT.items()
         ]
-        self._jain = Gauge(
+        self._jain = engine_gauge(
             f"{prefix}penstock_client_jain_index",
             "How evenly the remembered clients were served, 1 for equal parts.",
             engine_labels,
-            multiprocess_mode=mode,
         )
-        self._known = Gauge(
+        self._known = engine_gauge(
             f"{prefix}penstock_clients_known",
             "Clients that the scheduler remembers.",
-            (*engine_labels, "policy"),
-            multiprocess_mode=mode,
+            engine_labels,
+            "policy",
         )
         self._shown: dict[tuple[str, ...], set[str]] = {}
         self._names: dict[tuple[str, ...], set[str]] = {}

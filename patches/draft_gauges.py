@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
 
-from prometheus_client import Gauge
+from penstock.patches.gauges import ENGINE, engine_gauge
 
-ENGINE = ("engine",)
 SERIES = {
     "allocated": ("penstock_draft_tokens_allocated", "Draft tokens that were verified or are to be."),
     "accepted": ("penstock_draft_tokens_accepted", "Draft tokens that were right."),
@@ -32,11 +30,8 @@ class DraftGauges:
     def __init__(
         self, prefix: str = "", engine_labels: Sequence[str] = ENGINE, keys: Sequence[str] = tuple(SERIES)
     ) -> None:
-        # As the engines do for their gauges: several processes hear of one engine in turn.
-        mode: Any = "mostrecent"
         self._gauges = {
-            key: Gauge(prefix + SERIES[key][0], SERIES[key][1], engine_labels, multiprocess_mode=mode)
-            for key in keys
+            key: engine_gauge(prefix + SERIES[key][0], SERIES[key][1], engine_labels) for key in keys
         }
 
     def show(self, counts: Mapping[str, float], *engine: str) -> None:

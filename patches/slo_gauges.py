@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from prometheus_client import Gauge
+from penstock.patches.gauges import ENGINE, engine_gauge
 
-ENGINE = ("engine",)
 PER_TIER = {
     "penstock_slo_requests": "Requests with targets that ended.",
     "penstock_slo_attained_requests": "Requests that met their targets.",
@@ -44,14 +43,11 @@ class SLOGauges:
     """
 
     def __init__(self, prefix: str = "", engine_labels: Sequence[str] = ENGINE) -> None:
-        # As the engines do for their gauges: several processes hear of one engine in turn.
-        mode: Any = "mostrecent"
         self._tiers = [
-            Gauge(prefix + name, text, (*engine_labels, "tier"), multiprocess_mode=mode)
-            for name, text in PER_TIER.items()
+            engine_gauge(prefix + name, text, engine_labels, "tier") for name, text in PER_TIER.items()
         ]
         self._totals = {
-            name: Gauge(f"{prefix}penstock_slo_{name}", text, engine_labels, multiprocess_mode=mode)
+            name: engine_gauge(f"{prefix}penstock_slo_{name}", text, engine_labels)
             for name, text in TOTALS.items()
         }
 

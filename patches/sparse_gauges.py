@@ -8,7 +8,8 @@ from typing import Any
 
 from prometheus_client import Gauge
 
-ENGINE = ("engine",)
+from penstock.patches.gauges import ENGINE, engine_gauge
+
 TOTALS = {
     "selections": "Times that a layer chose pages for a request.",
     "measurements": "Exact masses that were computed, of query heads.",
@@ -29,12 +30,8 @@ class SparseGauges:
     """
 
     def __init__(self, prefix: str = "", engine_labels: Sequence[str] = ENGINE) -> None:
-        # As the engines do for their gauges: several processes hear of one engine in turn.
-        mode: Any = "mostrecent"
-
         def gauge(name: str, text: str, *labels: str) -> Gauge:
-            names = (*engine_labels, *labels)
-            return Gauge(f"{prefix}penstock_sparse_{name}", text, names, multiprocess_mode=mode)
+            return engine_gauge(f"{prefix}penstock_sparse_{name}", text, engine_labels, *labels)
 
         self._mass = gauge(
             "attained_mass",
