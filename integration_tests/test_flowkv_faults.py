@@ -61,7 +61,7 @@ def servers(logs) -> Iterator[dict[str, Server]]:
     started = {
         "prefill": engine("prefill", "prefill", logs),
         "decode": engine("decode", "decode", logs),
-        "recompute": engine("decode", "recompute", logs, *RECOMPUTE),
+        "recompute": engine("decode", "recompute", logs, *RECOMPUTE, "--max-num-seqs", "1"),
     }
     try:
         wait_until_ready([server.start() for server in started.values()])
@@ -222,63 +222,60 @@ def test_two_hundred_requests_at_once_with_shared_prefixes_raise_no_false_alarm(
     pair.await_idle(pair.decode)
 
 
-def test_queued_past_the_lease_then_killed(servers, logs, pair):
-    """F7: a decode server renews the leases of requests that it has not started. F1: dead, no longer."""
-    with engine("decode", "doomed", logs, "--max-num-seqs", "1") as doomed:
-        wait_until_ready([doomed])
-        victim = Pair(pair.model, pair.prefill, doomed)
-        prompts = [tokens(500 + i, 2000) for i in range(5)]
-        expected = pair.reference(prompts[0])
-        handed = [pair.prefill_params(p) for p in prompts]
-        with concurrent.futures.ThreadPoolExecutor(6) as pool:
-            url = f"{doomed.url}/v1/completions"
-            body = victim.body(tokens(550, 50), max_tokens=8000, ignore_eos=True, stream=True)
-            with (
-                httpx.Client(timeout=120) as client,
-                client.stream("POST", url, json=body) as busy,
-                # Takes the one seat when the first has said its 8000 tokens.
-                client.stream("POST", url, json=body),
-            ):
-                lines = busy.iter_lines()  # httpx hangs up when the iterator is dropped
-                next(lines)
-                jobs = [pool.submit(victim.decode_with, p, h) for p, h in zip(prompts, handed, strict=True)]
-                waiting = "vllm:num_requests_waiting"
-                eventually("five requests wait", lambda: samples(doomed.url)[waiting] >= 5)
-                time.sleep(LEASE_S + 5)
-                assert samples(doomed.url)[waiting] >= 5
-            assert token_ids(jobs[0].result()) == expected
-            os.killpg(doomed.pid, signal.SIGKILL)
-            for job in jobs[1:]:
-                assert job.exception() or job.result().status_code in (200, 500)
-    pair.await_idle(pair.prefill, LEASE_S + 10)
-    prompt = tokens(510, 300)
-    assert token_ids(pair.decode_with(prompt, pair.prefill_params(prompt))) == pair.reference(prompt)
-
-
 def test_kill_9_of_prefill_in_mid_transfer_then_a_restarted_one_serves(servers, logs, pair, recomputing):
     """Right tokens or a clear error whenever prefill dies; then a new one, with a new identity, works."""
     prompts = [tokens(600 + i, 5000) for i in range(4)]
     expected = [pair.reference(p) for p in prompts]
-    doomed = engine("prefill", "doomed-prefill", logs)
-    with doomed:
-        wait_until_ready([doomed])
-        failing, healing = Pair(pair.model, doomed, pair.decode), Pair(pair.model, doomed, recomputing.decode)
-        handed = [failing.prefill_params(p) for p in prompts]
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            strict = [pool.submit(failing.decode_with, prompts[i], handed[i]) for i in (0, 1)]
-            soft = [pool.submit(healing.decode_with, prompts[i], handed[i]) for i in (2, 3)]
-            os.killpg(doomed.pid, signal.SIGKILL)
-            for job, tokens_expected in zip(strict, expected[:2], strict=True):
-                assert failed_cleanly(job.result()) or token_ids(job.result()) == tokens_expected
-            assert [token_ids(job.result()) for job in soft] == expected[2:]
-        late = failing.decode_with(prompts[3], handed[3])
-        assert failed_cleanly(late) or token_ids(late) == expected[3]
-        assert token_ids(healing.decode_with(prompts[1], handed[1])) == expected[1]
+    handed = [pair.prefill_params(p) for p in prompts]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        strict = [pool.submit(pair.decode_with, prompts[i], handed[i]) for i in (0, 1)]
+        soft = [pool.submit(recomputing.decode_with, prompts[i], handed[i]) for i in (2, 3)]
+        os.killpg(pair.prefill.pid, signal.SIGKILL)
+        for job, tokens_expected in zip(strict, expected[:2], strict=True):
+            assert failed_cleanly(job.result()) or token_ids(job.result()) == tokens_expected
+        assert [token_ids(job.result()) for job in soft] == expected[2:]
+    late = pair.decode_with(prompts[3], handed[3])
+    assert failed_cleanly(late) or token_ids(late) == expected[3]
+    assert token_ids(recomputing.decode_with(prompts[1], handed[1])) == expected[1]
     pair.await_idle(pair.decode)
     pair.await_idle(recomputing.decode)
-    successor = engine("prefill", "successor", logs)
-    with successor:
-        wait_until_ready([successor])
-        again = Pair(pair.model, successor, pair.decode)
-        prompt = tokens(620, 700)
-        assert token_ids(again.decode_with(prompt, again.prefill_params(prompt))) == pair.reference(prompt)
+    pair.prefill.stop()
+    servers["prefill"] = successor = engine("prefill", "successor", logs)
+    wait_until_ready([successor.start()])
+    again = Pair(pair.model, successor, pair.decode)
+    prompt = tokens(620, 700)
+    assert token_ids(again.decode_with(prompt, again.prefill_params(prompt))) == again.reference(prompt)
+
+
+def test_queued_past_the_lease_then_killed(pair, recomputing):
+    """F7: a decode server renews the leases of requests that it has not started. F1: dead, no longer.
+
+    The last one here: it leaves a server dead, the one that runs one request at a time.
+    """
+    prompts = [tokens(500 + i, 2000) for i in range(5)]
+    expected = pair.reference(prompts[0])
+    handed = [pair.prefill_params(p) for p in prompts]
+    doomed = recomputing.decode
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        url = f"{doomed.url}/v1/completions"
+        body = recomputing.body(tokens(550, 50), max_tokens=8000, ignore_eos=True, stream=True)
+        with (
+            httpx.Client(timeout=120) as client,
+            client.stream("POST", url, json=body) as busy,
+            # Takes the one seat when the first has said its 8000 tokens.
+            client.stream("POST", url, json=body),
+        ):
+            lines = busy.iter_lines()  # httpx hangs up when the iterator is dropped
+            next(lines)
+            jobs = [pool.submit(recomputing.decode_with, p, h) for p, h in zip(prompts, handed, strict=True)]
+            waiting = "vllm:num_requests_waiting"
+            eventually("five requests wait", lambda: samples(doomed.url)[waiting] >= 5)
+            time.sleep(LEASE_S + 5)
+            assert samples(doomed.url)[waiting] >= 5
+        assert token_ids(jobs[0].result()) == expected
+        os.killpg(doomed.pid, signal.SIGKILL)
+        for job in jobs[1:]:
+            assert job.exception() or job.result().status_code in (200, 500)
+    pair.await_idle(pair.prefill, LEASE_S + 10)
+    prompt = tokens(510, 300)
+    assert token_ids(pair.decode_with(prompt, pair.prefill_params(prompt))) == pair.reference(prompt)

@@ -1,11 +1,14 @@
-"""Kernels compile for a GPU, which the interpreter says nothing of."""
+"""Kernels for other processors than the one that the fast tests compile for or interpret on."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 KERNELS = {
     "_catch_up", "_choose", "_count", "_decode", "_estimate", "_exact", "_masses", "_means", "_merge",
@@ -28,3 +31,14 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
     shared = {name: int(size) for name, size in map(str.split, done.stdout.splitlines())}
     assert set(shared) == KERNELS
     assert max(shared.values()) <= MOST_SHARED
+
+
+def test_processors_without_vnni_estimate_the_same_masses(tmp_path):
+    script, file = Path(__file__).with_name("estimated_masses.py"), tmp_path / "generic"
+    # Compiled code is kept by file and processor, and this one is pretended.
+    variables = {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, str(script), str(file)]
+    subprocess.run(command, env={**os.environ, **variables}, check=True, timeout=300)
+    with_vnni, of_generic = torch.load(file)
+    assert not with_vnni
+    torch.testing.assert_close(of_generic, runpy.run_path(str(script))["logs"], rtol=1e-6, atol=1e-5)

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import runpy
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,24 +64,13 @@ def test_estimated_masses(heads, group, size, pages, seed, summary_tokens, scale
     found, expected = (torch.full((heads, group, pages + 1), 7.0) for _ in range(2))
     index.log_masses(query, blocks, found)
     in_torch(index.log_masses, query, blocks, expected)
-    # Beside the largest, what is further below than this is nothing.
-    least = expected[..., :-1].amax(-1, keepdim=True) - 80
+    # Compiled, no cluster counts less than e^-87 of the largest mass; e^-75 dwarfs a page full of those.
+    least = expected[..., :-1].amax(-1, keepdim=True) - 75
     found[..., :-1], expected[..., :-1] = (each[..., :-1].clamp(min=least) for each in (found, expected))
     # Compiled, a query has 16 bits a channel.
     atol = 1e-3 + float(query.abs().amax()) * size / 2**14
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
     assert (found[..., -1] == 7.0).all()
-
-
-def test_processors_without_vnni_estimate_the_same_masses(tmp_path):
-    script, file = Path(__file__).with_name("estimated_masses.py"), tmp_path / "generic"
-    # Compiled code is kept by file and processor, and this one is pretended.
-    variables = {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, str(script), str(file)]
-    subprocess.run(command, env={**os.environ, **variables}, check=True, timeout=300)
-    with_vnni, of_generic = torch.load(file)
-    assert not with_vnni
-    torch.testing.assert_close(of_generic, runpy.run_path(str(script))["logs"], rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
