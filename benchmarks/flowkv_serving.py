@@ -32,7 +32,7 @@ from penstock.benchmarks.report import Cell, Claim
 from penstock.benchmarks.scrape import Transfers, settled
 from penstock.benchmarks.servers import Engine, Pair, serving_pair
 from penstock.benchmarks.tiny_model import ensure_model
-from penstock.routers.bodies import decode_body, prefill_body
+from penstock.routers.vllm_bodies import decode_body, prefill_body
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,19 +9,22 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from penstock.routers.config import ProxyConfig
+from penstock.routers.concurrent import GENERATE_PATH, ConcurrentHandoff
+from penstock.routers.config import Engine, ProxyConfig
+from penstock.routers.discovery import Deployment
 from penstock.routers.drain import RETRY_AFTER_S, Drain
 from penstock.routers.errors import ProxyError, error_response
-from penstock.routers.exchange import CHAT_PATH, COMPLETIONS_PATH, Fleet, fetch
+from penstock.routers.exchange import CHAT_PATH, COMPLETIONS_PATH, Fleet, Handoff, fetch
 from penstock.routers.headers import request_id_of, to_client, to_server
 from penstock.routers.metrics import Metrics
 from penstock.routers.pool import Pool, Server
 from penstock.routers.prober import probe_all, watch
-from penstock.routers.returns import Returns
+from penstock.routers.sequential import SequentialHandoff
 from penstock.routers.upstream import Upstream, open_session
 from penstock.routers.visit import CLIENT_GONE, Visit
 
 MODELS_PATH = "/v1/models"
+HANDOFFS: dict[Engine, type[Handoff]] = {"vllm": SequentialHandoff, "sglang": ConcurrentHandoff}
 
 
 class Proxy:
@@ -34,25 +37,40 @@ class Proxy:
         self._decode = Pool("decode", config.decode)
         self._servers = self._prefill.servers + self._decode.servers
         self.metrics = Metrics(self._servers)
+        self.deployment = Deployment(config)
         self._fleet: Fleet
+        self._handoff: Handoff | None = None
 
     async def lifespan(self, app: web.Application) -> AsyncIterator[None]:
-        """Client session and probes, from start-up to clean-up."""
+        """Client session and probes, from start-up to clean-up.
+
+        Raises:
+            ConfigError: the servers that are up do not belong together.
+        """
         async with open_session(self.config) as session:
-            upstream = Upstream(session, self.config)
-            returns = Returns(self._decode, upstream, self.metrics)
-            self._fleet = Fleet(self._prefill, self._decode, upstream, self.metrics, returns)
-            await probe_all(session, self._servers, self.config)
-            watchers = [asyncio.create_task(watch(session, s, self.config)) for s in self._servers]
+            self._fleet = Fleet(self._prefill, self._decode, Upstream(session, self.config), self.metrics)
+            await probe_all(session, self._servers, self.config, self.deployment)
+            self.deployment.check_start()
+            watchers = [
+                asyncio.create_task(watch(session, server, self.config, self.deployment))
+                for server in self._servers
+            ]
             yield
-            await returns.finish()
+            if self._handoff is not None:
+                await self._handoff.finish()
             for watcher in watchers:
                 watcher.cancel()
             await asyncio.gather(*watchers, return_exceptions=True)
 
+    def handoff(self) -> Handoff | None:
+        """The servers' hand-off; None until one of them has said what it is."""
+        if self._handoff is None and self.deployment.engine is not None:
+            self._handoff = HANDOFFS[self.deployment.engine](self._fleet)
+        return self._handoff
+
     async def generate(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/completions and /v1/chat/completions."""
-        return await Visit(request, self.config, self._fleet, self.drain).run()
+        """POST of a request for an answer."""
+        return await Visit(request, self.config, self.metrics, self.drain, self.handoff).run()
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         """GET /v1/models, from a decode server."""
@@ -74,6 +92,7 @@ class Proxy:
         state = "draining" if self.drain.draining else "ok" if able else "unavailable"
         answer = {
             "status": state,
+            "engine": self.deployment.engine,
             "in_flight": self.drain.in_flight,
             "prefill": [_shown(server) for server in self._prefill.servers],
             "decode": [_shown(server) for server in self._decode.servers],
@@ -131,6 +150,7 @@ def make_app(config: ProxyConfig) -> web.Application:
         [
             web.post(COMPLETIONS_PATH, proxy.generate),
             web.post(CHAT_PATH, proxy.generate),
+            web.post(GENERATE_PATH, proxy.generate),
             web.get(MODELS_PATH, proxy.models),
             web.get("/health", proxy.health),
             web.get("/metrics", proxy.show_metrics),

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Literal, get_args
 
 import click
 
-from penstock.routers.config import ConfigError, ProxyConfig, split_urls
+from penstock.routers.config import ConfigError, Engine, ProxyConfig, split_prefill, split_urls
 
 
 @click.command()
 @click.option(
-    "--prefill", multiple=True, metavar="URL", help="A prefill server; repeat, or separate by commas."
+    "--prefill",
+    multiple=True,
+    metavar="URL[,PORT]",
+    help="A prefill server; repeat, or separate by commas. PORT: its bootstrap port, on SGLang.",
 )
 @click.option(
     "--decode", multiple=True, metavar="URL", help="A decode server; repeat, or separate by commas."
+)
+@click.option(
+    "--engine",
+    type=click.Choice((*get_args(Engine), "auto")),
+    default="auto",
+    show_default=True,
+    help="What the servers are; auto asks them.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8080, show_default=True, help="Port to listen on; 0: any free one.")
@@ -34,6 +45,7 @@ from penstock.routers.config import ConfigError, ProxyConfig, split_urls
 def proxy(
     prefill: tuple[str, ...],
     decode: tuple[str, ...],
+    engine: Literal["vllm", "sglang", "auto"],
     host: str,
     port: int,
     max_body_mib: float,
@@ -48,12 +60,16 @@ def proxy(
     """Serve OpenAI's API in front of prefill and decode servers.
 
     A prompt is prefilled on one server and decoded on another; the KV cache moves between the two by their
-    KV connector. Example: penstock proxy --prefill http://a:8000 --decode http://b:8000,http://c:8000
+    KV connector. The servers are all vLLM's, or all SGLang's.
+    Example: penstock proxy --prefill http://a:8000 --decode http://b:8000,http://c:8000
     """
+    prefill_urls, bootstrap_ports = split_prefill(prefill)
     try:
         config = ProxyConfig(
-            prefill=split_urls(prefill),
+            prefill=prefill_urls,
             decode=split_urls(decode),
+            engine=engine,
+            bootstrap_ports=bootstrap_ports,
             host=host,
             port=port,
             max_body_bytes=int(max_body_mib * (1 << 20)),
@@ -75,6 +91,8 @@ def proxy(
         cut = asyncio.run(
             serve(config, access_log=access_log, announce=lambda url: click.echo(f"proxy ready at {url}"))
         )
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from None
     except OSError as error:
         raise click.ClickException(f"cannot listen on {host}:{port}: {error.strerror}") from None
     if cut:

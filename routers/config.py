@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
 from urllib.parse import urlsplit
 
 import msgspec
+
+Engine = Literal["vllm", "sglang"]
 
 
 class ConfigError(ValueError):
@@ -22,6 +25,10 @@ class ProxyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """Root URLs of the prefill servers, such as ``http://10.0.0.1:8000``."""
     decode: tuple[str, ...]
     """Root URLs of the decode servers."""
+    engine: Engine | Literal["auto"] = "auto"
+    """What the servers are; ``auto`` asks them."""
+    bootstrap_ports: dict[str, int] = {}
+    """Of SGLang's prefill servers, by root URL; a server that is not named here is asked."""
     host: str = "127.0.0.1"
     """Address that the proxy listens on."""
     port: int = 8080
@@ -67,6 +74,13 @@ class ProxyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             if url in seen:
                 raise ConfigError(f"{url} is given twice: a server has one role and is named once")
             seen.add(url)
+        for url, port in self.bootstrap_ports.items():
+            if url not in self.prefill or not 1 <= port <= 65535:
+                raise ConfigError(
+                    f"bootstrap port {port} of {url}: allowed is 1 to 65535, of a prefill server"
+                )
+            if self.engine == "vllm":
+                raise ConfigError(f"{url} has a bootstrap port, {port}, which vLLM's servers do not know")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}, allowed is 0 to 65535")
         for name in self.__struct_fields__:
@@ -108,3 +122,15 @@ def check_url(url: str, name: str) -> None:
 def split_urls(values: tuple[str, ...]) -> tuple[str, ...]:
     """Flatten comma-separated and repeated option values, trailing slashes dropped."""
     return tuple(url.strip().rstrip("/") for value in values for url in value.split(",") if url.strip())
+
+
+def split_prefill(values: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """As ``split_urls``; a number after a URL, ``http://a:8000,8998``, is that server's bootstrap port."""
+    urls: list[str] = []
+    ports: dict[str, int] = {}
+    for item in split_urls(values):
+        if item.isdecimal() and urls and urls[-1] not in ports:
+            ports[urls[-1]] = int(item)
+        else:
+            urls.append(item)
+    return tuple(urls), ports

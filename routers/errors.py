@@ -7,6 +7,8 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
+from penstock.routers.pool import Server
+
 FailureKind = Literal["connect", "disconnect", "timeout", "status", "garbage"]
 
 
@@ -29,8 +31,11 @@ class UpstreamFailure(Exception):
     ``detail`` is for the client's error message: it names the role, never a server's address.
     """
 
-    def __init__(self, kind: FailureKind, detail: str, *, status: int = 0, retry_after: str = "") -> None:
+    def __init__(
+        self, server: Server, kind: FailureKind, detail: str, *, status: int = 0, retry_after: str = ""
+    ) -> None:
         super().__init__(detail)
+        self.server = server
         self.kind = kind
         self.detail = detail
         self.status = status

@@ -1,25 +1,24 @@
-"""One request on its way: prefill, hand-off, decode, with at most one second try a role."""
+"""What the hand-off protocols have in common: an exchange takes one request through the servers."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeVar
+from typing import ClassVar
 
 from multidict import CIMultiDict
 
-from penstock.routers.bodies import Body, Mode, decode_body, encode_body, handed_over, prefill_body
+from penstock.routers.bodies import Body, Mode
 from penstock.routers.errors import ProxyError, UpstreamFailure
 from penstock.routers.metrics import Metrics
+from penstock.routers.parts import Part
 from penstock.routers.pool import Pool, Role, Server
-from penstock.routers.returns import Returns
 from penstock.routers.upstream import Reply, Upstream
-
-T = TypeVar("T")
 
 COMPLETIONS_PATH = "/v1/completions"
 CHAT_PATH = "/v1/chat/completions"
@@ -35,7 +34,7 @@ class Stage(StrEnum):
     HANDOFF = "handoff"
     """The prefill server holds blocks for it and no decode server has heard of it."""
     DECODE = "decode"
-    """A decode server has it and has sent nothing."""
+    """A decode server has it, no prefill server works on it, and nothing has been sent."""
     STREAM = "stream"
     """Its answer is under way."""
 
@@ -48,50 +47,33 @@ class Fleet:
     decode: Pool
     upstream: Upstream
     metrics: Metrics
-    returns: Returns
 
     def pool(self, role: Role) -> Pool:
         """The servers of ``role``."""
         return self.prefill if role == "prefill" else self.decode
 
-    @property
-    def servers(self) -> list[Server]:
-        """The servers of both roles."""
-        return self.prefill.servers + self.decode.servers
 
-
-class Exchange:
+class Exchange(ABC):
     """One body's way through the servers. ``stage`` tells how far it is.
 
     A ``leader`` is an exchange with the same prompt: this one prefills after it and at the same server, where
     the prompt is cached by then.
     """
 
+    stage: Stage
+
     def __init__(
-        self,
-        fleet: Fleet,
-        path: str,
-        body: Body,
-        mode: Mode,
-        headers: CIMultiDict[str],
-        leader: Exchange | None = None,
+        self, fleet: Fleet, path: str, body: Body, headers: CIMultiDict[str], leader: Exchange | None
     ) -> None:
         self._fleet = fleet
         self._path = path
         self._body = body
-        self._mode = mode
         self._headers = headers
         self._leader = leader
         self.prefilled = asyncio.Event()
         self.prefilled_at: Server | None = None
-        self._params: Body | None = None
-        self.stage = Stage.PREFILL if mode is Mode.HANDOFF else Stage.DECODE
 
-    def leave(self) -> None:
-        """The client is gone: give back what no decode server has heard of."""
-        if self.stage is Stage.HANDOFF:
-            self._give_back("client_gone")
-
+    @abstractmethod
     async def open(self, stack: AsyncExitStack) -> Reply:
         """Bring the request to the first bytes of its answer; closing ``stack`` ends it at every server.
 
@@ -100,88 +82,37 @@ class Exchange:
         Raises:
             ProxyError: 502, 503 or 504.
         """
-        if self._mode is Mode.PREFILL_ONLY:
-            return await self._open_at("prefill", encode_body(self._body), stack)
-        if self._mode is Mode.DECODE_ONLY:
-            return await self._open_at("decode", encode_body(self._body), stack)
-        if not self._fleet.decode.any_healthy:
-            raise no_server("decode")
-        refusal = await self._prefill()
-        return refusal if refusal is not None else await self._decode(stack)
 
-    async def _prefill(self) -> Reply | None:
-        """The prefill step: a refusal (4xx) to pass on, or None and the hand-off's parameters are here."""
-        metrics = self._fleet.metrics
-        body = encode_body(prefill_body(self._body, chat=self._path == CHAT_PATH))
+    def leave(self) -> None:  # noqa: B027 - closing the connections is all that most protocols need
+        """The client is gone, and the connections to the servers are closed."""
 
-        async def ask(server: Server) -> tuple[Reply | None, Body | None]:
-            started = time.perf_counter()
-            with self._fleet.prefill.occupy(server):
-                reply = await self._fleet.upstream.ask(server, self._path, body, self._headers)
-            if reply.status != 200:
-                return reply, None
-            metrics.prefill_seconds.observe(time.perf_counter() - started)
-            self.prefilled_at = server
-            try:
-                return None, handed_over(reply.first)
-            except ValueError as error:
-                raise UpstreamFailure("garbage", f"a prefill server cannot be used: {error}") from None
+    async def _near_leader(self) -> Server | None:
+        """Wait until the leader has prefilled; where that was."""
+        if self._leader is None:
+            return None
+        await self._leader.prefilled.wait()
+        return self._leader.prefilled_at
 
-        if self._leader is not None:
-            await self._leader.prefilled.wait()
-        near = None if self._leader is None else self._leader.prefilled_at
-        try:
-            refusal, params = await self._twice("prefill", ask, near)
-        except UpstreamFailure as failure:
-            raise failure.as_proxy_error() from failure
-        if refusal is None:
-            self._params = params
-            self.stage = Stage.HANDOFF if params is not None else Stage.DECODE
-            if params is None:
-                metrics.without_handoff.inc()
-        self.prefilled.set()
-        return refusal
+    def _place(self, role: Role, near: Server | None = None) -> Server:
+        """``near`` or any server of ``role``.
 
-    async def _decode(self, stack: AsyncExitStack) -> Reply:
-        """The decode step. A second try uses the hand-off if no server has heard of it, else a new one."""
+        Raises:
+            ProxyError: 503, all of them are put aside.
+        """
+        server = near if near is not None and near.healthy else self._fleet.pool(role).pick()
+        if server is None:
+            raise no_server(role)
+        return server
 
-        async def answer(server: Server) -> Reply:
-            if self._params is not None and self.stage is not Stage.HANDOFF:
-                # The server that failed may have used it up, or may have died with the blocks still held.
-                self._give_back("decode_failed")
-                self.stage = Stage.PREFILL
-                if (refusal := await self._prefill()) is not None:
-                    return refusal
-            return await self._attempt(server, encode_body(decode_body(self._body, self._params)), stack)
-
-        try:
-            return await self._twice("decode", answer)
-        except (UpstreamFailure, ProxyError) as failure:
-            if self.stage is Stage.HANDOFF:
-                self._give_back("decode_unreachable")
-            if isinstance(failure, ProxyError):
-                raise
-            raise failure.as_proxy_error() from failure
-
-    def _give_back(self, reason: str) -> None:
-        params, self._params = self._params, None
-        if params is not None:
-            self._fleet.returns.give_back(params, self._headers, reason)
-
-    async def _open_at(self, role: Role, body: bytes, stack: AsyncExitStack) -> Reply:
-        """Run the whole request at one server of ``role``."""
-        try:
-            return await self._twice(role, lambda server: self._attempt(server, body, stack))
-        except UpstreamFailure as failure:
-            raise failure.as_proxy_error() from failure
-
-    async def _attempt(self, server: Server, body: bytes, stack: AsyncExitStack) -> Reply:
+    async def _attempt(
+        self, server: Server, body: bytes, stack: AsyncExitStack, on_sent: Callable[[], None] | None = None
+    ) -> Reply:
         """Open an answer at ``server``; only one that succeeds stays on ``stack``."""
         async with AsyncExitStack() as attempt:
             attempt.enter_context(self._fleet.pool(server.role).occupy(server))
             started = time.perf_counter()
             reply = await attempt.enter_async_context(
-                self._fleet.upstream.open(server, self._path, body, self._headers, self._sent)
+                self._fleet.upstream.open(server, self._path, body, self._headers, on_sent)
             )
             if server.role == "decode":
                 seconds = self._fleet.metrics.decode_seconds
@@ -189,25 +120,47 @@ class Exchange:
             stack.push_async_exit(attempt.pop_all())
             return reply
 
-    def _sent(self) -> None:
-        self.stage = Stage.DECODE
+    async def _ask_prefill(self, server: Server, body: bytes) -> Reply:
+        """The whole answer of a prefill server; one of status 200 is what ``prefilled_at`` and metrics tell.
 
-    async def _twice(
-        self, role: Role, call: Callable[[Server], Awaitable[T]], near: Server | None = None
-    ) -> T:
-        """``call`` with ``near`` or any server of ``role``, once more with another one where that fails."""
-        pool = self._fleet.pool(role)
-        server = near if near is not None and near.healthy else pool.pick()
-        if server is None:
-            raise no_server(role)
-        try:
-            return await call(server)
-        except UpstreamFailure as failure:
-            other = pool.pick(exclude=[server])
-            if not failure.retryable or other is None:
-                raise
-        self._fleet.metrics.retries.labels(role).inc()
-        return await call(other)
+        Raises:
+            UpstreamFailure: it gave none.
+        """
+        started = time.perf_counter()
+        with self._fleet.prefill.occupy(server):
+            reply = await self._fleet.upstream.ask(server, self._path, body, self._headers)
+        if reply.status == 200:
+            self._fleet.metrics.prefill_seconds.observe(time.perf_counter() - started)
+            self.prefilled_at = server
+        return reply
+
+
+class Handoff(ABC):
+    """How a prompt's KV cache gets to a decode server: what the servers of one engine want to be told."""
+
+    paths: ClassVar[frozenset[str]]
+    """Routes that ask for an answer."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    @abstractmethod
+    def plan(self, path: str, body: Body, limit: int) -> tuple[Mode, list[Part]]:
+        """Where a client's ``body`` runs, and the requests to make of it; with one part that is ``body``.
+
+        Raises:
+            ProxyError: 400 for what the servers must not see, and for more than ``limit`` answers.
+        """
+
+    @abstractmethod
+    def exchange(
+        self, path: str, body: Body, mode: Mode, headers: CIMultiDict[str], leader: Exchange | None
+    ) -> Exchange:
+        """The exchange of one part."""
+
+    @abstractmethod
+    async def finish(self) -> None:
+        """End what is still under way behind requests that are over."""
 
 
 async def fetch(fleet: Fleet, path: str, headers: CIMultiDict[str]) -> Reply:

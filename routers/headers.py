@@ -22,6 +22,7 @@ TO_SERVERS = frozenset(
         "x-b3-spanid",
         "x-b3-traceid",
         "x-session-id",
+        "x-smg-routing-key",
         "x-vllm-priority",
     }
 )

@@ -50,6 +50,7 @@ class Merger:
         self._usages: dict[int, Body] = {}
         self._first_of_prompt: dict[int, bool] = {}
         self._head: Body | None = None
+        self._id = ""
 
     def event(self, part: Part, data: bytes) -> bytes | None:
         """The event to send for one of a part's events; None for one that waits for the other parts.
@@ -106,7 +107,10 @@ class Merger:
     def _name(self, part: Part, answer: Body) -> None:
         own = answer.get("id")
         if isinstance(own, str):
-            answer["id"] = own.replace(part_id(self._request_id, part), self._request_id)
+            named = own.replace(part_id(self._request_id, part), self._request_id)
+            # SGLang invents ids; there the first part's stands for all.
+            self._id = self._id or named
+            answer["id"] = self._id
         for choice in answer.get("choices", []):
             if isinstance(choice, dict):
                 choice["index"] = part.index

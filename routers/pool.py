@@ -22,6 +22,8 @@ class Server:
     url: str
     in_flight: int = 0
     healthy: bool = False
+    bootstrap_port: int | None = None
+    """Where SGLang's decode servers ask this prefill server; None where that is unknown or not needed."""
     failures: int = 0
     """Failed connections and probes since the last good one."""
     last_error: str = "not probed yet"

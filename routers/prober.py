@@ -1,4 +1,4 @@
-"""Health of the servers: one task a server asks ``/health``."""
+"""Health of the servers: one task a server asks ``/health``, and what it is when it comes up."""
 
 from __future__ import annotations
 
@@ -10,30 +10,40 @@ from contextlib import suppress
 import aiohttp
 
 from penstock.routers.config import ProxyConfig
+from penstock.routers.discovery import Deployment, Misfit
 from penstock.routers.pool import Server
 
 log = logging.getLogger("penstock.proxy")
 
 
-async def probe(session: aiohttp.ClientSession, server: Server, config: ProxyConfig) -> None:
-    """Ask ``server`` once and write the outcome into it."""
+async def probe(
+    session: aiohttp.ClientSession, server: Server, config: ProxyConfig, deployment: Deployment
+) -> None:
+    """Ask ``server`` once and write the outcome into it. One that comes up is asked what it is, too."""
     timeout = aiohttp.ClientTimeout(total=config.probe_timeout_s, sock_connect=config.connect_timeout_s)
     try:
         async with session.get(f"{server.url}/health", timeout=timeout) as response:
-            if response.status == 200:
-                server.mark_up()
-            else:
-                server.probe_failed(f"/health answered {response.status}")
+            status = response.status
+        if status != 200:
+            server.probe_failed(f"/health answered {status}")
+            return
+        if not server.healthy:
+            await deployment.admit(session, server, timeout)
+        server.mark_up()
+    except Misfit as misfit:
+        server.probe_failed(str(misfit))
     except aiohttp.ClientConnectorError as error:
         server.probe_failed(f"no connection: {error.strerror or type(error).__name__}")
         server.healthy = False
     except TimeoutError:
-        server.probe_failed(f"/health gave no answer within {config.probe_timeout_s} s")
+        server.probe_failed(f"no answer within {config.probe_timeout_s} s")
     except aiohttp.ClientError as error:
-        server.probe_failed(f"/health broke off: {type(error).__name__}")
+        server.probe_failed(f"it broke off: {type(error).__name__}")
 
 
-async def watch(session: aiohttp.ClientSession, server: Server, config: ProxyConfig) -> None:
+async def watch(
+    session: aiohttp.ClientSession, server: Server, config: ProxyConfig, deployment: Deployment
+) -> None:
     """Probe ``server`` for ever: at the interval while it is well, with backoff while it is not.
 
     Traffic can ask for a probe before the interval is over; it cannot shorten the backoff.
@@ -41,7 +51,7 @@ async def watch(session: aiohttp.ClientSession, server: Server, config: ProxyCon
     healthy = server.healthy
     while True:
         server.probe_now.clear()
-        await probe(session, server, config)
+        await probe(session, server, config, deployment)
         healthy = _report(server, healthy)
         if healthy:
             # Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes with the event.
@@ -66,6 +76,8 @@ def _report(server: Server, was_healthy: bool) -> bool:
     return server.healthy
 
 
-async def probe_all(session: aiohttp.ClientSession, servers: Iterable[Server], config: ProxyConfig) -> None:
+async def probe_all(
+    session: aiohttp.ClientSession, servers: Iterable[Server], config: ProxyConfig, deployment: Deployment
+) -> None:
     """Probe every server once, side by side."""
-    await asyncio.gather(*(probe(session, server, config) for server in servers))
+    await asyncio.gather(*(probe(session, server, config, deployment) for server in servers))

@@ -45,6 +45,11 @@ class Reply:
     idle_timeout_s: float
 
     @property
+    def ended(self) -> bool:
+        """Whether the whole body has been read."""
+        return self.rest is None or self.rest.at_eof()
+
+    @property
     def is_stream(self) -> bool:
         """Whether the body is a stream of server-sent events."""
         return self.headers.get("Content-Type", "").startswith("text/event-stream")
@@ -119,7 +124,7 @@ class Upstream:
         path: str,
         body: bytes,
         headers: CIMultiDict[str],
-        on_sent: Callable[[], None],
+        on_sent: Callable[[], None] | None = None,
     ) -> AsyncIterator[Reply]:
         """POST and wait for the first bytes; leaving the context early closes the connection.
 
@@ -173,16 +178,16 @@ def failures_of(server: Server, limit_s: float) -> Iterator[None]:
         yield
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
         server.mark_down(f"no connection ({type(error).__name__})")
-        raise UpstreamFailure("connect", f"no connection to a {server.role} server") from error
+        raise UpstreamFailure(server, "connect", f"no connection to a {server.role} server") from error
     except TimeoutError as error:
         server.suspect()
         raise UpstreamFailure(
-            "timeout", f"a {server.role} server gave no answer within {limit_s} s"
+            server, "timeout", f"a {server.role} server gave no answer within {limit_s} s"
         ) from error
     except (aiohttp.ClientError, ConnectionError) as error:
         server.suspect()
         raise UpstreamFailure(
-            "disconnect", f"a {server.role} server broke off before its answer was complete"
+            server, "disconnect", f"a {server.role} server broke off before its answer was complete"
         ) from error
 
 
@@ -193,7 +198,7 @@ def check_status(server: Server, response: aiohttp.ClientResponse, raw: bytes) -
     said = quoted_message(raw)
     detail = f"a {server.role} server answered {response.status}" + (f": {said}" if said else "")
     after = response.headers.get("Retry-After", "")
-    raise UpstreamFailure("status", detail, status=response.status, retry_after=after)
+    raise UpstreamFailure(server, "status", detail, status=response.status, retry_after=after)
 
 
 class _ErrorObject(msgspec.Struct):
@@ -201,12 +206,15 @@ class _ErrorObject(msgspec.Struct):
 
 
 class _ErrorAnswer(msgspec.Struct):
-    error: _ErrorObject
+    error: _ErrorObject | None = None
+    message: str = ""
+    """SGLang's OpenAI routes have the error's fields at the top."""
 
 
 def quoted_message(raw: bytes) -> str:
-    """The message of an OpenAI error body, cut to ``QUOTED`` characters; empty for anything else."""
+    """The message of a server's error body, cut to ``QUOTED`` characters; empty for anything else."""
     try:
-        return msgspec.json.decode(raw, type=_ErrorAnswer).error.message[:QUOTED]
+        answer = msgspec.json.decode(raw, type=_ErrorAnswer)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return ""
+    return (answer.message if answer.error is None else answer.error.message)[:QUOTED]

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from aiohttp import web
 
-from penstock.routers.bodies import Body, Mode, mode_of, parse_body
+from penstock.routers.bodies import Body, parse_body
 from penstock.routers.config import ProxyConfig
 from penstock.routers.drain import Drain
 from penstock.routers.errors import ProxyError, error_response
-from penstock.routers.exchange import CHAT_PATH, Exchange, Fleet, Stage
+from penstock.routers.exchange import Exchange, Handoff, Stage, no_server
 from penstock.routers.fanout import FanOut
 from penstock.routers.headers import REQUEST_ID, request_id_of, to_client, to_server
 from penstock.routers.merge import part_id
-from penstock.routers.parts import Part, split
+from penstock.routers.metrics import Metrics
+from penstock.routers.parts import Part
 from penstock.routers.relay import Outcome, send
 
 CLIENT_GONE = 499
@@ -27,13 +29,21 @@ STATUS_OF = {Outcome.BROKEN: 502, Outcome.CUT: 503, Outcome.CLIENT_GONE: CLIENT_
 
 
 class Visit:
-    """A request while the proxy works on it."""
+    """A request while the proxy works on it. ``handoff`` is None while no server has said what it is."""
 
-    def __init__(self, request: web.Request, config: ProxyConfig, fleet: Fleet, drain: Drain) -> None:
+    def __init__(
+        self,
+        request: web.Request,
+        config: ProxyConfig,
+        metrics: Metrics,
+        drain: Drain,
+        handoff: Callable[[], Handoff | None],
+    ) -> None:
         self._request = request
         self._config = config
-        self._fleet = fleet
+        self._metrics = metrics
         self._drain = drain
+        self._handoff = handoff
         self._id = request_id_of(request.headers)
         self._started = time.perf_counter()
         self._mode = ""
@@ -102,16 +112,32 @@ class Visit:
             raise ProxyError(400, f"the body cannot be read: {error}") from None
 
     async def _pass_on(self, body: Body, task: asyncio.Task[object]) -> web.StreamResponse:
-        mode = mode_of(body)
+        handoff = self._handoff()
+        if handoff is None:
+            raise no_server("prefill")
+        path = self._request.path
+        if path not in handoff.paths:
+            raise ProxyError(404, f"the servers have no {path}")
+        mode, parts = handoff.plan(path, body, self._config.max_choices)
         self._mode = mode.value
-        parts = split(body, self._config.max_choices, chat=self._request.path == CHAT_PATH)
+
+        def exchange(part: Part, request_id: str, leader: Exchange | None) -> Exchange:
+            headers = to_server(self._request.headers, request_id)
+            made = handoff.exchange(path, part.body, mode, headers, leader)
+            self._exchanges.append(made)
+            return made
+
         async with AsyncExitStack() as stack:
-            if mode is Mode.HANDOFF and len(parts) > 1:
-                fan = FanOut(parts, self._id, self._config.split_concurrency, self._part_exchange)
+            if len(parts) > 1:
+                fan = FanOut(
+                    parts,
+                    self._id,
+                    self._config.split_concurrency,
+                    lambda part, leader: exchange(part, part_id(self._id, part), leader),
+                )
                 answer = await (await stack.enter_async_context(fan)).answer()
             else:
-                exchange = self._exchange(body, mode, self._id, None)
-                answer = (await exchange.open(stack)).as_answer()
+                answer = (await exchange(parts[0], self._id, None).open(stack)).as_answer()
             self._status = answer.status
             response, self._outcome = await send(
                 self._request,
@@ -123,19 +149,10 @@ class Visit:
             )
         return response
 
-    def _exchange(self, body: Body, mode: Mode, request_id: str, leader: Exchange | None) -> Exchange:
-        headers = to_server(self._request.headers, request_id)
-        exchange = Exchange(self._fleet, self._request.path, body, mode, headers, leader)
-        self._exchanges.append(exchange)
-        return exchange
-
-    def _part_exchange(self, part: Part, leader: Exchange | None) -> Exchange:
-        return self._exchange(part.body, Mode.HANDOFF, part_id(self._id, part), leader)
-
     def _first_byte(self, *, is_stream: bool) -> None:
         self._answering = True
         if is_stream:
-            self._fleet.metrics.ttft_seconds.observe(time.perf_counter() - self._started)
+            self._metrics.ttft_seconds.observe(time.perf_counter() - self._started)
 
     def _refuse(self, error: ProxyError) -> web.Response:
         response = error_response(error)
@@ -145,7 +162,7 @@ class Visit:
         return response
 
     def _count(self, status: int) -> None:
-        metrics = self._fleet.metrics
+        metrics = self._metrics
         if self._outcome is not None:
             status = STATUS_OF.get(self._outcome, self._status)
         if status == CLIENT_GONE:

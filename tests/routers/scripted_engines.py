@@ -68,10 +68,14 @@ class EngineServer:
         app.router.add_post("/v1/chat/completions", self._handle)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
+        self.add_routes(app)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.05)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port, backlog=1024).start()
         self.port = self._runner.addresses[0][1]
+
+    def add_routes(self, app: web.Application) -> None:
+        """Routes of another engine."""
 
     async def stop(self) -> None:
         if self._runner is not None:
@@ -276,11 +280,11 @@ def completion(**fields: Any) -> Body:
 
 
 @asynccontextmanager
-async def running_site(prefill: int = 1, decode: int = 1, **config: Any) -> AsyncIterator[Site]:
-    """``prefill`` and ``decode`` scripted servers behind a proxy with fast probes."""
-    site = Site(
-        [EngineServer("prefill") for _ in range(prefill)], [EngineServer("decode") for _ in range(decode)]
-    )
+async def running_site(
+    prefill: int = 1, decode: int = 1, *, make: Callable[[str], EngineServer] = EngineServer, **config: Any
+) -> AsyncIterator[Site]:
+    """``prefill`` and ``decode`` scripted servers behind a proxy with fast probes; ``make(role)`` is one."""
+    site = Site([make("prefill") for _ in range(prefill)], [make("decode") for _ in range(decode)])
     servers = site.prefill + site.decode
     for server in servers:
         await server.start()

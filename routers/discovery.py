@@ -1,0 +1,116 @@
+"""What the servers are: one engine for all of them, found out from the servers themselves."""
+
+from __future__ import annotations
+
+import logging
+
+import aiohttp
+import msgspec
+
+from penstock.routers.config import ConfigError, Engine, ProxyConfig
+from penstock.routers.pool import Server
+
+SERVER_INFO_PATH = "/server_info"
+NAMES: dict[Engine, str] = {"vllm": "vLLM", "sglang": "SGLang"}
+
+log = logging.getLogger("penstock.proxy")
+
+
+class Misfit(Exception):
+    """A healthy server that requests cannot be sent to; the message says which and why."""
+
+
+class ServerInfo(msgspec.Struct):
+    """What SGLang's ``/server_info`` says of its part in a hand-off."""
+
+    disaggregation_mode: str
+    disaggregation_bootstrap_port: int | None = None
+
+
+class Deployment:
+    """The engine of the servers, once the first of them is up or an option has said it."""
+
+    def __init__(self, config: ProxyConfig) -> None:
+        self.engine: Engine | None = None if config.engine == "auto" else config.engine
+        self._told = self.engine is not None
+        self._ports = config.bootstrap_ports
+        self._misfits: dict[Server, str] = {}
+
+    def check_start(self) -> None:
+        """Refuse to start in front of servers that are up and do not fit.
+
+        Raises:
+            ConfigError: the first of them.
+        """
+        for misfit in self._misfits.values():
+            raise ConfigError(misfit)
+
+    async def admit(
+        self, session: aiohttp.ClientSession, server: Server, timeout: aiohttp.ClientTimeout
+    ) -> None:
+        """Find out what ``server`` is and whether it fits; it is healthy, and was not before.
+
+        Raises:
+            Misfit: it does not.
+            aiohttp.ClientError, TimeoutError: it could not be asked.
+        """
+        try:
+            await self._look_at(session, server, timeout)
+        except Misfit as misfit:
+            if self._misfits.get(server) != str(misfit):
+                log.warning("%s", misfit)
+            self._misfits[server] = str(misfit)
+            raise
+        self._misfits.pop(server, None)
+
+    async def _look_at(
+        self, session: aiohttp.ClientSession, server: Server, timeout: aiohttp.ClientTimeout
+    ) -> None:
+        if self._told and self.engine == "vllm":
+            return
+        info = await self._info_of(session, server, timeout)
+        engine: Engine = "vllm" if info is None else "sglang"
+        if self._told:
+            engine = "sglang"
+        elif self.engine is not None and self.engine != engine:
+            raise Misfit(
+                f"{server.url} runs {NAMES[engine]} and the others {NAMES[self.engine]}: "
+                "a KV cache does not move between engines"
+            )
+        if engine == "sglang":
+            self._check_sglang(server, info)
+        elif server.url in self._ports:
+            raise Misfit(f"{server.url} runs vLLM, which has no bootstrap port")
+        self.engine = engine
+
+    def _check_sglang(self, server: Server, info: ServerInfo | None) -> None:
+        if info is not None and info.disaggregation_mode != server.role:
+            raise Misfit(
+                f"{server.url} is given as a {server.role} server and runs with "
+                f"--disaggregation-mode {info.disaggregation_mode}"
+            )
+        if server.role == "prefill":
+            said = None if info is None else info.disaggregation_bootstrap_port
+            server.bootstrap_port = self._ports.get(server.url, said)
+            if server.bootstrap_port is None:
+                raise Misfit(
+                    f"{server.url} does not say its bootstrap port: give it, --prefill {server.url},PORT"
+                )
+
+    async def _info_of(
+        self, session: aiohttp.ClientSession, server: Server, timeout: aiohttp.ClientTimeout
+    ) -> ServerInfo | None:
+        """What an SGLang server says of itself; None for another one."""
+        async with session.get(server.url + SERVER_INFO_PATH, timeout=timeout) as response:
+            if response.status in (401, 403) and not self._told:
+                raise Misfit(
+                    f"{server.url} does not say what it is without a key: give --engine vllm or sglang"
+                )
+            if response.status >= 500:
+                response.raise_for_status()
+            if response.status != 200:
+                return None
+            try:
+                return msgspec.json.decode(await response.read(), type=ServerInfo)
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                return None
