@@ -1,4 +1,5 @@
-"""``--disaggregation-transfer-backend flowkv``: two stock SGLang servers answer what one does.
+"""``--disaggregation-transfer-backend flowkv``: two stock SGLang servers answer what one does, behind
+SGLang's router and behind Penstock's proxy.
 
 Both may change roles, so decode has a prefix cache of its own.
 """
@@ -6,10 +7,12 @@ Both may change roles, so decode has a prefix cache of its own.
 from __future__ import annotations
 
 import json
+import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_pair import eventually
@@ -17,11 +20,12 @@ from sglang_pair import PAGE, SglangPair, all_back, load, prompt, router_of, ser
 from sglang_server import CHUNK, Refused, all_at_once, ask, generate, series
 
 from penstock.benchmarks.processes import Server
-from penstock.benchmarks.servers import serving
+from penstock.benchmarks.servers import proxy_server, serving
 
 TOKENS = 8
 LENGTHS = (1, PAGE, PAGE + 1, 100, CHUNK, 3 * CHUNK + 5)
 CLIENTS = 200
+GREEDY = {"temperature": 0, "return_token_ids": True}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,12 @@ def router(pair: SglangPair, logs: Path) -> Iterator[Server]:
     with serving([server := router_of(pair, logs)]):
         # It is healthy before it has looked at the servers behind it.
         eventually("the router knows both servers", lambda: answers(server))
+        yield server
+
+
+@pytest.fixture(scope="module")
+def proxy(pair: SglangPair, logs: Path) -> Iterator[Server]:
+    with serving([server := proxy_server([pair.prefill], [pair.decode], logs)]):
         yield server
 
 
@@ -59,6 +69,80 @@ def test_answers_behind_sglang_s_router_are_transformers_cold_and_from_the_prefi
     for _wave in range(2):
         answers = all_at_once([partial(generate, router, row, TOKENS) for row in prompts])
         assert [answer["output_ids"] for answer in answers] == wanted
+    all_back(pair.prefill, pair.decode)
+
+
+def completion(prompt: list[int] | list[list[int]], **more: Any) -> dict[str, Any]:
+    """The body of a greedy ``/v1/completions`` that names the tokens of its answer."""
+    return {"prompt": prompt, "max_tokens": TOKENS, "ignore_eos": True, **GREEDY, **more}
+
+
+def streamed(server: Server, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The events of a streamed ``/v1/completions``, as they come."""
+    data = json.dumps(body | {"stream": True}).encode()
+    asked = urllib.request.Request(
+        f"{server.url}/v1/completions", data, headers={"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(asked, timeout=300) as answer:
+        for line in answer:
+            if line.startswith(b"data: {"):
+                yield json.loads(line.removeprefix(b"data: "))
+
+
+def test_twenty_at_once_behind_penstock_s_proxy_get_transformers_tokens(
+    pair: SglangPair, proxy: Server, greedy
+):
+    prompts = [prompt(100 + i, LENGTHS[i % len(LENGTHS)]) for i in range(20)]
+
+    def whole(row: list[int]) -> list[int]:
+        return ask(proxy, "/v1/completions", completion(row))["choices"][0]["token_ids"]
+
+    def stream(row: list[int]) -> list[int]:
+        return [
+            token for event in streamed(proxy, completion(row)) for token in event["choices"][0]["token_ids"]
+        ]
+
+    def native(row: list[int]) -> list[int]:
+        return generate(proxy, row, TOKENS)["output_ids"]
+
+    found = all_at_once([partial((whole, stream, native)[i % 3], row) for i, row in enumerate(prompts)])
+    assert found == [greedy(row, TOKENS) for row in prompts]
+    all_back(pair.prefill, pair.decode)
+
+
+def test_several_prompts_and_answers_behind_penstock_s_proxy(pair: SglangPair, proxy: Server, greedy):
+    prompts = [prompt(130 + i, length) for i, length in enumerate((5, CHUNK + 3))]
+    wanted = [greedy(row, TOKENS) for row in prompts]
+    for n, expected in ((1, wanted), (2, [wanted[0], wanted[0], wanted[1], wanted[1]])):
+        answer = ask(proxy, "/v1/completions", completion(prompts, n=n))
+        assert [choice["token_ids"] for choice in answer["choices"]] == expected
+        assert answer["usage"]["prompt_tokens"] == sum(map(len, prompts))
+    all_back(pair.prefill, pair.decode)
+
+
+def test_a_prompt_s_log_probabilities_behind_penstock_s_proxy(pair: SglangPair, proxy: Server):
+    row = prompt(140, 2 * PAGE)
+    body = {"input_ids": row, "sampling_params": {"max_new_tokens": 2, "temperature": 0}}
+    answer = ask(proxy, "/generate", body | {"return_logprob": True, "logprob_start_len": 0})
+    assert [token for _, token, _ in answer["meta_info"]["input_token_logprobs"]] == row
+    assert [token for _, token, _ in answer["meta_info"]["output_token_logprobs"]] == answer["output_ids"]
+
+
+def test_a_client_that_leaves_penstock_s_proxy_frees_both_servers(pair: SglangPair, proxy: Server):
+    events = streamed(proxy, completion(prompt(150, CHUNK), max_tokens=4000))
+    next(events)
+    eventually("decode works for it", lambda: load(pair.decode)["num_running_reqs"] == 1)
+    events.close()
+    all_back(pair.prefill, pair.decode)
+
+
+@pytest.mark.parametrize("wrong", [{"prompt": [5] * 30_000}, {"temperature": -3}, {"bootstrap_room": 7}])
+def test_a_bad_request_behind_penstock_s_proxy_is_refused_and_leaves_nothing(
+    pair: SglangPair, proxy: Server, wrong: dict[str, Any]
+):
+    with pytest.raises(Refused) as refused:
+        ask(proxy, "/v1/completions", completion(prompt(160, 5)) | wrong)
+    assert refused.value.status == 400
     all_back(pair.prefill, pair.decode)
 
 
