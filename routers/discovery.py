@@ -31,8 +31,8 @@ class Deployment:
     """The engine of the servers, once the first of them is up or an option has said it."""
 
     def __init__(self, config: ProxyConfig) -> None:
-        self.engine: Engine | None = None if config.engine == "auto" else config.engine
-        self._told = self.engine is not None
+        self._told: Engine | None = None if config.engine == "auto" else config.engine
+        self.engine = self._told
         self._ports = config.bootstrap_ports
         self._misfits: dict[Server, str] = {}
 
@@ -66,13 +66,11 @@ class Deployment:
     async def _look_at(
         self, session: aiohttp.ClientSession, server: Server, timeout: aiohttp.ClientTimeout
     ) -> None:
-        if self._told and self.engine == "vllm":
+        if self._told == "vllm":
             return
         info = await self._info_of(session, server, timeout)
-        engine: Engine = "vllm" if info is None else "sglang"
-        if self._told:
-            engine = "sglang"
-        elif self.engine is not None and self.engine != engine:
+        engine: Engine = self._told or ("vllm" if info is None else "sglang")
+        if self.engine is not None and self.engine != engine:
             raise Misfit(
                 f"{server.url} runs {NAMES[engine]} and the others {NAMES[self.engine]}: "
                 "a KV cache does not move between engines"

@@ -198,12 +198,15 @@ async def test_an_answer_waits_for_no_prefill_that_has_been_read(site: Site) -> 
 
 async def test_two_hundred_at_once_meet_each_in_a_room_of_its_own() -> None:
     async with sglang_site(prefill=3, decode=3) as site:
-        raws = await asyncio.gather(
-            *(ask(site, prompt=f"p{i}", seed=i, stream=i % 2 == 0) for i in range(200))
-        )
-        for i, raw in enumerate(raws):
+        for server in site.decode:
+            server.default = hang
+        asking = asyncio.gather(*(ask(site, prompt=f"p{i}", seed=i, stream=i % 2 == 0) for i in range(200)))
+        await eventually(lambda: sum(server.active for server in site.prefill + site.decode) == 400)
+        assert max(server.active for server in site.prefill + site.decode) <= 68, "they share the load evenly"
+        for server in site.decode:
+            server.release.set()
+        for i, raw in enumerate(await asking):
             assert all(f"p{i}/{i}/{k} ".encode() in raw for k in range(4))
         await eventually(lambda: site.idle)
         rooms = [body["bootstrap_room"] for server in site.decode for body in server.bodies]
         assert len(set(rooms)) == 200
-        assert max(len(server.requests) for server in site.prefill + site.decode) <= 68
