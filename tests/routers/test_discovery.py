@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from typing import Any
 
 import pytest
@@ -68,6 +70,24 @@ async def test_engines_are_not_mixed(first) -> None:
     said = await refused([first("prefill"), other("decode")])
     assert "runs vLLM" in said or "runs SGLang" in said
     assert said.endswith("a KV cache does not move between engines")
+
+
+async def test_the_command_ends_with_that_line() -> None:
+    servers = [SglangServer("prefill"), EngineServer("decode")]
+    for server in servers:
+        await server.start()
+    options = ["--prefill", servers[0].url, "--decode", servers[1].url, "--port", "0"]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", "from penstock.routers.cli import proxy; proxy()", *options,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, err = await process.communicate()
+    for server in servers:
+        await server.stop()
+    assert process.returncode == 1
+    assert out == b""
+    assert err.decode().splitlines()[-1].startswith("Error: http://127.0.0.1:")
+    assert "Traceback" not in err.decode()
 
 
 @pytest.mark.parametrize(("mode", "role"), [("decode", "prefill"), ("null", "prefill"), ("null", "decode")])
