@@ -118,16 +118,14 @@ def sglang_answer(request: web.Request, body: Body, tokens: int | None = None) -
 def sglang_events(request: web.Request, body: Body) -> list[bytes]:
     """The events of a streamed answer; those of ``/generate`` repeat what was said before."""
     if request.path != "/generate":
-        events = events_of(request, body)
-        if not body.get("logprobs"):
-            return events
-        whole = sglang_answer(request, body)["choices"][0]["logprobs"]
-        marked = []
-        for i, event in enumerate(events[:-1]):
-            chunk = json.loads(event.removeprefix(b"data: "))
-            chunk["choices"][0]["logprobs"] = {key: values[i : i + 1] for key, values in whole.items()}
-            marked.append(b"data: " + json.dumps(chunk).encode() + b"\n\n")
-        return [*marked, events[-1]]
+        whole = sglang_answer(request, body)
+        logprobs = whole["choices"][0].get("logprobs")
+        *events, done = events_of(request, body)
+        chunks = [json.loads(event.removeprefix(b"data: ")) | {"id": whole["id"]} for event in events]
+        for i, chunk in enumerate(chunks):
+            for choice in chunk["choices"] if logprobs else ():
+                choice["logprobs"] = {key: values[i : i + 1] for key, values in logprobs.items()}
+        return [b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks] + [done]
     whole = sglang_answer(request, body)
     words = whole["text"].split(" ")[:-1]
     chunks = [whole | {"text": " ".join(words[: i + 1]) + " "} for i in range(len(words))]

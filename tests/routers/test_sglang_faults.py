@@ -153,6 +153,14 @@ async def test_a_refusal_of_either_passes_unchanged_and_ends_the_other(site: Sit
     assert len(site.prefill[0].requests) == len(site.decode[0].requests) == 1
 
 
+@pytest.mark.parametrize(
+    "raw", [b'{"object":"error","message":"too slow"}', b'{"error":{"message":"too slow"}}']
+)
+async def test_a_failure_is_quoted_in_either_of_sglang_s_shapes(site: Site, raw: bytes) -> None:
+    site.prefill[0].default = answer_with_status(500, raw)
+    assert await message_of(await site.complete()) == "a prefill server answered 500: too slow"
+
+
 def answer_with_status(code: int, raw: bytes):
     async def behave(server, request, body):
         from aiohttp import web
