@@ -70,7 +70,7 @@ class Proxy:
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """POST of a request for an answer."""
-        return await Visit(request, self.config, self.metrics, self.drain, self.handoff).run()
+        return await Visit(request, self.config, self.metrics, self.drain, self.handoff()).run()
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         """GET /v1/models, from a decode server."""

@@ -20,6 +20,10 @@ class Misfit(Exception):
     """A healthy server that requests cannot be sent to; the message says which and why."""
 
 
+class NotReady(Exception):
+    """A server that cannot say yet what it is."""
+
+
 class ServerInfo(msgspec.Struct):
     """What SGLang's ``/server_info`` says of its part in a hand-off."""
 
@@ -35,6 +39,7 @@ class Deployment:
         self.engine = self._told
         self._ports = config.bootstrap_ports
         self._misfits: dict[Server, str] = {}
+        self._started = False
 
     def check_start(self) -> None:
         """Refuse to start in front of servers that are up and do not fit.
@@ -44,6 +49,7 @@ class Deployment:
         """
         for misfit in self._misfits.values():
             raise ConfigError(misfit)
+        self._started = True
 
     async def admit(
         self, session: aiohttp.ClientSession, server: Server, timeout: aiohttp.ClientTimeout
@@ -52,12 +58,12 @@ class Deployment:
 
         Raises:
             Misfit: it does not.
-            aiohttp.ClientError, TimeoutError: it could not be asked.
+            NotReady, aiohttp.ClientError, TimeoutError: it did not say.
         """
         try:
             await self._look_at(session, server, timeout)
         except Misfit as misfit:
-            if self._misfits.get(server) != str(misfit):
+            if self._started and self._misfits.get(server) != str(misfit):
                 log.warning("%s", misfit)
             self._misfits[server] = str(misfit)
             raise
@@ -105,7 +111,7 @@ class Deployment:
                     f"{server.url} does not say what it is without a key: give --engine vllm or sglang"
                 )
             if response.status >= 500:
-                response.raise_for_status()
+                raise NotReady(f"{SERVER_INFO_PATH} answered {response.status}")
             if response.status != 200:
                 return None
             try:

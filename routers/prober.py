@@ -10,7 +10,7 @@ from contextlib import suppress
 import aiohttp
 
 from penstock.routers.config import ProxyConfig
-from penstock.routers.discovery import Deployment, Misfit
+from penstock.routers.discovery import Deployment, Misfit, NotReady
 from penstock.routers.pool import Server
 
 log = logging.getLogger("penstock.proxy")
@@ -30,8 +30,8 @@ async def probe(
         if not server.healthy:
             await deployment.admit(session, server, timeout)
         server.mark_up()
-    except Misfit as misfit:
-        server.probe_failed(str(misfit))
+    except (Misfit, NotReady) as reason:
+        server.probe_failed(str(reason))
     except aiohttp.ClientConnectorError as error:
         server.probe_failed(f"no connection: {error.strerror or type(error).__name__}")
         server.healthy = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from aiohttp import web
@@ -37,7 +36,7 @@ class Visit:
         config: ProxyConfig,
         metrics: Metrics,
         drain: Drain,
-        handoff: Callable[[], Handoff | None],
+        handoff: Handoff | None,
     ) -> None:
         self._request = request
         self._config = config
@@ -112,7 +111,7 @@ class Visit:
             raise ProxyError(400, f"the body cannot be read: {error}") from None
 
     async def _pass_on(self, body: Body, task: asyncio.Task[object]) -> web.StreamResponse:
-        handoff = self._handoff()
+        handoff = self._handoff
         if handoff is None:
             raise no_server("prefill")
         path = self._request.path

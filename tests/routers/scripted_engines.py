@@ -288,7 +288,8 @@ async def running_site(
     servers = site.prefill + site.decode
     for server in servers:
         await server.start()
-    settings = {"backoff_base_s": 0.01, "backoff_max_s": 0.05, "connect_timeout_s": 2.0, **config}
+    fast = {"backoff_base_s": 0.01, "backoff_max_s": 0.05, "connect_timeout_s": 2.0}
+    settings = {**fast, "probe_timeout_s": PATIENCE_S, **config}
     app = make_app(
         ProxyConfig(
             prefill=tuple(s.url for s in site.prefill), decode=tuple(s.url for s in site.decode), **settings

@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator
 
 import pytest
-from scripted_engines import Body, EngineServer, Site, completion, eventually, hang, stream_then
+from scripted_engines import PATIENCE_S, Body, EngineServer, Site, completion, eventually, hang, stream_then
 from scripted_sglang import generation, rooms_of, sglang_site
 
 
@@ -197,7 +197,7 @@ async def test_an_answer_waits_for_no_prefill_that_has_been_read(site: Site) -> 
 
 
 async def test_two_hundred_at_once_meet_each_in_a_room_of_its_own() -> None:
-    async with sglang_site(prefill=3, decode=3) as site:
+    async with sglang_site(prefill=3, decode=3, connect_timeout_s=PATIENCE_S) as site:
         for server in site.decode:
             server.default = hang
         asking = asyncio.gather(*(ask(site, prompt=f"p{i}", seed=i, stream=i % 2 == 0) for i in range(200)))
