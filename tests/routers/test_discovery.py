@@ -14,6 +14,8 @@ from scripted_sglang import SglangServer, generation, sglang_site
 from penstock.routers.app import make_app
 from penstock.routers.cli import proxy
 from penstock.routers.config import ConfigError, ProxyConfig, split_prefill
+from penstock.routers.pool import Server
+from penstock.routers.sglang_bodies import meeting
 
 A, B, C = "http://10.0.0.1:8000", "http://10.0.0.2:8000", "http://[::1]:8000"
 
@@ -174,9 +176,6 @@ class Down(EngineServer):
 
 
 async def test_an_ipv6_host_is_written_in_brackets() -> None:
-    from penstock.routers.pool import Server
-    from penstock.routers.sglang_bodies import meeting
-
     body = meeting(completion(), Server("prefill", C, bootstrap_port=7), 3)
     assert (body["bootstrap_host"], body["bootstrap_port"], body["bootstrap_room"]) == ("[::1]", 7, 3)
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
+from aiohttp import web
 from scripted_engines import (
     Site,
     answer_with,
@@ -163,8 +164,6 @@ async def test_a_failure_is_quoted_in_either_of_sglang_s_shapes(site: Site, raw:
 
 def answer_with_status(code: int, raw: bytes):
     async def behave(server, request, body):
-        from aiohttp import web
-
         return web.Response(status=code, body=raw, content_type="application/json")
 
     return behave
