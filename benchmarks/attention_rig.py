@@ -22,26 +22,29 @@ class Shape:
 
 
 class AttentionRig:
-    """A layer with ``backend`` (``CPU_ATTN`` or ``CUSTOM``), fed block tables by hand; requests may have
-    ``drafts`` besides a step's own row."""
+    """A layer with ``backend`` (``CPU_ATTN`` or ``CUSTOM``), fed block tables by hand; ``settings`` are those
+    of the ``section`` of ``penstock`` in ``additional_config``. Requests may have ``drafts`` besides a step's
+    own row."""
 
     def __init__(
         self,
         model: str,
         shape: Shape,
         backend: str,
-        sparse: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
         layer: int = 5,
         drafts: int = 0,
+        section: str = "sparse_attention",
         **arguments: Any,
     ) -> None:
         from vllm.config import set_current_vllm_config
         from vllm.engine.arg_utils import EngineArgs
         from vllm.model_executor.layers.attention import Attention
+        from vllm.v1.attention import selector
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
         drafting = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2}
-        additional = {"penstock": {"sparse_attention": sparse}} if sparse else {}
+        additional = {"penstock": {section: settings}} if settings is not None else {}
         names: dict[torch.dtype, Any] = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
         config = EngineArgs(
             model=model,
@@ -54,6 +57,8 @@ class AttentionRig:
         ).create_engine_config()
         self.shape = shape
         name = f"model.layers.{layer}.self_attn.attn"
+        # vLLM looks a backend up once in a process, which has one engine.
+        selector._cached_get_attn_backend.cache_clear()
         with set_current_vllm_config(config):
             self.layer = Attention(
                 shape.heads, shape.head_size, shape.head_size**-0.5, shape.kv_heads, prefix=name, **arguments

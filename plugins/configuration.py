@@ -11,6 +11,7 @@ import msgspec
 import msgspec.inspect
 
 from penstock.connectors.config import FlowKVConfig
+from penstock.kernels.shared_prefix.config import SharedPrefixConfig
 from penstock.kernels.sparse.serving import ServingConfig
 from penstock.schedulers.config import SchedulerConfig
 from penstock.schedulers.suffix.config import SuffixConfig
@@ -19,7 +20,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 NAMESPACE = "penstock"
 SECRETS = frozenset({"shared_key", "clients"})
-SECTIONS = ("flowkv", "scheduler", "suffix", "sparse_attention")
+SECTIONS = ("flowkv", "scheduler", "suffix", "sparse_attention", "shared_prefix_attention")
 
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.(?P<path>[^`]*)`)?$", re.DOTALL)
 
@@ -77,6 +78,22 @@ def sparse_config(
     ours = section(additional_config, "sparse_attention")
     merged = merge("sparse_attention", {"additional_config": ours, "--sparse-attention": flags or {}})
     return convert("sparse_attention", merged, ServingConfig)
+
+
+def shared_prefix_config(
+    additional_config: Mapping[str, Any] | None, flags: Mapping[str, Any] | None = None
+) -> SharedPrefixConfig:
+    """The configuration of shared prefixes from ``--additional-config`` (under
+    ``penstock.shared_prefix_attention``) and from flags. The two merge; a key that both give must have one
+    value.
+
+    Raises:
+        ConfigurationError: a contradiction, an unknown key, a wrong type or an impossible value.
+    """
+    name = "shared_prefix_attention"
+    ours = section(additional_config, name)
+    merged = merge(name, {"additional_config": ours, "--shared-prefix-attention": flags or {}})
+    return convert(name, merged, SharedPrefixConfig)
 
 
 def section(additional_config: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:

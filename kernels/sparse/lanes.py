@@ -98,7 +98,7 @@ def _pack_four(digits: Any, words: Any) -> None:
                     words[step, CHANNELS * g + j] = digits[g, CHANNELS * step + j]
 
 
-class _Lanes:
+class Lanes:
     """Builds instructions on vectors of ``lanes`` 32-bit numbers."""
 
     def __init__(self, builder: Any, lanes: int) -> None:
@@ -163,7 +163,7 @@ class _Lanes:
         return b.select(b.fcmp_ordered("<", rooms, self.constant(0.0)), self.constant(float(NOTHING)), above)
 
 
-def _build_scores(builder: Any, lanes: _Lanes, views: list[Any], places: Sequence[Any]) -> None:
+def _build_scores(builder: Any, lanes: Lanes, views: list[Any], places: Sequence[Any]) -> None:
     """The body of ``lane_scores``."""
     b, index = builder, ir.IntType(64)
     codes, facts, words, offsets, units, lengths, scores, peaks = views
@@ -214,7 +214,7 @@ def _lane_scores(lanes: int) -> Any:
                 for kind, value in zip(signature.args[:8], values[:8], strict=True)
             ]
             inner = cgutils.unpack_tuple(builder, values[8], 5)
-            _build_scores(builder, _Lanes(builder, lanes), views, inner)
+            _build_scores(builder, Lanes(builder, lanes), views, inner)
             return context.get_dummy_value()
 
         return types.void(codes, facts, words, offsets, units, lengths, scores, peaks, where), generate
@@ -227,7 +227,7 @@ def _lane_sum(lanes: int) -> Any:
     def function(_typing: Any, row: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             view = context.make_array(signature.args[0])(context, builder, values[0])
-            vectors = _Lanes(builder, lanes)
+            vectors = Lanes(builder, lanes)
             row = vectors.load(view.data, vectors.floats)
             name = f"llvm.vector.reduce.fadd.v{lanes}f32"
             return vectors.call(name, FLOAT, FLOAT(-0.0), row, fast=("reassoc",))

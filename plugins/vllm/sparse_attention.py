@@ -1,4 +1,4 @@
-"""Where vLLM's registry finds the backend ``CUSTOM``, and how Python code asks for it.
+"""What ``CUSTOM`` stands for under sparse attention (``custom_backend``), and how Python code asks for it.
 
 Looking the class up is what asking for sparse attention means, as it is for FlowKV (``flowkv``).
 """
@@ -6,8 +6,6 @@ Looking the class up is what asking for sparse attention means, as it is for Flo
 from __future__ import annotations
 
 from typing import Any
-
-BACKEND = "penstock.plugins.vllm.sparse_attention.SparseBackend"
 
 
 def enable() -> None:

@@ -43,7 +43,7 @@ def join(namespace: Namespace) -> None:
     if selector is None and "sparse_attention" not in additional.get(NAMESPACE, {}):
         return
     config = sparse_config(additional, {} if selector is None else {"selector": selector})
-    _check_backend(namespace)
+    check_backend(namespace, FLAG)
     from penstock.plugins.vllm.sparse_attention import enable
 
     enable()
@@ -51,11 +51,16 @@ def join(namespace: Namespace) -> None:
     namespace.additional_config = _with_selector(additional, ours, config)
 
 
-def _check_backend(namespace: Namespace) -> None:
+def check_backend(namespace: Namespace, flag: str) -> None:
+    """Refuse another backend beside ``flag``.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
     given = getattr(namespace, "attention_backend", None)
     name = getattr(given, "name", given)
     if name is not None and name.upper() != BACKEND:
-        raise ConfigurationError(f"{FLAG} contradicts --attention-backend {name}; give one of them")
+        raise ConfigurationError(f"{flag} contradicts --attention-backend {name}; give one of them")
 
 
 def _with_selector(

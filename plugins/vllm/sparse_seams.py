@@ -1,4 +1,4 @@
-"""The upstream names that sparse attention stands on."""
+"""The upstream names that sparse attention and shared prefixes stand on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ _REGISTRY = (
     *read("vllm.v1.attention.backends.registry:AttentionBackendEnum", "CUSTOM"),
     *read("vllm.config.vllm:VllmConfig", "additional_config"),
 )
+
+CONFIGURATION = (Seam("vllm.config.vllm:get_current_vllm_config_or_none", Use.CALL, "()"),)
+"""How the class that is looked up for ``CUSTOM`` learns which feature is asked for."""
 
 CPU_ATTENTION = (
     *override(f"{_CPU}:CPUAttentionBackend", get_name="()", get_impl_cls="()", get_builder_cls="()"),
