@@ -91,6 +91,10 @@ class AttentionRig:
         self.impl.do_kv_cache_update(self.layer, keys, values, self.cache, slots)
 
     def metadata(self, tables: Sequence[Sequence[int]], tokens: Sequence[int], rows: Sequence[int]) -> Any:
+        """The backend's description of a step (``common``)."""
+        return self.builder.build(0, self.common(tables, tokens, rows))
+
+    def common(self, tables: Sequence[Sequence[int]], tokens: Sequence[int], rows: Sequence[int]) -> Any:
         """A step in which request ``r`` has ``tokens[r]`` tokens, the last ``rows[r]`` of them queries."""
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -102,7 +106,7 @@ class AttentionRig:
             self._slots(blocks, torch.arange(count - row, count))
             for blocks, count, row in zip(tables, tokens, rows, strict=True)
         ]
-        common = CommonAttentionMetadata(
+        return CommonAttentionMetadata(
             query_start_loc=starts,
             query_start_loc_cpu=starts,
             seq_lens=torch.tensor(tokens, dtype=torch.int32),
@@ -113,7 +117,6 @@ class AttentionRig:
             block_table_tensor=table,
             slot_mapping=torch.cat(slots),
         )
-        return self.builder.build(0, common)
 
     def attend(self, queries: torch.Tensor, metadata: Any) -> torch.Tensor:
         """Output [T, Hq, D] for ``queries`` [T, Hq, D]; keys of the queries must have been written."""

@@ -16,6 +16,7 @@ BENCHES = {
     "sglang-flowkv": "penstock.benchmarks.sglang_flowkv:bench",
     "sglang-sparse": "penstock.benchmarks.sglang_sparse:bench",
     "sglang-suffix": "penstock.benchmarks.sglang_suffix:bench",
+    "shared-prefix": "penstock.benchmarks.shared_prefix:bench",
     "slo": "penstock.benchmarks.slo:bench",
     "slo-replan": "penstock.benchmarks.slo_replan:bench",
     "sparse": "penstock.benchmarks.sparse:bench",

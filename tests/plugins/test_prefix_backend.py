@@ -149,9 +149,7 @@ def test_layers_that_kernels_do_not_serve_are_stocks_and_named(caplog):
     stock = AttentionRig(model, SHAPE, "CPU_ATTN", per_layer_sliding_window=256)
     windowed.cache = stock.cache.normal_()
     queries = torch.randn(4, *stock.query_shape)
-    assert torch.equal(
-        attended(windowed, queries, SHARED, TOKENS), attended(stock, queries, SHARED, TOKENS)
-    )
+    assert torch.equal(attended(windowed, queries, SHARED, TOKENS), attended(stock, queries, SHARED, TOKENS))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +165,9 @@ def test_what_compiled_kernels_do_not_read_is_refused(given, isa, message, monke
     from penstock.plugins.vllm import prefix_worker
 
     lies_plain = prefix_worker._lies_plain
-    monkeypatch.setattr(prefix_worker, "_lies_plain", lambda isa, *rest: isa == "vec" and lies_plain(isa, *rest))
+    monkeypatch.setattr(
+        prefix_worker, "_lies_plain", lambda isa, *rest: isa == "vec" and lies_plain(isa, *rest)
+    )
     spec = {"dtype": torch.bfloat16, "head_size": 64, "block_size": 32, "num_kv_heads": 2, **given}
     with pytest.raises(ConfigurationError, match=message):
         prefix_worker.check(SimpleNamespace(**spec), isa)
