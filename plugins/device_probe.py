@@ -1,5 +1,5 @@
-"""Which kernel would do sparse decode here, printed as JSON: asked in a process of its own, since it imports
-torch."""
+"""Which kernels would do sparse decode, and read shared prefixes once, here; printed as JSON by a process of its own,
+since it imports torch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ import sys
 
 import msgspec
 
-from penstock.kernels.decode_paths import Choice, Device, Task, choose_path, device_here
+from penstock.kernels import decode_paths
+from penstock.kernels.decode_paths import Device, Task, choose_path, device_here
+from penstock.kernels.numba_support import HAS_NUMBA
+from penstock.kernels.shared_prefix import paths
+from penstock.kernels.shared_prefix.paths import choose_prefix_path
 
 
 class Decode(msgspec.Struct, frozen=True):
-    """The GPU of this machine, or None, and the choice for a layer in the shape of Llama 3.1 8B."""
+    """The GPU of this machine, or None, and the choices for a layer in the shape of Llama 3.1 8B."""
 
     device: Device | None
-    choice: Choice
+    choice: decode_paths.Choice
+    prefix: paths.Choice
 
 
 def main() -> None:
     """Look, and print."""
     device = device_here()
-    sys.stdout.buffer.write(msgspec.json.encode(Decode(device, choose_path(device, Task()))))
+    found = Decode(device, choose_path(device, Task()), choose_prefix_path(device, numba=HAS_NUMBA))
+    sys.stdout.buffer.write(msgspec.json.encode(found))
 
 
 if __name__ == "__main__":

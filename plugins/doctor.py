@@ -19,6 +19,7 @@ from penstock.plugins.doctor_report import (
     Examiner,
     FeatureReport,
     PackageReport,
+    PrefixReport,
     Report,
     TransportReport,
 )
@@ -76,7 +77,9 @@ def probe_decode(timeout_s: float = PROBE_TIMEOUT_S) -> DecodeReport | None:
     found = msgspec.json.decode(done.stdout, type=Decode)
     choice = found.choice
     name = "no GPU" if found.device is None else found.device.name
-    return DecodeReport(name, choice.path or "dense", choice.reason, choice.refused)
+    prefix = found.prefix
+    shared = PrefixReport(prefix.path or "stock", prefix.reason, prefix.refused)
+    return DecodeReport(name, choice.path or "dense", choice.reason, choice.refused, shared)
 
 
 def examiner(engine: str | None = None) -> Examiner:
@@ -159,6 +162,11 @@ def _decode(decode: DecodeReport, *, verbose: bool) -> Iterator[str]:
     yield f"  {decode.device:<20}{decode.path:<9}{decode.reason}"
     if verbose:
         yield from (f"    not {path}: {reason}" for path, reason in decode.refused.items())
+    if (prefix := decode.prefix) is not None:
+        yield "\nkernel for shared prefixes"
+        yield f"  {decode.device:<20}{prefix.path:<9}{prefix.reason}"
+        if verbose:
+            yield from (f"    not {path}: {reason}" for path, reason in prefix.refused.items())
 
 
 def _transport(transport: TransportReport) -> Iterator[str]:

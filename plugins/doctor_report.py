@@ -84,14 +84,24 @@ class PackageReport(msgspec.Struct, frozen=True):
     version: str
 
 
+class PrefixReport(msgspec.Struct, frozen=True):
+    """What kernel reads a shared prefix once: the ``path`` (``stock`` for none), why, and why not the
+    others."""
+
+    path: str
+    reason: str
+    refused: dict[str, str] = {}
+
+
 class DecodeReport(msgspec.Struct, frozen=True):
     """What kernel does sparse decode: the ``device``, ``path`` (``dense`` for none), why, and why not the
-    others."""
+    others; and which one reads shared prefixes once there."""
 
     device: str
     path: str
     reason: str
     refused: dict[str, str] = {}
+    prefix: PrefixReport | None = None
 
 
 class Problem(msgspec.Struct, frozen=True):

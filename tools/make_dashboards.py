@@ -322,7 +322,37 @@ SPARSE_ATTENTION = Dashboard(
     ],
 )
 
-DASHBOARDS = (FLOWKV, REQUESTS, SLO, SPECULATION, SPARSE_ATTENTION)
+PREFIX = "penstock_shared_prefix_"
+
+SHARED_PREFIXES = Dashboard(
+    "shared-prefixes",
+    "Penstock: shared prefixes",
+    PREFIX + "steps",
+    [
+        Panel(
+            "Blocks read",
+            "percentunit",
+            [(share(PREFIX + "blocks_read", PREFIX + "blocks", "engine"), "{{engine}}")],
+            "Of those that requests have, a shared one once, in steps that shared.",
+        ),
+        Panel(
+            "Runs a step",
+            "short",
+            [(share(PREFIX + "runs", PREFIX + "steps", "engine"), "{{engine}}")],
+            "Of blocks that are read once for several requests.",
+        ),
+        totals("Decode steps", "cps", "steps", "stock_steps", of=PREFIX),
+        Panel("Searches for shared blocks", "cps", [(growth(PREFIX + "searches", "engine"), "{{engine}}")]),
+        Panel(
+            "Time spent planning",
+            "percentunit",
+            [(growth(PREFIX + "planning_seconds", "engine"), "{{engine}}")],
+            "Of all time.",
+        ),
+    ],
+)
+
+DASHBOARDS = (FLOWKV, REQUESTS, SLO, SPECULATION, SPARSE_ATTENTION, SHARED_PREFIXES)
 
 
 def as_json(board: Dashboard) -> str:

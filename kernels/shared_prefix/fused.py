@@ -13,7 +13,15 @@ from numba import types
 from numba.extending import overload
 
 from penstock.kernels.numba_support import compiled
-from penstock.kernels.shared_prefix.products import LANES, LEAST_ROWS, add_product, bring
+from penstock.kernels.shared_prefix.products import (
+    COLUMNS,
+    LANES,
+    LEAST_ROWS,
+    add_product,
+    bring,
+    peak_of,
+    sum_of,
+)
 from penstock.kernels.sparse.compiled_math import F32, NOTHING, exp, log, prefetch, widen
 
 TILE = 32
@@ -166,28 +174,28 @@ def _widen_values(
 def _weigh(scores: Any, number: Any, rows: Any, peaks: Any, weights: Any, sums: Any) -> None:
     """Turn scores of a tile into weights beside the largest score so far, by which what was added before is
     made smaller; those beyond ``number`` are 0."""
+    if number < TILE:
+        scores[:rows, number:] = NOTHING
     for r in range(rows):
         peak = peaks[r]
-        if number == TILE:
-            for n in range(TILE):
-                peak = scores[r, n] if scores[r, n] > peak else peak
-        else:
-            for n in range(number):
-                peak = scores[r, n] if scores[r, n] > peak else peak
+        for first in range(0, TILE, COLUMNS):
+            highest = peak_of(scores, r * TILE + first)
+            peak = highest if highest > peak else peak
         if peak > peaks[r]:
             smaller = exp(peaks[r] - peak)
             weights[r] *= smaller
             for d in range(sums.shape[1]):
                 sums[r, d] *= smaller
             peaks[r] = peak
-        whole = F32(0)
+    for r in range(rows):
+        peak = peaks[r]
         for n in range(TILE):
             scores[r, n] = exp(scores[r, n] - peak)
-        for n in range(number, TILE):
-            scores[r, n] = F32(0)
-        for n in range(TILE):
-            whole += scores[r, n]
-        weights[r] += whole
+    if number < TILE:
+        scores[:rows, number:] = F32(0)
+    for r in range(rows):
+        for first in range(0, TILE, COLUMNS):
+            weights[r] += sum_of(scores, r * TILE + first)
 
 
 def narrow(like: Any, x: Any) -> Any:

@@ -6,6 +6,7 @@ the result stays in registers while the common dimension passes by, as in any ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import binding, ir
@@ -14,7 +15,7 @@ from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from penstock.kernels.numba_support import compiled
-from penstock.kernels.sparse.lanes import Lanes
+from penstock.kernels.sparse.lanes import FLOAT, Lanes
 
 
 def _has_avx512() -> bool:
@@ -120,6 +121,36 @@ def bring(_typing: Any, result: Any, result_at: Any, source: Any, source_at: Any
         return context.get_dummy_value()
 
     return types.void(result, types.intp, source, types.intp), generate
+
+
+def _reduction(join: str, reduce: str, start: Sequence[Any] = ()) -> Any:
+    """An intrinsic that makes one number of ``COLUMNS`` elements of a contiguous float32 array, from the one
+    that is named on. A loop does so one element at a time, or with a vector's instructions for a few."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def function(_typing: Any, array: Any, first: Any) -> Any:  # noqa: ARG001
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            lanes = Lanes(builder, LANES)
+            data = context.make_array(signature.args[0])(context, builder, values[0]).data
+            low, high = (
+                lanes.load(builder.gep(data, [builder.add(values[1], ir.IntType(64)(at))]), lanes.floats)
+                for at in (0, LANES)
+            )
+            if join == "add":
+                both = builder.fadd(low, high)
+            else:
+                both = lanes.call(f"llvm.{join}.v{LANES}f32", lanes.floats, low, high)
+            name = f"llvm.vector.reduce.{reduce}.v{LANES}f32"
+            return lanes.call(name, FLOAT, *start, both, fast=("reassoc",))
+
+        return types.float32(array, types.intp), generate
+
+    return function
+
+
+peak_of = _reduction("maxnum", "fmax")
+"""The largest element, NaN left out unless there is nothing else."""
+sum_of = _reduction("add", "fadd", (FLOAT(-0.0),))
 
 
 _tall_wide, _tall_narrow = _block(ROWS, 2), _block(ROWS, 1)

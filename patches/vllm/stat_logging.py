@@ -58,6 +58,10 @@ def _replace(original: Any) -> Any:
                 from penstock.patches.sparse_gauges import sparse_gauges
 
                 sparse_gauges().show(payload["sparse"], str(engine_idx or 0))
+            if "shared_prefix" in payload:
+                from penstock.patches.shared_prefix_gauges import shared_prefix_gauges
+
+                shared_prefix_gauges().show(payload["shared_prefix"], str(engine_idx or 0))
         return original(
             self, scheduler_stats, iteration_stats, mm_cache_stats=mm_cache_stats, engine_idx=engine_idx
         )

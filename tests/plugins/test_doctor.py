@@ -15,6 +15,7 @@ from penstock.plugins import doctor as command
 from penstock.plugins.doctor_report import (
     DecodeReport,
     EngineReport,
+    PrefixReport,
     Problem,
     Report,
     TransportReport,
@@ -27,7 +28,13 @@ from penstock.plugins.vllm.examination import VllmExaminer, declared_layouts, mi
 
 WORKING = TransportReport(name="nixl", version="1.5.1", available=True, plugins=("UCX",), devices=("tcp/lo",))
 
-ON_A_GPU = DecodeReport("H200", "triton", "gives the log-sum-exp", {"xqa": "FlashInfer is not installed"})
+ON_A_GPU = DecodeReport(
+    "H200",
+    "triton",
+    "gives the log-sum-exp",
+    {"xqa": "FlashInfer is not installed"},
+    PrefixReport("stock", "no backend for CUDA", {"compiled": "it is for CPUs"}),
+)
 
 
 class Examiner:
@@ -104,6 +111,11 @@ def test_the_kernel_for_sparse_decode_is_named_and_the_others_on_request(ask):
     assert "H200                triton   gives the log-sum-exp" in ask(FINE).output
     assert "FlashInfer is not installed" not in ask(FINE).output
     assert "not xqa: FlashInfer is not installed" in ask(FINE, "-v").output
+
+
+def test_the_kernel_for_shared_prefixes_is_named_and_the_others_on_request(ask):
+    assert "H200                stock    no backend for CUDA" in ask(FINE).output
+    assert "not compiled: it is for CPUs" in ask(FINE, "-v").output
 
 
 def test_a_device_probe_that_crashes_is_reported(monkeypatch, tmp_path):

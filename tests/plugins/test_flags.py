@@ -380,3 +380,52 @@ def test_what_contradicts_sparse_attention_is_refused(refuse, arguments, message
 def test_an_unknown_selector_is_refused_with_the_known_ones(refuse):
     line = refuse("--sparse-attention", "magic")
     assert "sparse_attention.selector: given 'magic', allowed: tactic" in line
+
+
+def test_shared_prefixes_are_a_backend_and_a_section(parser):
+    section = {"penstock": {"shared_prefix_attention": {"least_blocks": 4}}}
+    for arguments in (["--shared-prefix-attention", "cascade"], []):
+        namespace = parser.parse_args(["serve", "m", *arguments, "--additional-config", json.dumps(section)])
+        assert namespace.attention_backend == "CUSTOM"
+        ours = namespace.additional_config["penstock"]["shared_prefix_attention"]
+        assert ours == {"least_blocks": 4, "method": "cascade"}
+    assert "shared-prefix-attention" in os.environ[features.ASKED_FOR].split(",")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--attention-backend", "CPU_ATTN"],
+            "--shared-prefix-attention contradicts --attention-backend CPU_ATTN",
+        ),
+        (["--sparse-attention", "tactic"], "both choose what a decode step reads; give one of them"),
+        (
+            ["--additional-config", '{"penstock": {"sparse_attention": {}}}'],
+            "both choose what a decode step reads; give one of them",
+        ),
+        (
+            ["--additional-config", '{"penstock": {"shared_prefix_attention": {"least_requests": 1}}}'],
+            "shared_prefix_attention.least_requests: given 1, allowed:",
+        ),
+        (
+            ["--additional-config", '{"penstock": {"shared_prefix_attention": {"levels": 2}}}'],
+            "shared_prefix_attention.levels: unknown key",
+        ),
+    ],
+)
+def test_what_contradicts_shared_prefixes_is_refused(refuse, arguments, message):
+    assert message in refuse("--shared-prefix-attention", "cascade", *arguments)
+
+
+def test_an_unknown_method_for_shared_prefixes_is_refused_with_the_known_ones(refuse):
+    line = refuse("--shared-prefix-attention", "tree")
+    assert "shared_prefix_attention.method: given 'tree', allowed: cascade" in line
+
+
+def test_shared_prefixes_are_refused_where_vllm_is_not_for_cpus(refuse, monkeypatch):
+    from penstock.plugins.vllm import shared_prefix
+
+    monkeypatch.setattr(shared_prefix, "is_cpu_build", lambda: False)
+    line = refuse("--shared-prefix-attention", "cascade")
+    assert "shared prefixes: given a vLLM that is not for CPUs, allowed: vLLM for CPUs" in line

@@ -13,7 +13,13 @@ from penstock.plugins.doctor_report import examine
 from penstock.plugins.seams import State, Use, check
 from penstock.plugins.signatures import Definition
 from penstock.plugins.trees import SourceTree, installed_tree
-from penstock.plugins.vllm.features import DRAFT_CONTROL, FEATURES, REQUEST_SCHEDULER, SPARSE_ATTENTION
+from penstock.plugins.vllm.features import (
+    DRAFT_CONTROL,
+    FEATURES,
+    REQUEST_SCHEDULER,
+    SHARED_PREFIX_ATTENTION,
+    SPARSE_ATTENTION,
+)
 from penstock.plugins.vllm.flowkv_seams import CONNECTOR
 from penstock.plugins.vllm.sparse_seams import GPU_ATTENTION
 
@@ -89,6 +95,9 @@ def methods_of(module: str, name: str) -> set[str]:
         (REQUEST_SCHEDULER, "request_scheduler", "RequestScheduling", SCHEDULER),
         (REQUEST_SCHEDULER, "request_queue", "OrderedQueue", "vllm.v1.core.sched.request_queue:RequestQueue"),
         (DRAFT_CONTROL, "draft_control", "DraftControlling", SCHEDULER),
+        (SHARED_PREFIX_ATTENTION, "prefix_backend", "PrefixCPUBackend", f"{CPU_ATTENTION}Backend"),
+        (SHARED_PREFIX_ATTENTION, "prefix_backend", "PrefixCPUImpl", f"{CPU_ATTENTION}BackendImpl"),
+        (SHARED_PREFIX_ATTENTION, "prefix_backend", "PrefixCPUBuilder", f"{CPU_ATTENTION}MetadataBuilder"),
         (SPARSE_ATTENTION, "sparse_backend", "SparseCPUBackend", f"{CPU_ATTENTION}Backend"),
         (SPARSE_ATTENTION, "sparse_backend", "SparseCPUImpl", f"{CPU_ATTENTION}BackendImpl"),
         (SPARSE_ATTENTION, "sparse_backend", "SparseCPUBuilder", f"{CPU_ATTENTION}MetadataBuilder"),
