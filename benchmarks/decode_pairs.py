@@ -13,7 +13,7 @@ from typing import Self
 
 import msgspec
 
-from penstock.benchmarks.asks import Ask, AskError, ask_all
+from penstock.benchmarks.asks import Ask, AskError, ask_all, ask_together
 from penstock.benchmarks.processes import Server
 
 CHUNK = 4096
@@ -25,7 +25,7 @@ SURE = 0.95
 
 
 class Decoded(msgspec.Struct, frozen=True):
-    """One request whose context was cached."""
+    """One request whose context was cached, or its samples together."""
 
     tokens_s: float
     """By the time in which the server had its turn."""
@@ -62,9 +62,10 @@ def cache_context(server: Server, model: str, context: Sequence[int], begin: int
 
 
 def decode_in_turns(
-    servers: Sequence[Server], model: str, prompt: Sequence[int], tokens: int
+    servers: Sequence[Server], model: str, prompt: Sequence[int], tokens: int, samples: int = 1
 ) -> list[Decoded]:
-    """Have each server decode ``tokens`` after a prompt of which all whole blocks are cached.
+    """Have each server decode ``tokens`` after a prompt of which all whole blocks are cached, ``samples``
+    times at once.
 
     Servers take turns of ``TURN_S`` and stand still out of turn, so that whatever else the machine does falls
     on all alike, however fast it changes.
@@ -79,7 +80,10 @@ def decode_in_turns(
         for server in servers:
             stack.callback(server.resume)
             server.pause()
-        answers = [pool.submit(ask_all, server.url, model, [ask]) for server in servers]
+        answers = [
+            pool.submit(ask_together, server.url, model, [ask] * samples, at_once=samples)
+            for server in servers
+        ]
         while not all(answer.done() for answer in answers):
             for number, (server, answer) in enumerate(zip(servers, answers, strict=True)):
                 if not answer.done():
@@ -89,11 +93,12 @@ def decode_in_turns(
                     server.pause()
                     had[number] += time.perf_counter() - began
         for server, answer in zip(servers, answers, strict=True):
-            came = len(answer.result()[0].token_ids)
-            if came != tokens:
-                raise AskError(f"{server.url}: {ask.name}: {came} tokens came of {tokens}")
+            for one in answer.result():
+                if len(one.token_ids) != tokens:
+                    raise AskError(f"{server.url}: {ask.name}: {len(one.token_ids)} tokens came of {tokens}")
     cpu = [engine_cpu_s(server.pid) - before for server, before in zip(servers, cpu, strict=True)]
-    return [Decoded(tokens / s, 1e3 * used / tokens) for s, used in zip(had, cpu, strict=True)]
+    every = samples * tokens
+    return [Decoded(every / s, 1e3 * used / every) for s, used in zip(had, cpu, strict=True)]
 
 
 def engine_cpu_s(leader: int) -> float:

@@ -1,5 +1,7 @@
-"""Which kernels would do sparse decode, and read shared prefixes once, here; printed as JSON by a process of its own,
-since it imports torch."""
+"""Which kernels would do sparse decode here, and read shared prefixes once; printed as JSON.
+
+Asked in a process of its own, since it imports torch.
+"""
 
 from __future__ import annotations
 
