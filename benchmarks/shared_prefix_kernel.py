@@ -97,7 +97,7 @@ def cases(quick: bool) -> list[Case]:
         for tail in (64, 512)
     ]
     little = [(2, 128, 512), (8, 128, 512), (8, 0, 512), (64, 0, 64), (2, 0, 4096)]
-    return [Case(*shape, steps=9 if shape[0] * shape[1] < 500_000 else 5) for shape in (*shapes, *little)]
+    return [Case(*shape, steps=7 if shape[0] * shape[1] < 500_000 else 3) for shape in (*shapes, *little)]
 
 
 def measure(options: Options, tell: Tell) -> Finding:

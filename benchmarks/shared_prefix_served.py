@@ -1,4 +1,4 @@
-"""Tokens a second of stock ``vllm serve`` with and without shared prefixes read once, for samples of a prompt.
+"""Tokens a second of stock ``vllm serve`` for samples of one prompt, sharing it and not.
 
 Both servers run one model of random weights on one thread each. A prompt stands in both prefix caches; then
 as many requests as there are samples decode after it at once, and the servers take turns (``decode_pairs``).

@@ -1,5 +1,4 @@
-"""Shared prefixes on a real server, by the flag: tokens are a plain server's, under prefix caching, samples of one
-prompt, aborted requests and preemption."""
+"""Shared prefixes on a real server, by the flag: tokens are a plain one's, whatever happens to requests."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from penstock.plugins.vllm import flags, prefix_stats, sparse_blocks, sparse_mem
 from penstock.plugins.vllm.draft_seams import CONTROL, DRAFTER
 from penstock.plugins.vllm.flowkv_seams import ALLOCATION, CONNECTOR, GEOMETRY, REGISTRY, read
 from penstock.plugins.vllm.scheduler_seams import CACHE, PLANS, QUEUE, REQUESTS, SETTINGS, STEPS
-from penstock.plugins.vllm.sparse_seams import BLOCKS, CONFIGURATION, CPU_ATTENTION, GPU_ATTENTION, STATISTICS
+from penstock.plugins.vllm.sparse_seams import BLOCKS, CPU_ATTENTION, GPU_ATTENTION, STATISTICS, STEP_SHAPE
 
 COMMAND_LINE = Feature(
     name="command-line",
@@ -93,7 +93,7 @@ SPARSE_ATTENTION = Feature(
 SHARED_PREFIX_ATTENTION = Feature(
     name="shared-prefix-attention",
     summary="decode steps read what several requests begin with once for all of them",
-    seams=(*CPU_ATTENTION, *CONFIGURATION, *STATISTICS),
+    seams=(*CPU_ATTENTION, *STEP_SHAPE, *STATISTICS),
     patches=(cpu_backend.PATCH, *worker_stats.carrying(prefix_stats.collect), stat_logging.PATCH),
 )
 

@@ -13,10 +13,8 @@ _REGISTRY = (
     Seam("vllm.v1.attention.backends.registry:AttentionBackendEnum.is_overridden", Use.CALL, "(self)"),
     *read("vllm.v1.attention.backends.registry:AttentionBackendEnum", "CUSTOM"),
     *read("vllm.config.vllm:VllmConfig", "additional_config"),
+    Seam("vllm.config.vllm:get_current_vllm_config_or_none", Use.CALL, "()"),
 )
-
-CONFIGURATION = (Seam("vllm.config.vllm:get_current_vllm_config_or_none", Use.CALL, "()"),)
-"""How the class that is looked up for ``CUSTOM`` learns which feature is asked for."""
 
 CPU_ATTENTION = (
     *override(f"{_CPU}:CPUAttentionBackend", get_name="()", get_impl_cls="()", get_builder_cls="()"),
@@ -77,6 +75,9 @@ CPU_ATTENTION = (
     *_REGISTRY,
 )
 """The CPU backend that ours extends, and its kernels."""
+
+STEP_SHAPE = read(f"{_CPU}:CPUAttentionMetadataBuilder", "num_heads", "num_kv_heads")
+"""What shared prefixes need to know of a builder's layers besides."""
 
 _BASE = "vllm.v1.attention.backend"
 _STOCK = {"flash_attn": "FlashAttention", "triton_attn": "TritonAttention"}
