@@ -54,7 +54,6 @@ def attend(
     [M, H * G]; no token at all is 0 and -inf.
     """
     size = query.shape[2]
-    tokens = cache.shape[1] // (2 * size)
     most = 1
     for k in range(len(work)):
         most = max(most, (items[work[k, 0], 5] - items[work[k, 0], 4]) * group)
@@ -66,37 +65,45 @@ def attend(
     weights = np.empty(room, np.float32)
     keys = np.empty((size, TILE), np.float32)
     values = np.empty((TILE, size), np.float32)
+    scratch = rows, sums, scores, peaks, weights, keys, values
     for k in range(len(work)):
         item, head = work[k]
-        row, first, last, tail, begin, end = items[item]
+        begin, end = items[item, 4], items[item, 5]
         count = (end - begin) * group
         padded = (count + LEAST_ROWS - 1) // LEAST_ROWS * LEAST_ROWS
         _gather(query, members[begin:end], head, group, scale, rows)
         rows[count:padded] = F32(0)
-        sums[:padded] = F32(0)
-        weights[:padded] = F32(0)
-        peaks[:padded] = NOTHING
-        for page in range(first, last):
-            held = tail if page == last - 1 else tokens
-            here = table[row, page] * stride + head
-            following = table[row, page + 1] * stride + head if page < last - 1 else here
-            for start in range(0, held, TILE):
-                number = min(TILE, held - start, tokens - start)
-                ahead, there = (here, start + TILE) if start + TILE < held else (following, 0)
-                _widen_keys(cache, here, start, number, keys, ahead, there)
-                scores[:padded] = F32(0)
-                add_product(scores, rows, keys, padded)
-                _weigh(scores, number, padded, peaks, weights, sums)
-                _widen_values(cache, here, start, number, values, ahead, there)
-                add_product(sums, scores, values, padded)
-        for m in range(begin, end):
-            for g in range(group):
-                place = (m - begin) * group + g
-                whole = weights[place]
-                lse[m, head * group + g] = peaks[place] + log(whole) if whole != 0 else F32(-np.inf)
-                for d in range(size):
-                    value = sums[place, d] / whole if whole != 0 else F32(0)
-                    output[m, head * group + g, d] = value
+        _read(cache, stride, table, items[item], head, padded, scratch)
+        for row in range(count):
+            m, q = begin + row // group, head * group + row % group
+            whole = weights[row]
+            lse[m, q] = peaks[row] + log(whole) if whole != 0 else F32(-np.inf)
+            for d in range(size):
+                output[m, q, d] = sums[row, d] / whole if whole != 0 else F32(0)
+
+
+@compiled
+def _read(cache: Any, stride: Any, table: Any, item: Any, head: Any, padded: Any, scratch: Any) -> None:
+    """Leave the sums of an item for ``padded`` rows, their weights and largest scores in ``scratch``."""
+    rows, sums, scores, peaks, weights, keys, values = scratch
+    request, first, last, tail = item[0], item[1], item[2], item[3]
+    tokens = cache.shape[1] // (2 * rows.shape[1])
+    sums[:padded] = F32(0)
+    weights[:padded] = F32(0)
+    peaks[:padded] = NOTHING
+    for page in range(first, last):
+        held = tail if page == last - 1 else tokens
+        here = table[request, page] * stride + head
+        following = table[request, page + 1] * stride + head if page < last - 1 else here
+        for start in range(0, held, TILE):
+            number = min(TILE, held - start)
+            ahead, there = (here, start + TILE) if start + TILE < held else (following, 0)
+            _widen_keys(cache, here, start, number, keys, ahead, there)
+            scores[:padded] = F32(0)
+            add_product(scores, rows, keys, padded)
+            _weigh(scores, number, padded, peaks, weights, sums)
+            _widen_values(cache, here, start, number, values, ahead, there)
+            add_product(sums, scores, values, padded)
 
 
 @compiled
