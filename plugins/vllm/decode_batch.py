@@ -8,21 +8,29 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import TYPE_CHECKING
 
+from penstock.schedulers.slo.decodes import Columns, Decodes
 from penstock.schedulers.slo.requests import Running
+from penstock.schedulers.slo.targets import Pace
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
 class DecodeBatch:
-    """Requests in the order in which they run, their ids, the tokens that they computed so far, and their
-    records as the planner sees them.
+    """Requests in the order in which they run, the tokens that they computed so far, and what the planner
+    wants to know of them under a pace.
 
     Whoever gives one of them more to compute than its next token calls ``forget``; who ends, ``left``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pace: Pace) -> None:
+        self._decodes = Decodes(pace)
         self.forget()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Their ids."""
+        return self._decodes.names
 
     def is_all_of(self, running: list[Request]) -> bool:
         """Whether these run now, and nobody else."""
@@ -43,10 +51,9 @@ class DecodeBatch:
     def forget(self) -> None:
         """It is not known whether all that run decode."""
         self._requests: list[Request] = []
-        self._records: list[Running] = []
+        self._decodes.clear()
         self._steps = 0
         self._computed: int | None = None
-        self.names: tuple[str, ...] = ()
 
     def left(self, request: Request) -> None:
         """A request ended. The others stay as they are."""
@@ -54,8 +61,7 @@ class DecodeBatch:
             return
         place = self.names.index(request.request_id)
         del self._requests[place]
-        del self._records[place]
-        self.names = self.names[:place] + self.names[place + 1 :]
+        self._decodes.leave(place)
         if self._computed is not None:
             self._computed -= request.num_computed_tokens
 
@@ -68,27 +74,21 @@ class DecodeBatch:
             self._computed += len(self._requests)
         return self._computed
 
-    def records(self, output_s: float) -> list[Running]:
-        """The records of those who have a token to come, after the steps that gave each its next one; of
-        these the last one came back at ``output_s``."""
-        steps, self._steps = self._steps, 0
-        if steps:
-            for record in self._records:
-                record.tokens += steps
-                record.computed_tokens += steps
-                record.output_tokens += steps
-                record.last_token_s = output_s
-        return [one for one in self._records if one.output_tokens < one.max_output_tokens]
+    def columns(self, output_s: float) -> Columns:
+        """Those who have a token to come, after the steps that gave each its next one; of these the last one
+        came back at ``output_s``."""
+        self._count_steps(output_s)
+        return self._decodes.columns()
 
-    def join(self, others: list[Request], records: list[Running]) -> None:
-        """Those who run behind them decode, too. Their ``records`` are set back by the steps that those of
-        the first do not count yet."""
-        for record in records:
-            record.tokens -= self._steps
-            record.computed_tokens -= self._steps
-            record.output_tokens -= self._steps
+    def join(self, others: list[Request], records: list[Running], output_s: float) -> None:
+        """Those who run behind them decode, too; ``records`` say how far they are."""
+        self._count_steps(output_s)
         self._requests += others
-        self._records += records
-        self.names += tuple([request.request_id for request in others])
+        self._decodes.join(records)
         if self._computed is not None:
             self._computed += sum([request.num_computed_tokens for request in others])
+
+    def _count_steps(self, output_s: float) -> None:
+        if self._steps:
+            self._decodes.went_on(self._steps, output_s)
+            self._steps = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from penstock.plugins.vllm.request_queue import OrderedQueue
@@ -27,3 +27,10 @@ class PlannedQueue(OrderedQueue):
         """A request arrives."""
         self._planner.arrive(self._waiting_of(request))
         self._requests[request.request_id] = request
+
+    def remove_requests(self, requests: Iterable[Request]) -> None:
+        """Take out those of ``requests`` that wait here. One that was preempted with its last token in flight
+        ends first, and the planner has forgotten it then."""
+        for request in requests:
+            if self._requests.pop(request.request_id, None) is not None and request.request_id in self.order:
+                self.order.remove(request.request_id)

@@ -23,6 +23,7 @@ from penstock.plugins.vllm.draft_control import DraftControlling
 from penstock.plugins.vllm.slo_queue import PlannedQueue
 from penstock.plugins.vllm.slo_records import Records
 from penstock.plugins.vllm.slo_stats import SLOStats
+from penstock.schedulers.slo.decodes import RunningBatch
 from penstock.schedulers.slo.plan import PASSIVE, Plan
 from penstock.schedulers.slo.planner import Planner
 from penstock.schedulers.slo.requests import Limits, Running, Waiting
@@ -72,7 +73,7 @@ class SLOScheduling(DraftControlling):
             self.planner.drafts = self.drafts.drafts
         self.waiting = PlannedQueue(self.planner, self._job_of, self._cap_everybody)
         self.plan: Plan = PASSIVE
-        self._decoding = DecodeBatch()
+        self._decoding = DecodeBatch(self.planner.config.pace)
         self._steps = StepsInFlight()
         self._stats = SLOStats(self.planner, self.config.slo.tiers_s, clock, export=front_end_exports)
         self._step_tokens: int = self.max_num_scheduled_tokens
@@ -130,9 +131,9 @@ class SLOScheduling(DraftControlling):
             whole = planner.whole(now_s, self._decoding.names, free_kv_tokens, limits)
             if whole is not None:
                 return whole
-        running = self._decoding.records(self._output_s) + others
         if holding:
-            running += self.records.running(holding, self._output_s)
+            others += self.records.running(holding, self._output_s)
+        running = RunningBatch(self._decoding.columns(self._output_s), others)
         return planner.plan(now_s, running, free_kv_tokens, limits)
 
     def _look_at_others(self) -> list[Running]:
@@ -143,7 +144,7 @@ class SLOScheduling(DraftControlling):
         decode = len(found) == len(others) and self.records.all_decode(others)
         if not decode or self.num_spec_tokens:
             return found
-        self._decoding.join(others, found)
+        self._decoding.join(others, found, self._output_s)
         return []
 
     def _holding(self) -> list[Request]:

@@ -9,14 +9,22 @@ were admitted before are mandatory: no acceptance may make one late that would b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, overload
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from penstock.schedulers.slo.supply import Counts, Supply
 
 EPSILON = 1e-9
+
+Numbers = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+Reals = NDArray[np.float64]
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
@@ -32,26 +40,110 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
 
 
 @dataclass(frozen=True, slots=True)
+class Candidates(Sequence[Candidate]):
+    """Candidates in columns."""
+
+    request_ids: Sequence[str]
+    deadline_s: Reals
+    tokens: Numbers
+    memory_tokens: Numbers
+    tier: Numbers
+    profit: Reals
+    mandatory: Mask
+
+    @classmethod
+    def of(cls, candidates: Sequence[Candidate]) -> Candidates:
+        """The columns of a sequence."""
+        return cls(
+            [one.request_id for one in candidates],
+            np.array([one.deadline_s for one in candidates], np.float64),
+            np.array([one.tokens for one in candidates], np.int64),
+            np.array([one.memory_tokens for one in candidates], np.int64),
+            np.array([one.tier for one in candidates], np.int64),
+            np.array([one.profit for one in candidates], np.float64),
+            np.array([one.mandatory for one in candidates], np.bool_),
+        )
+
+    def by_deadline(self) -> Candidates:
+        """The same, sorted; at one deadline they stay as they are."""
+        places = np.argsort(self.deadline_s, kind="stable")
+        names = [self.request_ids[place] for place in places.tolist()]
+        columns = (self.deadline_s, self.tokens, self.memory_tokens, self.tier, self.profit, self.mandatory)
+        return Candidates(names, *[column[places] for column in columns])
+
+    @overload
+    def __getitem__(self, place: int) -> Candidate: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Candidate]: ...
+    def __getitem__(self, place: int | slice) -> Candidate | list[Candidate]:
+        if isinstance(place, slice):
+            return list(self)[place]
+        return Candidate(
+            self.request_ids[place],
+            float(self.deadline_s[place]),
+            int(self.tokens[place]),
+            int(self.memory_tokens[place]),
+            int(self.tier[place]),
+            float(self.profit[place]),
+            bool(self.mandatory[place]),
+        )
+
+    def __iter__(self) -> Iterator[Candidate]:
+        columns: Any = (self.deadline_s, self.tokens, self.memory_tokens, self.tier, self.profit)
+        numbers = [column.tolist() for column in (*columns, self.mandatory)]
+        return map(Candidate, self.request_ids, *numbers)
+
+    def __len__(self) -> int:
+        return len(self.request_ids)
+
+
 class Instance:
     """One admission problem. ``candidates`` ascend by deadline; ``memory_tokens`` is what is free."""
 
-    candidates: Sequence[Candidate]
-    memory_tokens: float
-    supply: Supply
-    demands: Demands = field(init=False)
+    def __init__(self, candidates: Sequence[Candidate], memory_tokens: float, supply: Supply) -> None:
+        self.columns = candidates if isinstance(candidates, Candidates) else Candidates.of(candidates)
+        self.memory_tokens = memory_tokens
+        self.supply = supply
+        self.waits_s: Reals = np.diff(self.columns.deadline_s, prepend=0.0)
+        """From the deadline before each candidate to its own."""
+        assert (self.waits_s[1:] >= 0).all(), "candidates ascend by deadline"
+        self.demands = Demands.of(self)
 
-    def __post_init__(self) -> None:
-        deadlines = [candidate.deadline_s for candidate in self.candidates]
-        assert deadlines == sorted(deadlines), "candidates ascend by deadline"
-        object.__setattr__(self, "demands", Demands.of(self))
+    @cached_property
+    def candidates(self) -> list[Candidate]:
+        """One by one."""
+        return list(self.columns)
 
     @property
     def no_counts(self) -> Counts:
         """Nothing accepted, in any tier."""
         return (0,) * self.supply.tiers
 
+    def path(self, chosen: Mask) -> Path:
+        """What becomes of budget, memory and pace while those ``chosen`` are accepted by deadline."""
+        columns, tiers = self.columns, self.supply.tiers
+        counts = np.zeros((len(columns) + 1, tiers), np.int64)
+        np.cumsum((columns.tier[:, None] == np.arange(tiers)) & chosen[:, None], axis=0, out=counts[1:])
+        rates, sustained = self.supply.of_each(counts)
+        changes = np.empty(2 * len(columns))
+        changes[0::2] = rates[:-1] * self.waits_s
+        changes[1::2] = np.where(chosen, -columns.tokens, 0)
+        held = np.where(chosen, columns.memory_tokens, 0)
+        return Path(counts, np.cumsum(changes)[1::2], changes[0::2], np.cumsum(held), sustained[1:])
+
 
 @dataclass(frozen=True, slots=True)
+class Path:
+    """``counts`` before the first candidate and after each; after each the ``budget`` that is left, the
+    ``memory`` that is held, and whether the pace is ``sustained``; ``gains`` of budget before each."""
+
+    counts: Numbers
+    budget: Reals
+    gains: Reals
+    memory: Numbers
+    sustained: Mask
+
+
 class Demands:
     """What must be left at each candidate so that mandatory ones stay as they would be without new ones.
 
@@ -61,37 +153,40 @@ class Demands:
     hold, if more.
     """
 
-    floors: Sequence[float]
-    reserves: Sequence[float]
-    memory_tokens: float
+    def __init__(self, columns: Candidates, alone: Path, memory_tokens: float) -> None:
+        self._columns, self.alone = columns, alone
+        self.least: Reals = np.minimum(0.0, alone.budget)
+        self.memory_tokens = max(memory_tokens, int(alone.memory[-1]) if len(columns) else 0)
 
     @classmethod
     def of(cls, instance: Instance) -> Demands:
         """Serve the mandatory alone and look how late they are."""
-        supply, counts = instance.supply, instance.no_counts
-        rate = supply.rate(counts)
-        budget, now, memory = 0.0, 0.0, 0.0
-        floors, gains = [], []
-        for candidate in instance.candidates:
-            gain = rate * (candidate.deadline_s - now)
-            now = candidate.deadline_s
-            gains.append(gain)
-            budget += gain
-            if candidate.mandatory:
-                budget -= candidate.tokens
-                memory += candidate.memory_tokens
-                counts = add(counts, candidate.tier)
-                rate = supply.rate(counts)
-            floors.append(min(0.0, budget))
-        reserves = [-math.inf] * len(floors)
+        return cls(instance.columns, instance.path(instance.columns.mandatory), instance.memory_tokens)
+
+    @cached_property
+    def floors(self) -> list[float]:
+        """By candidate."""
+        floors: list[float] = self.least.tolist()
+        return floors
+
+    @cached_property
+    def reserves(self) -> list[float]:
+        """By candidate; minus infinity where no mandatory one follows."""
+        columns = self._columns
+        reserves = [-math.inf] * len(columns)
         needed = -math.inf
-        for place in range(len(floors) - 1, -1, -1):
+        mandatory, tokens, gains = (
+            columns.mandatory.tolist(),
+            columns.tokens.tolist(),
+            self.alone.gains.tolist(),
+        )
+        floors = self.floors
+        for place in range(len(reserves) - 1, -1, -1):
             reserves[place] = needed
-            candidate = instance.candidates[place]
-            if candidate.mandatory:
-                needed = max(needed, floors[place]) + candidate.tokens
+            if mandatory[place]:
+                needed = max(needed, floors[place]) + tokens[place]
             needed -= gains[place]
-        return cls(floors, reserves, max(instance.memory_tokens, memory))
+        return reserves
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,28 +209,22 @@ def add(counts: Counts, tier: int, number: int = 1) -> Counts:
 
 def feasible(instance: Instance, accepted: Sequence[int]) -> bool:
     """Whether a set of places that holds every mandatory one can be accepted."""
-    chosen = set(accepted)
-    supply, demands, counts = instance.supply, instance.demands, instance.no_counts
-    budget, now, memory = 0.0, 0.0, 0
-    for place, candidate in enumerate(instance.candidates):
-        budget += supply.rate(counts) * (candidate.deadline_s - now)
-        now = candidate.deadline_s
-        if place not in chosen:
-            if candidate.mandatory:
-                return False
-            continue
-        budget -= candidate.tokens
-        memory += candidate.memory_tokens
-        counts = add(counts, candidate.tier)
-        floor = demands.floors[place] if candidate.mandatory else 0.0
-        if budget < floor - EPSILON * (1 + abs(floor)):
-            return False
-        if not candidate.mandatory and not supply.sustains(counts):
-            return False
-    return memory <= demands.memory_tokens
+    columns, demands = instance.columns, instance.demands
+    chosen = np.zeros(len(columns), np.bool_)
+    chosen[list(accepted)] = True
+    if (columns.mandatory & ~chosen).any():
+        return False
+    path = instance.path(chosen)
+    floors = np.where(columns.mandatory, demands.least, 0.0)
+    short = path.budget < floors - EPSILON * (1 + np.abs(floors))
+    strained = ~columns.mandatory & ~path.sustained
+    if (chosen & (short | strained)).any():
+        return False
+    return not len(columns) or bool(path.memory[-1] <= demands.memory_tokens)
 
 
 def profit_of(instance: Instance, accepted: Sequence[int]) -> float:
     """What a set is worth; mandatory ones are worth nothing, since they are in every set."""
-    chosen = (instance.candidates[place] for place in accepted)
-    return math.fsum(candidate.profit for candidate in chosen if not candidate.mandatory)
+    columns = instance.columns
+    counted = np.where(columns.mandatory, 0.0, columns.profit)
+    return math.fsum(counted[list(accepted)].tolist())

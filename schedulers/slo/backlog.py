@@ -7,7 +7,7 @@ the requests of its step in front.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from itertools import islice
 
@@ -133,6 +133,11 @@ class Backlog(AsItComes, AllAlike):
     def best_effort(self, most: int) -> list[Waiting]:
         """The others, longest waiting first."""
         return [self._entries[name].job for _, _, name in islice(self._best_effort, most)]
+
+    @property
+    def names(self) -> Set[str]:
+        """Ids of all that wait."""
+        return self._entries.keys()
 
     def get(self, request_id: str) -> Waiting | None:
         """A waiting request; None if it does not wait."""

@@ -1,10 +1,13 @@
-"""The running batch, sorted by what each request needs of the step that is planned."""
+"""The running batch by what each request needs of the step that is planned."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from penstock.schedulers.slo.decodes import LAST, TPOT, Columns, Mask, RunningBatch, Times
 from penstock.schedulers.slo.pacing import Pacing
 from penstock.schedulers.slo.requests import Running
 
@@ -12,52 +15,97 @@ SPARE_S = 0.001
 """How much earlier than due a decode is planned: predictions are a little off either way (SLOs-Serve takes
 as much from each time per token)."""
 
+Entry = tuple[float, str, Running]
+
 
 @dataclass(slots=True)
-class Sorted:
-    """Running requests by need; times are slack in seconds from the start of the step.
+class Paced:
+    """Decodes under targets. ``guarded`` ones can still meet their deadlines and bound the step's length, the
+    others are late and keep their pace; ``time_s`` is how long after the start of the step either's next
+    token may come."""
 
-    ``guarded`` decodes can still meet their deadlines and bound the step's length; ``late`` ones keep their
-    pace; ``prefills`` have targets in reach. The rest is best effort.
-    """
+    columns: Columns
+    time_s: Times
+    guarded: Mask
 
-    guarded: list[tuple[float, str, Running]] = field(default_factory=list)
-    late: list[tuple[float, str, Running]] = field(default_factory=list)
-    prefills: list[tuple[float, str, Running]] = field(default_factory=list)
-    best_decodes: list[tuple[float, str, Running]] = field(default_factory=list)
-    best_prefills: list[tuple[float, str, Running]] = field(default_factory=list)
+    @classmethod
+    def of(cls, columns: Columns, start_s: float, late_tpots: float, pacing: Pacing) -> Paced:
+        """All that ``columns`` hold."""
+        tpot_s, last_s = columns.times[TPOT], columns.times[LAST]
+        slack_s = pacing.slacks_s(columns, start_s) - SPARE_S
+        guarded = slack_s >= -late_tpots * tpot_s
+        if not guarded.all():
+            paced_s = np.where(np.isnan(last_s), start_s, last_s) + tpot_s - start_s
+            slack_s = np.where(guarded, slack_s, paced_s)
+        return cls(columns, slack_s, guarded)
+
+    def by_turn(self, chosen: Mask) -> list[int]:
+        """Places of those ``chosen``: guarded before late, each by time, at one time by id."""
+        places = np.flatnonzero(chosen).tolist()
+        keys = zip(
+            (~self.guarded[chosen]).tolist(),
+            self.time_s[chosen].tolist(),
+            [self.columns.names[place] for place in places],
+            places,
+            strict=True,
+        )
+        return [place for *_, place in sorted(keys)]
+
+    def names_by_turn(self, *, guarded: bool) -> list[str]:
+        """Ids of the guarded, or of the late, in the order in which they are served."""
+        names = self.columns.names
+        return [names[place] for place in self.by_turn(self.guarded == guarded)]
+
+
+@dataclass(slots=True)
+class Needs:
+    """Running requests by need. ``prefills`` have targets in reach and their slack in seconds from the start
+    of the step; what neither they nor ``paced`` hold is best effort. ``names`` are all, as they run."""
+
+    names: tuple[str, ...]
+    paced: Paced
+    running: RunningBatch
+    prefills: list[Entry] = field(default_factory=list)
+    best_decodes: list[Entry] = field(default_factory=list)
+    best_prefills: list[Entry] = field(default_factory=list)
 
     @classmethod
     def of(
         cls,
-        running: Sequence[Running],
+        running: RunningBatch,
         start_s: float,
         late_tpots: float,
-        demoted: Container[str],
+        demoted: Collection[str],
         pacing: Pacing,
-    ) -> Sorted:
-        """One pass over the batch, each list in the order in which it is served."""
-        batch = cls()
-        guarded, slack_s = batch.guarded, pacing.slack_s
-        for request in running:
+    ) -> Needs:
+        """One pass over those that are not known to decode on; each list in the order of service."""
+        prefills, best_decodes, best_prefills, paced = [], [], [], []
+        known = running.decodes
+        others: Iterable[Running] = running.others
+        if demoted and not set(demoted).isdisjoint(known.names):
+            out = np.array([name in demoted for name in known.names])
+            others = [*(known.request(place) for place in np.flatnonzero(out).tolist()), *others]
+            known = known.where(~out)
+        for request in others:
             targets, name = request.targets, request.request_id
-            decodes = request.output_tokens > 0 and request.tokens - request.computed_tokens <= 1
             if targets is None or name in demoted:
-                if decodes:
-                    batch.best_decodes.append((request.last_token_s or request.arrival_s, name, request))
+                if request.decodes:
+                    best_decodes.append((request.last_token_s or request.arrival_s, name, request))
                 else:
-                    batch.best_prefills.append((request.arrival_s, name, request))
-                continue
-            slack = slack_s(request, targets, start_s)
-            if not decodes:
-                batch.prefills.append((slack, name, request))
-                continue
-            slack -= SPARE_S
-            if slack >= -late_tpots * targets.tpot_s:
-                guarded.append((slack, name, request))
+                    best_prefills.append((request.arrival_s, name, request))
+            elif request.decodes:
+                paced.append(request)
             else:
-                paced = (request.last_token_s or start_s) + targets.tpot_s - start_s
-                batch.late.append((paced, name, request))
-        for part in (batch.guarded, batch.late, batch.prefills, batch.best_decodes, batch.best_prefills):
+                prefills.append((pacing.slack_s(request, targets, start_s), name, request))
+        for part in (prefills, best_decodes, best_prefills):
             part.sort()
-        return batch
+        columns = known.beside(Columns.of(paced, pacing.pace)) if paced else known
+        names = running.decodes.names + tuple([request.request_id for request in running.others])
+        in_turn = Paced.of(columns, start_s, late_tpots, pacing)
+        return cls(names, in_turn, running, prefills, best_decodes, best_prefills)
+
+    def find(self, names: Container[str]) -> list[Running]:
+        """Those of ``names`` that run, as they run."""
+        decodes = self.running.decodes
+        found = [decodes.request(place) for place, name in enumerate(decodes.names) if name in names]
+        return found + [request for request in self.running.others if request.request_id in names]

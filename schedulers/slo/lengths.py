@@ -8,16 +8,17 @@ generate half again what it has.
 from __future__ import annotations
 
 import math
-from array import array
 from bisect import bisect_left
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Sequence, Set
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
-Shares = NDArray[np.floating[Any]]
+Shares = NDArray[np.float64]
 """``[BUCKETS]``, by bucket of a length."""
+Tokens = NDArray[np.int64]
 
 BUCKETS_PER_OCTAVE = 4
 BUCKETS = 20 * BUCKETS_PER_OCTAVE + 1
@@ -43,6 +44,9 @@ def end_of(bucket: int) -> float:
 
 
 ENDS = tuple(end_of(bucket) for bucket in range(BUCKETS))
+EACH_END = np.array(ENDS)
+LAST_TOKENS = np.array([math.floor(end * (1 + 1e-10)) for end in ENDS])
+"""The most tokens of a length in each bucket, but the last, which has no end."""
 
 
 class Histogram:
@@ -79,8 +83,9 @@ class OutputLengths:
         self._prior = _log_normal(prior_median, prior_sigma)
         self._all = Histogram()
         self._classes: OrderedDict[str, Histogram] = OrderedDict()
-        self._cumulative: dict[str, array[float]] = {}
-        """Shares of lengths up to each bucket, by class; dropped as observations come in."""
+        self._places: dict[str, int] = {}
+        """Rows of ``_cumulative`` by class; forgotten as observations come in."""
+        self._make_room(MOST_CLASSES)
         self._unseen = 0
 
     def observe(self, class_name: str, output_tokens: int) -> None:
@@ -95,37 +100,74 @@ class OutputLengths:
         self._all.add(output_tokens)
         self._unseen += 1
         if self._unseen >= FRESH_REQUESTS or self._all.weight < FRESH_REQUESTS:
-            self._cumulative.clear()
+            self._places.clear()
             self._unseen = 0
 
     def total(self, class_name: str, quantile: float, generated: int = 0, most: int = 1 << 20) -> float:
         """The quantile of the whole output's length, given that ``generated`` tokens were not the end."""
-        cumulative = self._cumulative.get(class_name)
-        if cumulative is None:
-            cumulative = self._accumulate(class_name)
-        summed, bucket = cumulative[-1], bucket_of(generated)
-        before = cumulative[bucket] if generated else 0.0
+        place = self._places.get(class_name)
+        if place is None:
+            self._accumulate({class_name})
+            place = self._places[class_name]
+        numbers, row = self._numbers, place * BUCKETS
+        summed, bucket = numbers[row + BUCKETS - 1], bucket_of(generated)
+        before = numbers[row + bucket] if generated else 0.0
         if generated and summed - before < OUTLIVED:
             expected = 1.5 * ENDS[bucket]
         else:
-            expected = ENDS[bisect_left(cumulative, before + quantile * (summed - before) - 1e-12)]
+            target = before + quantile * (summed - before) - 1e-12
+            expected = ENDS[bisect_left(numbers, target, row, row + BUCKETS) - row]
         return float(min(most, max(generated + 1, expected)))
 
     def remaining(self, class_name: str, quantile: float, generated: int = 0, most: int = 1 << 20) -> float:
         """The quantile of what is still to come, at least 0."""
         return max(0.0, self.total(class_name, quantile, generated, most) - generated)
 
-    def _accumulate(self, class_name: str) -> array[float]:
-        """The class, shrunk towards all classes, shrunk towards the prior."""
-        shares = _shrunk(self._all, PRIOR_WEIGHT, self._prior)
-        if histogram := self._classes.get(class_name):
-            shares = _shrunk(histogram, CLASS_WEIGHT, shares)
-        if len(self._cumulative) > 2 * MOST_CLASSES:
-            self._cumulative.clear()
-        # As an array: all are dropped at once, and as lists that would be thousands of numbers.
-        found = array("d", np.cumsum(shares).tobytes())
-        self._cumulative[class_name] = found
-        return found
+    def remaining_of_each(
+        self, class_names: Sequence[str], quantile: float, generated: Tokens, most: Tokens
+    ) -> Shares:
+        """``remaining`` of each of many, whose answers have begun or have not."""
+        places = self._places
+        if not places.keys() >= (names := set(class_names)):
+            self._accumulate(names)
+        cumulative = self._cumulative[[places[name] for name in class_names]]
+        buckets = np.searchsorted(LAST_TOKENS[:-1], generated)
+        begun, summed = generated > 0, cumulative[:, -1]
+        before = np.where(begun, cumulative[np.arange(len(buckets)), buckets], 0.0)
+        target = before + quantile * (summed - before) - 1e-12
+        expected = EACH_END[(cumulative < target[:, None]).sum(axis=1)]
+        outlived = begun & (summed - before < OUTLIVED)
+        if outlived.any():
+            expected = np.where(outlived, 1.5 * EACH_END[buckets], expected)
+        total = np.minimum(most, np.maximum(generated + 1, expected))
+        left: Shares = np.maximum(0.0, total - generated)
+        return left
+
+    def _accumulate(self, class_names: Set[str]) -> None:
+        """Classes, each shrunk towards all classes, shrunk towards the prior."""
+        if len(self._places) > 2 * MOST_CLASSES:
+            self._places.clear()
+        first, missing = len(self._places), class_names - self._places.keys()
+        end = first + len(missing)
+        if end > len(self._cumulative):
+            self._make_room(2 * end)
+        seen = [name for name in missing if name in self._classes]
+        unseen = [name for name in missing if name not in self._classes]
+        self._places.update(zip(chain(unseen, seen), range(first, end), strict=True))
+        shares = _shrunk([self._all], PRIOR_WEIGHT, self._prior)
+        self._cumulative[first : end - len(seen)] = shares
+        if seen:
+            histograms = [self._classes[name] for name in seen]
+            self._cumulative[end - len(seen) : end] = _shrunk(histograms, CLASS_WEIGHT, shares)
+        np.cumsum(self._cumulative[first:end], axis=1, out=self._cumulative[first:end])
+
+    def _make_room(self, classes: int) -> None:
+        """For as many rows; what was there stays."""
+        before = self._cumulative if self._places else np.zeros((0, BUCKETS))
+        self._cumulative: Shares = np.zeros((classes, BUCKETS))
+        self._cumulative[: len(before)] = before
+        self._numbers = memoryview(self._cumulative.reshape(-1))
+        """The same, row after row: a number of it is read faster than one of an array."""
 
     def check_integrity(self) -> None:
         """Assert that memory is bounded and counts add up."""
@@ -134,10 +176,11 @@ class OutputLengths:
             assert math.isclose(float(histogram.counts.sum()), histogram.total, rel_tol=1e-6, abs_tol=1e-9)
 
 
-def _shrunk(histogram: Histogram, weight: float, others: Shares) -> Shares:
-    """What was observed, as if ``weight`` more observations were distributed like ``others``."""
-    trust = histogram.weight / (histogram.weight + weight)
-    return trust * histogram.shares() + (1 - trust) * others
+def _shrunk(histograms: Sequence[Histogram], weight: float, others: Shares) -> Shares:
+    """``[histograms, BUCKETS]``: what each observed, as if ``weight`` more observations were distributed like
+    ``others``."""
+    trust = np.array([histogram.weight / (histogram.weight + weight) for histogram in histograms])[:, None]
+    return trust * np.array([histogram.shares() for histogram in histograms]) + (1 - trust) * others
 
 
 def _log_normal(median: float, sigma: float) -> Shares:

@@ -7,7 +7,10 @@ steps to go on taking as long as they did lately. An engine whose steps leave no
 
 from __future__ import annotations
 
+import numpy as np
+
 from penstock.schedulers.slo.config import SLOConfig
+from penstock.schedulers.slo.decodes import BEGIN, LAST, MOST, OUTPUT, TPOT, Columns, Times
 from penstock.schedulers.slo.lengths import OutputLengths
 from penstock.schedulers.slo.requests import Running
 from penstock.schedulers.slo.targets import Targets
@@ -20,7 +23,7 @@ class Pacing:
     """Slack of running requests, in seconds."""
 
     def __init__(self, config: SLOConfig, lengths: OutputLengths) -> None:
-        self._pace = config.pace
+        self.pace = config.pace
         self._quantile = config.short_answer_quantile
         self._lent_step_s = config.lent_step_s
         self._lengths = lengths
@@ -37,17 +40,27 @@ class Pacing:
         Time that is lent makes a short step efficient, so it ends at ``lent_step_s``: where pace and load
         leave longer steps anyway, lending costs tokens their pace and gains prompts little.
         """
-        if self._pace != "mean":
-            return request.due_s(targets, self._pace) - start_s
-        first_s, tokens = request.first_token_s, request.output_tokens
-        if tokens and first_s is not None and request.last_token_s is not None:
-            # As ``due_s`` says, without its calls: hundreds of decodes are asked for in a step.
-            slack = first_s + tokens * targets.tpot_s - start_s
-        else:
-            slack = request.due_s(targets, self._pace) - start_s
-        if slack < self._lent_step_s and tokens:
+        slack = request.due_s(targets, self.pace) - start_s
+        if self.pace == "mean" and slack < self._lent_step_s and request.output_tokens:
             slack = min(self._lent_step_s, slack + self._catch_up_s(request, targets.tpot_s))
         return slack
+
+    def slacks_s(self, decodes: Columns, start_s: float) -> Times:
+        """``slack_s`` of each of many that decode."""
+        begin_s, tpot_s, last_s = decodes.times[BEGIN], decodes.times[TPOT], decodes.times[LAST]
+        slack_s: Times = begin_s + decodes.numbers[OUTPUT] * tpot_s
+        if self.pace == "gap":
+            slack_s = np.where(np.isnan(begin_s), last_s + tpot_s, slack_s)
+        slack_s -= start_s
+        if self.pace == "mean" and self._step_s is not None:
+            short = np.flatnonzero((slack_s < self._lent_step_s) & (tpot_s > self._step_s))
+            if len(short):
+                names = [decodes.requests[place].class_name for place in short.tolist()]
+                output, most = decodes.numbers[OUTPUT, short], decodes.numbers[MOST, short]
+                left = self._lengths.remaining_of_each(names, self._quantile, output, most)
+                faster_s = (tpot_s[short] - self._step_s) * np.maximum(0.0, left - 1.0)
+                slack_s[short] = np.minimum(self._lent_step_s, slack_s[short] + faster_s)
+        return slack_s
 
     def _catch_up_s(self, request: Running, tpot_s: float) -> float:
         """By how much the rest of a short answer will be faster than its pace."""

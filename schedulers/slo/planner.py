@@ -5,20 +5,21 @@ Without a target anywhere the plan is passive: the engine does what it does with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import chain, islice
 
 import msgspec
 
 from penstock.schedulers.drafts import Drafts
 from penstock.schedulers.slo.backlog import Backlog
-from penstock.schedulers.slo.batch import Sorted
+from penstock.schedulers.slo.batch import Needs
 from penstock.schedulers.slo.config import SLOConfig
+from penstock.schedulers.slo.decodes import Columns, RunningBatch
 from penstock.schedulers.slo.lengths import OutputLengths
 from penstock.schedulers.slo.pacing import Pacing
 from penstock.schedulers.slo.plan import PASSIVE, Plan
 from penstock.schedulers.slo.profiles import find_profile
-from penstock.schedulers.slo.replan import Batch, ReplanCounters, Replanner
+from penstock.schedulers.slo.replan import ReplanCounters, Replanner
 from penstock.schedulers.slo.requests import Limits, Running, Waiting
 from penstock.schedulers.slo.seats import Seats
 from penstock.schedulers.slo.step_drafts import draft
@@ -28,6 +29,7 @@ from penstock.schedulers.slo.supply import PLAIN
 from penstock.schedulers.slo.suspension import Suspensions
 
 BEST_EFFORT_WINDOW = 16
+NO_DECODES = Columns.of((), "mean")
 
 
 class PlannerCounters(msgspec.Struct):
@@ -139,71 +141,70 @@ class Planner:
             self.suspensions.record((), now_s)
             return PASSIVE
         start_s = now_s + limits.in_flight_s
-        batch = Sorted.of(running, start_s, self.config.late_tpots, self._demoted, self.pacing)
-        self._demote_hopeless(batch)
+        if not isinstance(running, RunningBatch):
+            running = RunningBatch(NO_DECODES, running)
+        needs = Needs.of(running, start_s, self.config.late_tpots, self._demoted, self.pacing)
+        self._demote_hopeless(needs)
         if self.replanner.due(now_s):
             self.replanner.yields = self.drafts.yields if self.drafts else PLAIN
-            with_targets = Batch(
-                [entry[2] for entry in chain(batch.guarded, batch.late)], [e[2] for e in batch.prefills]
-            )
-            reclaimable = sum(request.computed_tokens for request in self._victims(batch))
-            self.replanner.replan(now_s, with_targets, free_kv_tokens + reclaimable, limits)
-        return self._step(now_s, running, batch, free_kv_tokens, limits)
+            prefills = [entry[2] for entry in needs.prefills]
+            reclaimable = sum(request.computed_tokens for request in self._victims(needs))
+            kv_tokens = free_kv_tokens + reclaimable
+            self.replanner.replan(now_s, needs.paced.columns, prefills, kv_tokens, limits)
+        return self._step(now_s, needs, free_kv_tokens, limits)
 
-    def _demote_hopeless(self, batch: Sorted) -> None:
+    def _demote_hopeless(self, needs: Needs) -> None:
         """A prompt whose deadline is out of reach goes on as best effort, with what it has computed."""
         kept = []
-        for slack, name, request in batch.prefills:
+        for slack, name, request in needs.prefills:
             alone = self.model.seconds(StepFeatures(request.missing_tokens, 1, request.tokens))
             if alone > slack and (self.model.corrected or slack < 0):
                 self._demoted.add(name)
                 self.counters.demoted_running += 1
-                batch.best_prefills.append((request.arrival_s, name, request))
+                needs.best_prefills.append((request.arrival_s, name, request))
             else:
                 kept.append((slack, name, request))
-        batch.prefills = kept
-        batch.best_prefills.sort()
+        needs.prefills = kept
+        needs.best_prefills.sort()
 
-    def _victims(self, batch: Sorted) -> list[Running]:
+    def _victims(self, needs: Needs) -> list[Running]:
         """Best-effort requests that may be thrown out, the last to come at the end."""
-        requests = (entry[2] for entry in chain(batch.best_decodes, batch.best_prefills))
+        requests = (entry[2] for entry in chain(needs.best_decodes, needs.best_prefills))
         most = self.config.most_preemptions
         victims = [r for r in requests if self._thrown_out.get(r.request_id, 0) < most]
         return sorted(victims, key=lambda request: (request.arrival_s, request.request_id))
 
-    def _step(
-        self, now_s: float, running: Sequence[Running], batch: Sorted, free_kv_tokens: int, limits: Limits
-    ) -> Plan:
+    def _step(self, now_s: float, needs: Needs, free_kv_tokens: int, limits: Limits) -> Plan:
         start_s = now_s + limits.in_flight_s
-        patient = self._patient(batch, now_s)
-        victims = self._victims(batch)
-        free_seats = limits.running_requests - len(running)
+        patient = self._patient(needs, now_s)
+        victims = self._victims(needs)
+        free_seats = limits.running_requests - len(needs.names)
         seats = Seats(free_kv_tokens, free_seats, victims, self._thrown_out)
         reserved = self._need(patient) if isinstance(patient, Waiting) else 0.0
         admitted = self._let_in(seats, reserved, start_s)
-        prompts: list[Prompt] = sorted([*batch.prefills, *admitted], key=lambda prompt: prompt[:2])
+        prompts: list[Prompt] = sorted([*needs.prefills, *admitted], key=lambda prompt: prompt[:2])
         gone = set(seats.preempted)
-        staying = [r for r in running if r.request_id not in gone] if gone else running
         step = Step(self.config, self.model, limits)
-        step.force(staying, start_s, self.suspensions)
-        step.decode(batch, prompts=bool(prompts))
-        best_decodes = [entry for entry in batch.best_decodes if entry[1] not in gone]
+        if overdue := self.suspensions.overdue(start_s) - gone:
+            step.force(needs.find(overdue))
+        step.decode(needs.paced, prompts=bool(prompts))
+        best_decodes = [entry for entry in needs.best_decodes if entry[1] not in gone]
         # Where drafts are chosen and no prompt waits, best-effort decodes may have some, too.
         decodes_first = self.drafts is not None and not prompts
         if decodes_first:
             step.fill_with_decodes(best_decodes)
-        drafts = draft(self.drafts, step, batch, sum(prompt[2].missing_tokens for prompt in prompts))
+        drafts = draft(self.drafts, step, needs, sum(prompt[2].missing_tokens for prompt in prompts))
         served = self._serve_patient(step, seats, patient, gone, bool(prompts))
         served += step.prefill(prompts, limits.step_tokens)
         if not decodes_first:
             step.fill_with_decodes(best_decodes)
-        best = [entry for entry in batch.best_prefills if entry[1] not in gone]
+        best = [entry for entry in needs.best_prefills if entry[1] not in gone]
         best_effort = [*best, *self._best_effort(seats, patient)]
         served += step.prefill(best_effort, limits.step_tokens, floor=not step.caps)
         if not step.caps:
-            for request in staying:
+            for request in needs.find(set(needs.names) - gone):
                 step.give(request, limits.step_tokens)
-        return self._finish(now_s, staying, batch, step, served, seats, drafts, limits.block_tokens)
+        return self._finish(now_s, needs, step, served, seats, drafts, limits.block_tokens)
 
     def _need(self, job: Waiting) -> float:
         """KV tokens to have free for a request that comes in."""
@@ -223,10 +224,10 @@ class Planner:
             prompts.append((job.due_s - start_s, name, job))
         return prompts
 
-    def _patient(self, batch: Sorted, now_s: float) -> Running | Waiting | None:
+    def _patient(self, needs: Needs, now_s: float) -> Running | Waiting | None:
         """The best-effort prompt that waits longest, if that is long."""
         waiting: list[Running | Waiting] = [*self.backlog.best_effort(1)]
-        first = [*(entry[2] for entry in batch.best_prefills[:1]), *waiting]
+        first = [*(entry[2] for entry in needs.best_prefills[:1]), *waiting]
         oldest = min(first, key=lambda request: request.arrival_s, default=None)
         patience = self.config.patience_s
         return oldest if oldest is not None and now_s - oldest.arrival_s >= patience else None
@@ -262,30 +263,24 @@ class Planner:
     def _finish(
         self,
         now_s: float,
-        running: Sequence[Running],
-        batch: Sorted,
+        needs: Needs,
         step: Step,
         served: list[str],
         seats: Seats,
         drafts: dict[str, int],
         block_tokens: int,
     ) -> Plan:
-        best = [*batch.best_decodes, *batch.best_prefills]
+        best = [*needs.best_decodes, *needs.best_prefills]
         thrown_out = set(seats.preempted)
         waiting = tuple(name for name in served if name in self.backlog)
         self.backlog.put_in_front(waiting)
         caps = step.caps
-        skipped = [request.request_id for request in running if request.request_id not in caps]
+        staying = [n for n in needs.names if n not in thrown_out] if thrown_out else needs.names
+        skipped = [name for name in staying if name not in caps]
         # Where there is room for the tokens of all, and a block for each, the engine will throw out nobody.
-        needed = step.tokens + len(running) * block_tokens
+        needed = step.tokens + len(staying) * block_tokens
         reorders = bool(skipped or thrown_out) or seats.free_kv_tokens < needed
-        if reorders:
-            ordered = chain(
-                batch.guarded, batch.prefills, batch.late, sorted(best, key=lambda e: e[2].arrival_s)
-            )
-            order = tuple([name for _, name, _ in ordered if name not in thrown_out])
-        else:
-            order = tuple([request.request_id for request in running])
+        order = self._order(needs, thrown_out) if reorders else needs.names
         self.suspensions.record(skipped, now_s)
         self.counters.skipped += len(skipped)
         self.counters.preempted += len(seats.preempted)
@@ -302,6 +297,17 @@ class Planner:
             features=step.features,
             predicted_s=self.model.seconds(step.features),
         )
+
+    def _order(self, needs: Needs, thrown_out: Set[str]) -> tuple[str, ...]:
+        """Those who run, the first to throw out at the end."""
+        best = [*needs.best_decodes, *needs.best_prefills]
+        ordered = chain(
+            needs.paced.names_by_turn(guarded=True),
+            [name for _, name, _ in needs.prefills],
+            needs.paced.names_by_turn(guarded=False),
+            [name for _, name, _ in sorted(best, key=lambda entry: entry[2].arrival_s)],
+        )
+        return tuple([name for name in ordered if name not in thrown_out])
 
     def check_integrity(self) -> None:
         """Assert the invariants of everything that is kept."""

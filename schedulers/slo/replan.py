@@ -6,20 +6,22 @@ the admitted fit any more are they weighed again, each at a bonus.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
+import numpy as np
 
-from penstock.schedulers.slo.admission import Candidate, Instance
+from penstock.schedulers.slo.admission import Candidates, Instance
 from penstock.schedulers.slo.backlog import Backlog
 from penstock.schedulers.slo.config import SLOConfig
+from penstock.schedulers.slo.decodes import MOST, OUTPUT, TOKENS, TPOT, Columns, Numbers, Times
 from penstock.schedulers.slo.lengths import OutputLengths
 from penstock.schedulers.slo.requests import Limits, Running, Waiting
 from penstock.schedulers.slo.rules import RULES
-from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
+from penstock.schedulers.slo.step_time import StepTimeModel
 from penstock.schedulers.slo.supply import PLAIN, ModelledSupply
-from penstock.schedulers.slo.targets import Tiers
+from penstock.schedulers.slo.targets import Targets, Tiers
 
 EXPIRED_AT_ONCE = 8
 LATEST_S = 3600.0
@@ -36,14 +38,6 @@ class ReplanCounters(msgspec.Struct):
     reweighed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The running requests with targets, by what they do: decode, or still compute their prompt."""
-
-    decodes: Sequence[Running]
-    prefills: Sequence[Running]
-
-
 class Replanner:
     """Keeps the set of admitted waiting requests."""
 
@@ -52,6 +46,7 @@ class Replanner:
     ) -> None:
         self._config = config
         self._tiers = Tiers(config.tiers_s)
+        self._tpots_s = np.array(config.tiers_s)
         self._model = model
         self._lengths = lengths
         self._backlog = backlog
@@ -96,114 +91,135 @@ class Replanner:
                 break
             self._demote(self._backlog.urgent(1)[0][1])
 
-    def replan(self, now_s: float, batch: Batch, free_kv_tokens: int, limits: Limits) -> None:
-        """Decide who is admitted, and demote whose deadline is out of reach."""
+    def replan(
+        self, now_s: float, decodes: Columns, prefills: Sequence[Running], free_kv_tokens: int, limits: Limits
+    ) -> None:
+        """Decide who is admitted beside ``decodes`` and ``prefills``, which run and have targets, and demote
+        whose deadline is out of reach."""
         self._next_s = now_s + self._config.replan_s
         self._arrivals = self._finishes = 0
         self.counters.replans += 1
         start_s = now_s + limits.in_flight_s
-        urgent = [(due_s - start_s, job) for due_s, job in self._backlog.urgent(self._config.replan_window)]
-        waiting = [entry for entry in urgent if not self._demote_if_hopeless(*entry)]
-        horizon_s = max((slack_s for slack_s, _ in waiting if slack_s < LATEST_S), default=1.0)
-        supply, growth = self._supply(batch.decodes, horizon_s, limits)
+        jobs, slack_s = self._in_reach(start_s)
+        near_s = slack_s[slack_s < LATEST_S]
+        horizon_s = float(near_s.max()) if len(near_s) else 1.0
+        supply, growth = self._supply(decodes, horizon_s, limits)
         memory = free_kv_tokens - growth
-        candidates = sorted(
-            (*self._running(batch.prefills, start_s), *self._waiting(waiting, mandatory=True)),
-            key=lambda candidate: candidate.deadline_s,
-        )
-        instance = Instance(candidates, memory, supply)
-        kept = [c for c in candidates if c.mandatory and c.request_id in self.admitted]
-        if kept and min(instance.demands.floors) < -self._config.least_prefill_tokens:
+        candidates = self._candidates(prefills, start_s, jobs, slack_s)
+        instance = Instance(candidates.by_deadline(), memory, supply)
+        runs = np.arange(len(candidates)) < len(prefills)
+        kept = (candidates.mandatory & ~runs).any()
+        if kept and instance.demands.least.min() < -self._config.least_prefill_tokens:
             self.counters.reweighed += 1
-            candidates = sorted(
-                (*self._running(batch.prefills, start_s), *self._waiting(waiting, mandatory=False)),
-                key=lambda candidate: candidate.deadline_s,
-            )
-            instance = Instance(candidates, memory, supply)
+            instance = Instance(replace(candidates, mandatory=runs).by_deadline(), memory, supply)
         self._decide(instance)
+
+    def _in_reach(self, start_s: float) -> tuple[list[Waiting], Times]:
+        """Who waits for a decision, and their slack; who would come too late is demoted, even if the engine
+        did nothing else."""
+        urgent = self._backlog.urgent(self._config.replan_window)
+        jobs = [job for _, job in urgent]
+        slack_s = np.array([due_s for due_s, _ in urgent]) - start_s
+        alone_s: Times = np.zeros(len(jobs))
+        if self._model.corrected:
+            tokens = np.array([job.tokens for job in jobs], np.int64)
+            alone_s = self._model.seconds_of_each(_missing(jobs), tokens)
+        late = alone_s > slack_s
+        if late.any():
+            for place in np.flatnonzero(late).tolist():
+                self._demote(jobs[place])
+            jobs = [jobs[place] for place in np.flatnonzero(~late).tolist()]
+            slack_s = slack_s[~late]
+        return jobs, slack_s
 
     def _decide(self, instance: Instance) -> None:
         decision = RULES[self._config.rule](instance, self._config.replan_work)
         self.counters.past_work_bound += not decision.complete
-        chosen = (instance.candidates[place].request_id for place in decision.accepted)
-        admitted = {name: None for name in chosen if name in self._backlog}
+        names, waiting = instance.columns.request_ids, self._backlog.names
+        chosen = [names[place] for place in decision.accepted]
+        admitted = dict.fromkeys([name for name in chosen if name in waiting])
         self.counters.admitted += len(admitted.keys() - self.admitted.keys())
         self.admitted = admitted
-        names = (candidate.request_id for candidate in instance.candidates)
-        self.rejected = {name: None for name in names if name not in admitted and name in self._backlog}
-
-    def _demote_if_hopeless(self, slack_s: float, job: Waiting) -> bool:
-        """Whether even an engine that did nothing else would come too late."""
-        model = self._model
-        alone = model.seconds(StepFeatures(job.missing_tokens, 1, job.tokens)) if model.corrected else 0.0
-        hopeless = alone > slack_s
-        if hopeless:
-            self._demote(job)
-        return hopeless
+        others = () if len(chosen) == len(names) else names
+        self.rejected = {name: None for name in others if name not in admitted and name in waiting}
 
     def _demote(self, job: Waiting) -> None:
         self._backlog.demote(job.request_id)
         self.admitted.pop(job.request_id, None)
         self.counters.demoted += 1
 
-    def _supply(
-        self, decodes: Sequence[Running], horizon_s: float, limits: Limits
-    ) -> tuple[ModelledSupply, float]:
+    def _supply(self, decodes: Columns, horizon_s: float, limits: Limits) -> tuple[ModelledSupply, float]:
         """What the running decodes leave, and the KV tokens by which they grow within the horizon.
 
         One that ends within the horizon counts by its share of it.
         """
-        loads = [0.0] * len(self._tiers)
-        context, growth = 0, 0.0
-        for request in decodes:
-            assert request.targets is not None
-            tier = self._tiers.index(request.targets.tpot_s)
-            left = self._lengths.remaining(
-                request.class_name, 0.5, request.output_tokens, request.max_output_tokens
-            )
-            share = min(1.0, left * self._tiers.tpots_s[tier] / horizon_s)
-            loads[tier] += share
-            growth += share * horizon_s / self._tiers.tpots_s[tier]
-            context += request.tokens
+        tiers = self._tier_of_each(decodes.times[TPOT])
+        tpot_s = self._tpots_s[tiers]
+        names = [request.class_name for request in decodes.requests]
+        output, most = decodes.numbers[OUTPUT], decodes.numbers[MOST]
+        left = self._lengths.remaining_of_each(names, 0.5, output, most)
+        shares = np.minimum(1.0, left * tpot_s / horizon_s)
+        loads = np.bincount(tiers, weights=shares, minlength=len(self._tiers))
         supply = ModelledSupply(
             self._model,
             self._tiers,
-            loads,
-            context_tokens=context / len(decodes) if decodes else self._mean_prompt,
+            loads.tolist(),
+            context_tokens=int(decodes.numbers[TOKENS].sum()) / len(decodes)
+            if decodes
+            else self._mean_prompt,
             longest_step_s=self._config.longest_step_s,
             most_tokens=limits.step_tokens,
             yields=self.yields,
         )
-        return supply, growth
+        return supply, float((shares * horizon_s / tpot_s).sum())
 
-    def _running(self, prefills: Sequence[Running], start_s: float) -> Iterable[Candidate]:
-        for request in prefills:
-            assert request.targets is not None
-            due_s = request.targets.due_s(request.arrival_s, request.output_tokens, request.first_token_s)
-            tier = self._tiers.index(request.targets.tpot_s)
-            missing = request.missing_tokens
-            deadline_s = self._within(due_s - start_s)
-            yield Candidate(request.request_id, deadline_s, missing, missing, tier, 1.0, True)
+    def _candidates(
+        self, prefills: Sequence[Running], start_s: float, jobs: Sequence[Waiting], slack_s: Times
+    ) -> Candidates:
+        """Prompts that run, then those that wait by slack. The former and the admitted are mandatory; where
+        the admitted are weighed again they are worth more."""
+        config, number = self._config, len(prefills)
+        requests = (*prefills, *jobs)
+        names = [request.request_id for request in requests]
+        admitted = np.array([name in self.admitted for name in names], np.bool_)
+        missing = _missing(requests)
+        memory, profit = missing.copy(), (missing / self._mean_prompt) ** config.long_prompt_weight
+        memory[number:] = self._kv_tokens(jobs)
+        profit *= np.where(admitted, 1.0 + config.kept_bonus, 1.0)
+        profit[:number], admitted[:number] = 1.0, True
+        deadlines_s = np.concatenate((self._deadlines_s(prefills, start_s), slack_s))
+        tiers = self._tier_of_each(np.array([_targets(request).tpot_s for request in requests]))
+        # Not in the past, and bounded where there is none.
+        within_s = np.minimum(LATEST_S, np.maximum(0.0, deadlines_s))
+        return Candidates(names, within_s, missing, memory, tiers, profit, admitted)
 
-    def _waiting(self, waiting: Iterable[tuple[float, Waiting]], *, mandatory: bool) -> Iterable[Candidate]:
-        """Candidates of those that wait, by slack; the admitted are mandatory, or worth more."""
-        config, remaining = self._config, self._lengths.remaining
-        exponent, quantile = config.long_prompt_weight, config.output_quantile
-        for slack_s, job in waiting:
-            assert job.targets is not None
-            kept, missing = job.request_id in self.admitted, job.missing_tokens
-            output = remaining(job.class_name, quantile, job.output_tokens, job.max_output_tokens)
-            profit = (missing / self._mean_prompt) ** exponent
-            yield Candidate(
-                job.request_id,
-                self._within(slack_s),
-                missing,
-                int(job.tokens + output),
-                self._tiers.index(job.targets.tpot_s),
-                profit * (1.0 + config.kept_bonus if kept else 1.0),
-                kept and mandatory,
-            )
+    def _deadlines_s(self, prefills: Sequence[Running], start_s: float) -> Times:
+        """When prompts that run are due, from the start of the step."""
+        due_s = [
+            _targets(request).due_s(request.arrival_s, request.output_tokens, request.first_token_s)
+            for request in prefills
+        ]
+        return np.array(due_s, np.float64) - start_s
 
-    def _within(self, deadline_s: float) -> float:
-        """A deadline from now: not in the past, and bounded where there is none."""
-        return min(LATEST_S, max(0.0, deadline_s))
+    def _kv_tokens(self, jobs: Sequence[Waiting]) -> Numbers:
+        """The KV cache that requests are expected to hold in the end."""
+        output = np.array([job.output_tokens for job in jobs], np.int64)
+        most = np.array([job.max_output_tokens for job in jobs], np.int64)
+        names, quantile = [job.class_name for job in jobs], self._config.output_quantile
+        expected = self._lengths.remaining_of_each(names, quantile, output, most)
+        return (np.array([job.tokens for job in jobs], np.int64) + expected).astype(np.int64)
+
+    def _tier_of_each(self, tpot_s: Times) -> Numbers:
+        """``Tiers.index`` of each of many times per token."""
+        tiers: Numbers = np.maximum(0, np.searchsorted(self._tpots_s, tpot_s, side="right") - 1)
+        return tiers
+
+
+def _missing(requests: Sequence[Running | Waiting]) -> Numbers:
+    """Tokens that prompts have to compute."""
+    return np.array([request.missing_tokens for request in requests], np.int64)
+
+
+def _targets(request: Running | Waiting) -> Targets:
+    assert request.targets is not None
+    return request.targets

@@ -12,6 +12,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 
+import numpy as np
+
 from penstock.schedulers.slo.admission import EPSILON, Candidate, Decision, Instance, add, feasible, profit_of
 from penstock.schedulers.slo.dynamic_program import optimal
 from penstock.schedulers.slo.supply import Counts
@@ -44,7 +46,13 @@ def moore_hodgson(instance: Instance) -> Decision:
     """By deadline, accept each candidate; while something breaks, evict the one that costs most."""
     walk = _Walk(instance)
     dearest: list[tuple[float, int]] = []
-    for place, candidate in enumerate(instance.candidates):
+    broken = walk.accept_until_it_breaks()
+    if broken < len(instance.columns):
+        accepted = instance.candidates[:broken]
+        dearest = [(-walk.price(one), place) for place, one in enumerate(accepted) if not one.mandatory]
+        heapq.heapify(dearest)
+    for place in range(broken, len(instance.columns)):
+        candidate = instance.candidates[place]
         walk.arrive(place)
         walk.accept(place, candidate)
         if not candidate.mandatory:
@@ -76,15 +84,38 @@ class _Walk:
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
         self.supply, self.demands = instance.supply, instance.demands
+        columns = instance.columns
         self.budget = 0.0
         self.memory = 0
-        self.later_memory = sum(c.memory_tokens for c in instance.candidates if c.mandatory)
+        self.later_memory = int(columns.memory_tokens[columns.mandatory].sum())
         self.now = 0.0
         self.counts: Counts = instance.no_counts
         self.accepted: set[int] = set()
-        horizon = instance.candidates[-1].deadline_s if instance.candidates else 0.0
+        horizon = float(columns.deadline_s[-1]) if len(columns) else 0.0
         self.all_tokens = max(1.0, self.supply.rate(self.counts) * horizon)
         self.all_memory = self.demands.memory_tokens or 1.0
+
+    def accept_until_it_breaks(self) -> int:
+        """Accept all candidates before the first one with which something breaks, and return its place; their
+        number, if nothing does."""
+        instance, columns, demands = self.instance, self.instance.columns, self.demands
+        number, mandatory = len(columns), columns.mandatory
+        path = demands.alone if mandatory.all() else instance.path(np.ones(number, np.bool_))
+        least = np.maximum(np.where(mandatory, demands.least, 0.0), demands.reserves)
+        missing = path.budget < least - EPSILON * (1 + np.abs(least))
+        later = self.later_memory - np.cumsum(np.where(mandatory, columns.memory_tokens, 0))
+        missing |= path.memory + later > demands.memory_tokens
+        missing |= ~mandatory & ~path.sustained
+        # Before the first that may be turned down nothing can be helped.
+        missing &= np.logical_or.accumulate(~mandatory)
+        places = np.flatnonzero(missing)
+        broken = int(places[0]) if len(places) else number
+        if broken:
+            self.budget, self.memory = float(path.budget[broken - 1]), int(path.memory[broken - 1])
+            self.now, self.later_memory = float(columns.deadline_s[broken - 1]), int(later[broken - 1])
+            self.counts = tuple(path.counts[broken].tolist())
+            self.accepted.update(range(broken))
+        return broken
 
     def arrive(self, place: int) -> None:
         deadline = self.instance.candidates[place].deadline_s
@@ -135,9 +166,9 @@ class _Walk:
 
     def decide(self) -> Decision:
         """The accepted set; the last that came is dropped while the decodes it adds break a mandatory one."""
-        candidates = self.instance.candidates
+        mandatory = self.instance.columns.mandatory
         accepted = sorted(self.accepted)
-        optional = [place for place in accepted if not candidates[place].mandatory]
+        optional = [place for place in accepted if not mandatory[place]]
         while optional and not feasible(self.instance, accepted):
             accepted.remove(optional.pop())
-        return Decision(tuple(accepted), profit_of(self.instance, accepted), len(candidates))
+        return Decision(tuple(accepted), profit_of(self.instance, accepted), len(mandatory))

@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from penstock.schedulers.drafts import Drafts
-from penstock.schedulers.slo.batch import Sorted
+from penstock.schedulers.slo.batch import Needs
+from penstock.schedulers.slo.decodes import DRAFTED, TPOT
 from penstock.schedulers.slo.requests import Running
 from penstock.schedulers.slo.step_plan import Step
 
@@ -15,10 +16,10 @@ Drafting = tuple[float, float, Running]
 """Slack and time per token in seconds, request."""
 
 
-def draft(drafts: Drafts | None, step: Step, batch: Sorted, prompt_tokens: int) -> dict[str, int]:
+def draft(drafts: Drafts | None, step: Step, needs: Needs, prompt_tokens: int) -> dict[str, int]:
     """Add drafts to a step that holds its decodes and return their lengths; ``prompt_tokens`` that wait for
     room compete with them. Without ``drafts`` to choose, all that there are go along."""
-    drafting = [one for one in _decodes(step, batch) if one[2].draft_tokens]
+    drafting = _decodes(step, needs)
     if not drafting:
         return {}
     if drafts is None:
@@ -36,15 +37,18 @@ def draft(drafts: Drafts | None, step: Step, batch: Sorted, prompt_tokens: int) 
     }
 
 
-def _decodes(step: Step, batch: Sorted) -> list[Drafting]:
-    """The decodes of the step. Best-effort ones, whose turn comes after the prompts, have no pace."""
-    caps = step.caps
-    paced = [
-        (slack, request.targets.tpot_s if request.targets else math.inf, request)
-        for slack, name, request in (*batch.guarded, *batch.late)
-        if name in caps
+def _decodes(step: Step, needs: Needs) -> list[Drafting]:
+    """The decodes of the step that have drafts. Best-effort ones, whose turn comes after the prompts, have no
+    pace."""
+    caps, paced = step.caps, needs.paced
+    columns, drafted = paced.columns, paced.columns.numbers[DRAFTED] > 0
+    found = [
+        (float(paced.time_s[place]), float(columns.times[TPOT, place]), columns.request(place))
+        for place in (paced.by_turn(drafted) if drafted.any() else ())
+        if columns.names[place] in caps
     ]
-    return paced + [(math.inf, math.inf, request) for _, name, request in batch.best_decodes if name in caps]
+    best = (request for _, name, request in needs.best_decodes if name in caps and request.draft_tokens)
+    return found + [(math.inf, math.inf, request) for request in best]
 
 
 def _usable(request: Running) -> int:

@@ -8,16 +8,17 @@ would end in the step keeps the step short enough for its own deadline.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from operator import itemgetter
+from itertools import compress
+
+import numpy as np
 
 from penstock.schedulers.drafts import Besides
-from penstock.schedulers.slo.batch import Sorted
+from penstock.schedulers.slo.batch import Entry, Paced
 from penstock.schedulers.slo.config import SLOConfig
+from penstock.schedulers.slo.decodes import COMPUTED, Mask, Numbers
 from penstock.schedulers.slo.requests import Limits, Running, Waiting
 from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
-from penstock.schedulers.slo.suspension import Suspensions
 
 Prompt = tuple[float, str, Running | Waiting]
 """Slack in seconds, id, request."""
@@ -79,60 +80,64 @@ class Step:
         self.tokens += tokens
         self.length_s = max(self.length_s, self._model.seconds(self.features))
 
-    def force(self, running: Iterable[Running], now_s: float, suspensions: Suspensions) -> None:
+    def force(self, overdue: Sequence[Running]) -> None:
         """First of all, serve whoever may not be passed over again: one token each, more where there is
         room.
         """
-        overdue = suspensions.overdue(now_s)
-        if not overdue:
-            return
-        forced = [request for request in running if request.request_id in overdue]
-        for request in forced:
+        for request in overdue:
             self.give(request, 1)
-        share = (self._limits.step_tokens - self.tokens) // max(1, 2 * len(forced))
-        for request in forced:
+        share = (self._limits.step_tokens - self.tokens) // max(1, 2 * len(overdue))
+        for request in overdue:
             if not request.decodes:
                 self.give(request, min(share, self._config.skipped_chunk_tokens))
 
-    def decode(self, batch: Sorted, *, prompts: bool) -> None:
+    def decode(self, paced: Paced, *, prompts: bool) -> None:
         """Bound the step by the tightest decode; serve those due in it, or all where no prompt waits or where
         it does not pay to pass any over."""
-        if batch.guarded:
-            self.length_s = min(self.length_s, max(0.0, batch.guarded[0][0]))
-        far_s = max(2 * self.length_s, self._config.longest_step_s) if prompts else float("inf")
-        near_s = self.length_s if prompts else float("inf")
-        guarded, far = _cut(batch.guarded, far_s)
-        late, early = _cut(batch.late, near_s)
-        due, others = guarded + late, far + early
-        if others and not self._pays_to_pass_over(others, due):
-            due += others
-        self._give_one(due)
+        guarded, time_s = paced.guarded, paced.time_s
+        if guarded.any():
+            self.length_s = min(self.length_s, max(0.0, float(time_s[guarded].min())))
+        due = np.ones(len(guarded), np.bool_)
+        if prompts:
+            far_s = max(2 * self.length_s, self._config.longest_step_s)
+            due = time_s <= np.where(guarded, far_s, self.length_s)
+        if due.all() or self._pays_to_pass_over(paced.columns.numbers[COMPUTED], due):
+            self._give_one(paced, due)
+        else:
+            self._give_one(paced, np.ones_like(due), first=due)
         shortest = self._model.seconds(self.features)
         self.length_s = max(self.length_s, shortest)
 
-    def _pays_to_pass_over(self, decodes: Sequence[Running], served: Sequence[Running]) -> bool:
-        """Whether a step without ``decodes``, with ``served``, is shorter by more than it takes to serve them
-        again afterwards."""
-        tokens, requests = self.tokens + len(served), len(self.caps) + len(served)
-        context, more_context = self.context_tokens + _context(served), _context(decodes)
+    def _pays_to_pass_over(self, computed: Numbers, served: Mask) -> bool:
+        """Whether a step without those decodes that are not ``served`` is shorter by more than it takes to
+        serve them again afterwards."""
+        number, others = int(served.sum()), int((~served).sum())
+        tokens, requests = self.tokens + number, len(self.caps) + number
+        context = self.context_tokens + int(computed[served].sum())
+        more_context = int(computed[~served].sum())
         without = StepFeatures(tokens, requests, context)
-        beside = StepFeatures(tokens + len(decodes), requests + len(decodes), context + more_context)
+        beside = StepFeatures(tokens + others, requests + others, context + more_context)
         saved_s = self._model.seconds(beside) - self._model.seconds(without)
         return saved_s > self._config.resumed_token_s * more_context
 
-    def _give_one(self, decodes: Sequence[Running]) -> None:
-        """A token for each that has none, as ``give`` would: batches of decodes are large."""
+    def _give_one(self, paced: Paced, chosen: Mask, first: Mask | None = None) -> None:
+        """A token for each of those ``chosen`` that has none, as ``give`` would: batches of decodes are large.
+        Where not all get one, those who come ``first`` do, and in their turn."""
+        names, computed = paced.columns.names, paced.columns.numbers[COMPUTED]
         caps, most = self.caps, self._limits.step_tokens
-        if not caps and len(decodes) <= most:
-            self.caps = dict.fromkeys([request.request_id for request in decodes], 1)
+        if not caps and int(chosen.sum()) <= most:
+            given = names if chosen.all() else compress(names, chosen.tolist())
+            self.caps = dict.fromkeys(given, 1)
             self.tokens = len(self.caps)
-            self.context_tokens = _context(decodes)
+            self.context_tokens = int(computed[chosen].sum())
             return
-        for request in decodes:
-            if request.request_id not in caps and self.tokens < most:
-                caps[request.request_id] = 1
+        first = chosen if first is None else first
+        for place in (*paced.by_turn(chosen & first), *paced.by_turn(chosen & ~first)):
+            name = names[place]
+            if name not in caps and self.tokens < most:
+                caps[name] = 1
                 self.tokens += 1
-                self.context_tokens += request.computed_tokens
+                self.context_tokens += int(computed[place])
 
     def prefill(self, prompts: Iterable[Prompt], most: int, *, floor: bool = True) -> list[str]:
         """Give up to ``most`` tokens to prompts, by deadline; returns the ids of those served."""
@@ -157,7 +162,7 @@ class Step:
         """Prompt tokens that are left of those which no model can take away."""
         return max(0, self._config.least_prefill_tokens - self.prompt_tokens)
 
-    def fill_with_decodes(self, decodes: list[tuple[float, str, Running]]) -> None:
+    def fill_with_decodes(self, decodes: list[Entry]) -> None:
         """Serve best-effort decodes, the one that waited longest first, in the time that is left."""
         pending = [request for _, name, request in decodes if name not in self.caps]
         if not pending:
@@ -170,15 +175,3 @@ class Step:
         number = len(pending) if cost <= 0 else int(left / cost)
         for request in pending[: max(0, number)]:
             self.give(request, 1)
-
-
-def _cut(decodes: list[tuple[float, str, Running]], most_s: float) -> tuple[list[Running], list[Running]]:
-    """Decodes, in the order of their times, up to ``most_s`` and beyond it."""
-    place = bisect_right(decodes, most_s, key=itemgetter(0))
-    requests = [request for _, _, request in decodes]
-    return requests[:place], requests[place:]
-
-
-def _context(decodes: Sequence[Running]) -> int:
-    """KV tokens that a token of each attends to."""
-    return sum([request.computed_tokens for request in decodes])

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from penstock.schedulers.slo.nonnegative import fit_robust
 from penstock.schedulers.slo.profiles import KNEES, Profile
 
+Seconds = NDArray[np.float64]
+Numbers = NDArray[np.int64]
+
 RECENT = 15
 LEAST_RATIOS = 3
 REFIT_STEPS = 16
@@ -103,6 +106,23 @@ class StepTimeModel:
         # Nearly always right at once; rounding may have made it one too many.
         while found > 0 and self._scale * (fixed + _cost_of(found, *slopes)) > seconds:
             found -= 1
+        return found
+
+    def seconds_of_each(self, prompt_tokens: Numbers, context_tokens: Numbers) -> Seconds:
+        """``seconds`` of many steps that hold one prompt each."""
+        base, token, knee1, knee2, request, context, _ = self._shape
+        each: Seconds = base + _costs_of(prompt_tokens, token, knee1, knee2) + request
+        return self._scale * (each + context * context_tokens)
+
+    def tokens_within_each(
+        self, seconds: Seconds, requests: Numbers, context_tokens: Numbers, most: int
+    ) -> Numbers:
+        """``tokens_within`` of many steps."""
+        base, *slopes, request, context, _ = self._shape
+        fixed = base + request * requests + context * context_tokens
+        found = np.minimum(most, _tokens_for_each(seconds / self._scale - fixed, *slopes))
+        while (over := (found > 0) & (self._scale * (fixed + _costs_of(found, *slopes)) > seconds)).any():
+            found[over] -= 1
         return found
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
@@ -207,6 +227,31 @@ def _tokens_for(cost: float, token: float, knee1: float, knee2: float) -> int:
             break
         cost, slope, start = cost - segment, slope + more, end
     return start + int(cost / slope + 1e-9) if slope > 0 else UNBOUNDED
+
+
+def _costs_of(tokens: Numbers, token: float, knee1: float, knee2: float) -> Seconds:
+    """``_cost_of`` of many."""
+    cost: Seconds = token * tokens
+    if tokens.max(initial=0) > KNEES[0]:
+        beyond = knee1 * (tokens - KNEES[0]) + knee2 * np.maximum(0, tokens - KNEES[1])
+        cost = np.where(tokens > KNEES[0], cost + beyond, cost)
+    return cost
+
+
+def _tokens_for_each(cost: Seconds, token: float, knee1: float, knee2: float) -> Numbers:
+    """``_tokens_for`` of many."""
+    left, slope = cost, np.full(len(cost), token)
+    start, open_ = np.zeros(len(cost), np.int64), cost >= 0
+    before = 0
+    for end, more in ((KNEES[0], knee1), (KNEES[1], knee2)):
+        segment = slope * (end - before)
+        open_ = open_ & (segment <= left)
+        left = np.where(open_, left - segment, left)
+        slope = np.where(open_, slope + more, slope)
+        start, before = np.where(open_, end, start), end
+    beyond = np.divide(left, slope, out=np.zeros(len(cost)), where=slope > 0) + 1e-9
+    found = np.where(slope > 0, start + np.minimum(beyond, UNBOUNDED).astype(np.int64), UNBOUNDED)
+    return np.where(cost < 0, 0, found)
 
 
 def columns(features: StepFeatures) -> tuple[float, ...]:

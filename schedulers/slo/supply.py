@@ -11,11 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
 from penstock.schedulers.slo.targets import Tiers
 
 Counts = tuple[int, ...]
 """Accepted requests in each tier."""
+Rates = NDArray[np.float64]
 
 
 class Yield(NamedTuple):
@@ -41,8 +45,15 @@ class Supply(Protocol):
     def sustains(self, counts: Counts) -> bool:
         """Whether the engine keeps the pace of that many decodes at all."""
 
+    def of_each(self, counts: NDArray[np.int64]) -> tuple[Rates, NDArray[np.bool_]]:
+        """``rate`` and ``sustains`` for each row of ``counts``, ``[rows, tiers]``."""
+        rows: list[Counts] = [tuple(row) for row in counts.tolist()]
+        return np.array([self.rate(row) for row in rows], float), np.array(
+            [self.sustains(row) for row in rows], bool
+        )
 
-class ModelledSupply:
+
+class ModelledSupply(Supply):
     """The supply of an engine as a step-time model sees it.
 
     ``running`` are decodes that are served already, by tier; fractions stand for those that end soon.
@@ -106,3 +117,24 @@ class ModelledSupply:
             step = full
         found = self._rates[counts] = max(0.0, (tokens - verified) / step), sustained
         return found
+
+    def of_each(self, counts: NDArray[np.int64]) -> tuple[Rates, NDArray[np.bool_]]:
+        """``rate`` and ``sustains`` for each row of ``counts``, step by step as ``_compute``."""
+        gets, takes = self._yields
+        step, decodes = np.zeros(len(counts)), np.zeros(len(counts))
+        for place, tpot in enumerate(self._tpots):
+            load = self._running[place] + counts[:, place]
+            paced = gets * tpot
+            step = np.where((step == 0) & (load > 0), min(self._longest, paced), step)
+            decodes += np.where(load > 0, load * np.minimum(1.0, step / paced), 0.0)
+        step[step == 0] = self._longest
+        requests, context = decodes.astype(np.int64) + 1, (decodes * self._context).astype(np.int64)
+        verified = decodes * takes
+        tokens = self._model.tokens_within_each(step / self._model.margin, requests, context, self._most)
+        sustained = tokens >= verified
+        for place in np.flatnonzero(tokens >= self._most).tolist():
+            features = StepFeatures(int(tokens[place]), int(requests[place]), int(context[place]))
+            full = self._model.margin * self._model.seconds(features)
+            verified[place] *= full / step[place]
+            step[place] = full
+        return np.maximum(0.0, (tokens - verified) / step), sustained

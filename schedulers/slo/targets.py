@@ -51,10 +51,14 @@ class Targets(msgspec.Struct, frozen=True, gc=False):
             return arrival_s + self.ttft_s
         if math.isinf(self.tpot_s):
             return math.inf
+        return self.paced_from_s(arrival_s, first_token_s) + token * self.tpot_s
+
+    def paced_from_s(self, arrival_s: float, first_token_s: float | None) -> float:
+        """When the pace of the tokens after the first one begins to count."""
         start = arrival_s + self.ttft_s
         if first_token_s is not None and (first_token_s > start or math.isinf(start)):
-            start = first_token_s
-        return start + token * self.tpot_s
+            return first_token_s
+        return start
 
 
 class Tiers:
