@@ -30,7 +30,7 @@ from penstock.schedulers.slo.config import SLOConfig
 from penstock.schedulers.slo.planner import Planner
 from penstock.schedulers.slo.requests import Limits, Running, Waiting
 from penstock.schedulers.slo.rules import RULES
-from penstock.schedulers.slo.supply import Counts
+from penstock.schedulers.slo.supply import Counts, Supply
 from penstock.schedulers.slo.targets import Targets
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def draw(regret: list[dict[str, Any]], axes: Axes) -> None:
     axes.legend()
 
 
-class LinearSupply:
+class LinearSupply(Supply):
     """A rate that falls by a fixed amount with each decode: what a mixed-integer program can state."""
 
     def __init__(self, rate: float, costs: tuple[float, ...]) -> None:

@@ -68,8 +68,15 @@ class Candidates(Sequence[Candidate]):
         """The same, sorted; at one deadline they stay as they are."""
         places = np.argsort(self.deadline_s, kind="stable")
         names = [self.request_ids[place] for place in places.tolist()]
-        columns = (self.deadline_s, self.tokens, self.memory_tokens, self.tier, self.profit, self.mandatory)
-        return Candidates(names, *[column[places] for column in columns])
+        return Candidates(
+            names,
+            self.deadline_s[places],
+            self.tokens[places],
+            self.memory_tokens[places],
+            self.tier[places],
+            self.profit[places],
+            self.mandatory[places],
+        )
 
     @overload
     def __getitem__(self, place: int) -> Candidate: ...
@@ -107,7 +114,13 @@ class Instance:
         self.waits_s: Reals = np.diff(self.columns.deadline_s, prepend=0.0)
         """From the deadline before each candidate to its own."""
         assert (self.waits_s[1:] >= 0).all(), "candidates ascend by deadline"
-        self.demands = Demands.of(self)
+        mandatory = self.columns.mandatory
+        everybody = np.ones(len(mandatory), np.bool_)
+        sets = (everybody,) if mandatory.all() else (mandatory, everybody)
+        paths = self.paths(*sets)
+        self.demands = Demands(self.columns, paths[0], memory_tokens)
+        self.together = paths[-1]
+        """What becomes of all, if all are accepted."""
 
     @cached_property
     def candidates(self) -> list[Candidate]:
@@ -119,17 +132,25 @@ class Instance:
         """Nothing accepted, in any tier."""
         return (0,) * self.supply.tiers
 
-    def path(self, chosen: Mask) -> Path:
-        """What becomes of budget, memory and pace while those ``chosen`` are accepted by deadline."""
-        columns, tiers = self.columns, self.supply.tiers
-        counts = np.zeros((len(columns) + 1, tiers), np.int64)
-        np.cumsum((columns.tier[:, None] == np.arange(tiers)) & chosen[:, None], axis=0, out=counts[1:])
-        rates, sustained = self.supply.of_each(counts)
-        changes = np.empty(2 * len(columns))
-        changes[0::2] = rates[:-1] * self.waits_s
-        changes[1::2] = np.where(chosen, -columns.tokens, 0)
-        held = np.where(chosen, columns.memory_tokens, 0)
-        return Path(counts, np.cumsum(changes)[1::2], changes[0::2], np.cumsum(held), sustained[1:])
+    def paths(self, *sets: Mask) -> list[Path]:
+        """For each of some sets what becomes of budget, memory and pace while its candidates are accepted by
+        deadline."""
+        columns, tiers, number = self.columns, self.supply.tiers, len(self.columns)
+        in_tier = columns.tier[:, None] == np.arange(tiers)
+        counts = np.zeros((len(sets), number + 1, tiers), np.int64)
+        for chosen, counted in zip(sets, counts, strict=True):
+            np.cumsum(in_tier & chosen[:, None], axis=0, out=counted[1:])
+        rates, sustained = self.supply.of_each(counts.reshape(-1, tiers))
+        found = []
+        for place, chosen in enumerate(sets):
+            rows = slice(place * (number + 1), (place + 1) * (number + 1))
+            changes = np.empty(2 * number)
+            changes[0::2] = rates[rows][:-1] * self.waits_s
+            changes[1::2] = np.where(chosen, -columns.tokens, 0)
+            memory = np.cumsum(np.where(chosen, columns.memory_tokens, 0))
+            budget = np.cumsum(changes)[1::2]
+            found.append(Path(counts[place], budget, changes[0::2], memory, sustained[rows][1:]))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +175,10 @@ class Demands:
     """
 
     def __init__(self, columns: Candidates, alone: Path, memory_tokens: float) -> None:
+        """``alone`` is what becomes of the mandatory ones if nobody else is accepted: how late they are."""
         self._columns, self.alone = columns, alone
         self.least: Reals = np.minimum(0.0, alone.budget)
         self.memory_tokens = max(memory_tokens, int(alone.memory[-1]) if len(columns) else 0)
-
-    @classmethod
-    def of(cls, instance: Instance) -> Demands:
-        """Serve the mandatory alone and look how late they are."""
-        return cls(instance.columns, instance.path(instance.columns.mandatory), instance.memory_tokens)
 
     @cached_property
     def floors(self) -> list[float]:
@@ -214,7 +231,7 @@ def feasible(instance: Instance, accepted: Sequence[int]) -> bool:
     chosen[list(accepted)] = True
     if (columns.mandatory & ~chosen).any():
         return False
-    path = instance.path(chosen)
+    (path,) = instance.paths(chosen)
     floors = np.where(columns.mandatory, demands.least, 0.0)
     short = path.budget < floors - EPSILON * (1 + np.abs(floors))
     strained = ~columns.mandatory & ~path.sustained

@@ -64,7 +64,7 @@ class Backlog(AsItComes, AllAlike):
         key = (waiting.arrival_s if best_effort else waiting.due_s, place)
         self._entries[job.request_id] = _Entry(waiting, place, key, best_effort)
         self._places[place] = job.request_id
-        (self._best_effort if best_effort else self._urgent).add((*key, job.request_id))
+        (self._best_effort if best_effort else self._urgent).add((*key, waiting))
         self.with_targets += waiting.targets is not None
 
     def remove(self, request_id: str) -> Job:
@@ -75,7 +75,7 @@ class Backlog(AsItComes, AllAlike):
         """
         entry = self._entries.pop(request_id)
         del self._places[entry.place]
-        self._view(entry).remove((*entry.key, request_id))
+        self._view(entry).remove((*entry.key, entry.job))
         self._front.pop(request_id, None)
         self.with_targets -= entry.job.targets is not None
         return entry.job
@@ -84,9 +84,9 @@ class Backlog(AsItComes, AllAlike):
         """Move a request to the best-effort view; no further call brings it back."""
         entry = self._entries[request_id]
         if not entry.best_effort:
-            self._urgent.remove((*entry.key, request_id))
+            self._urgent.remove((*entry.key, entry.job))
             entry.key, entry.best_effort = (entry.job.arrival_s, entry.place), True
-            self._best_effort.add((*entry.key, request_id))
+            self._best_effort.add((*entry.key, entry.job))
 
     def _view(self, entry: _Entry) -> SortedList:
         return self._best_effort if entry.best_effort else self._urgent
@@ -116,14 +116,14 @@ class Backlog(AsItComes, AllAlike):
             return next(iter(self._front))
         first: str
         if self.with_targets:
-            first = (self._urgent or self._best_effort)[0][2]
+            first = (self._urgent or self._best_effort)[0][2].request_id
         else:
             first = self._places.peekitem(0)[1]
         return first
 
     def urgent(self, most: int) -> list[tuple[float, Waiting]]:
         """Those with targets that may be met and when they are due, earliest deadline first."""
-        return [(due_s, self._entries[name].job) for due_s, _, name in islice(self._urgent, most)]
+        return [(due_s, job) for due_s, _, job in islice(self._urgent, most)]
 
     @property
     def first_due_s(self) -> float:
@@ -132,7 +132,7 @@ class Backlog(AsItComes, AllAlike):
 
     def best_effort(self, most: int) -> list[Waiting]:
         """The others, longest waiting first."""
-        return [self._entries[name].job for _, _, name in islice(self._best_effort, most)]
+        return [job for _, _, job in islice(self._best_effort, most)]
 
     @property
     def names(self) -> Set[str]:
@@ -170,7 +170,7 @@ class Backlog(AsItComes, AllAlike):
     def check_integrity(self) -> None:
         """Assert that the three views hold the same requests, each once."""
         names = set(self._entries)
-        views = [name for view in (self._urgent, self._best_effort) for _, _, name in view]
+        views = [job.request_id for view in (self._urgent, self._best_effort) for _, _, job in view]
         assert sorted(views) == sorted(names)
         assert sorted(self._places.values()) == sorted(names)
         assert set(self._front) <= names

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from penstock.schedulers.slo.decodes import LAST, TPOT, Columns, Mask, RunningBatch, Times
+from penstock.schedulers.slo.decodes import LAST, TPOT, Column, Columns, Mask, RunningBatch
 from penstock.schedulers.slo.pacing import Pacing
 from penstock.schedulers.slo.requests import Running
 
@@ -25,13 +25,13 @@ class Paced:
     token may come."""
 
     columns: Columns
-    time_s: Times
+    time_s: Column
     guarded: Mask
 
     @classmethod
     def of(cls, columns: Columns, start_s: float, late_tpots: float, pacing: Pacing) -> Paced:
         """All that ``columns`` hold."""
-        tpot_s, last_s = columns.times[TPOT], columns.times[LAST]
+        tpot_s, last_s = columns.values[TPOT], columns.values[LAST]
         slack_s = pacing.slacks_s(columns, start_s) - SPARE_S
         guarded = slack_s >= -late_tpots * tpot_s
         if not guarded.all():

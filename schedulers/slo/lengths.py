@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 Shares = NDArray[np.float64]
 """``[BUCKETS]``, by bucket of a length."""
-Tokens = NDArray[np.int64]
+Tokens = NDArray[np.int64] | NDArray[np.float64]
 
 BUCKETS_PER_OCTAVE = 4
 BUCKETS = 20 * BUCKETS_PER_OCTAVE + 1
@@ -166,7 +166,7 @@ class OutputLengths:
         before = self._cumulative if self._places else np.zeros((0, BUCKETS))
         self._cumulative: Shares = np.zeros((classes, BUCKETS))
         self._cumulative[: len(before)] = before
-        self._numbers = memoryview(self._cumulative.reshape(-1))
+        self._numbers = self._cumulative.reshape(-1).data
         """The same, row after row: a number of it is read faster than one of an array."""
 
     def check_integrity(self) -> None:
@@ -180,7 +180,8 @@ def _shrunk(histograms: Sequence[Histogram], weight: float, others: Shares) -> S
     """``[histograms, BUCKETS]``: what each observed, as if ``weight`` more observations were distributed like
     ``others``."""
     trust = np.array([histogram.weight / (histogram.weight + weight) for histogram in histograms])[:, None]
-    return trust * np.array([histogram.shares() for histogram in histograms]) + (1 - trust) * others
+    shrunk: Shares = trust * np.array([histogram.shares() for histogram in histograms]) + (1 - trust) * others
+    return shrunk
 
 
 def _log_normal(median: float, sigma: float) -> Shares:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from penstock.schedulers.slo.config import SLOConfig
-from penstock.schedulers.slo.decodes import BEGIN, LAST, MOST, OUTPUT, TPOT, Columns, Times
+from penstock.schedulers.slo.decodes import BEGIN, LAST, MOST, OUTPUT, TPOT, Column, Columns
 from penstock.schedulers.slo.lengths import OutputLengths
 from penstock.schedulers.slo.requests import Running
 from penstock.schedulers.slo.targets import Targets
@@ -45,10 +45,10 @@ class Pacing:
             slack = min(self._lent_step_s, slack + self._catch_up_s(request, targets.tpot_s))
         return slack
 
-    def slacks_s(self, decodes: Columns, start_s: float) -> Times:
+    def slacks_s(self, decodes: Columns, start_s: float) -> Column:
         """``slack_s`` of each of many that decode."""
-        begin_s, tpot_s, last_s = decodes.times[BEGIN], decodes.times[TPOT], decodes.times[LAST]
-        slack_s: Times = begin_s + decodes.numbers[OUTPUT] * tpot_s
+        begin_s, tpot_s, last_s = decodes.values[BEGIN], decodes.values[TPOT], decodes.values[LAST]
+        slack_s: Column = begin_s + decodes.values[OUTPUT] * tpot_s
         if self.pace == "gap":
             slack_s = np.where(np.isnan(begin_s), last_s + tpot_s, slack_s)
         slack_s -= start_s
@@ -56,7 +56,7 @@ class Pacing:
             short = np.flatnonzero((slack_s < self._lent_step_s) & (tpot_s > self._step_s))
             if len(short):
                 names = [decodes.requests[place].class_name for place in short.tolist()]
-                output, most = decodes.numbers[OUTPUT, short], decodes.numbers[MOST, short]
+                output, most = decodes.values[OUTPUT, short], decodes.values[MOST, short]
                 left = self._lengths.remaining_of_each(names, self._quantile, output, most)
                 faster_s = (tpot_s[short] - self._step_s) * np.maximum(0.0, left - 1.0)
                 slack_s[short] = np.minimum(self._lent_step_s, slack_s[short] + faster_s)

@@ -12,10 +12,10 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 
-from penstock.schedulers.slo.admission import Candidates, Instance
+from penstock.schedulers.slo.admission import Candidates, Instance, Numbers
 from penstock.schedulers.slo.backlog import Backlog
 from penstock.schedulers.slo.config import SLOConfig
-from penstock.schedulers.slo.decodes import MOST, OUTPUT, TOKENS, TPOT, Columns, Numbers, Times
+from penstock.schedulers.slo.decodes import MOST, OUTPUT, TOKENS, TPOT, Column, Columns
 from penstock.schedulers.slo.lengths import OutputLengths
 from penstock.schedulers.slo.requests import Limits, Running, Waiting
 from penstock.schedulers.slo.rules import RULES
@@ -114,13 +114,13 @@ class Replanner:
             instance = Instance(replace(candidates, mandatory=runs).by_deadline(), memory, supply)
         self._decide(instance)
 
-    def _in_reach(self, start_s: float) -> tuple[list[Waiting], Times]:
+    def _in_reach(self, start_s: float) -> tuple[list[Waiting], Column]:
         """Who waits for a decision, and their slack; who would come too late is demoted, even if the engine
         did nothing else."""
         urgent = self._backlog.urgent(self._config.replan_window)
         jobs = [job for _, job in urgent]
         slack_s = np.array([due_s for due_s, _ in urgent]) - start_s
-        alone_s: Times = np.zeros(len(jobs))
+        alone_s: Column = np.zeros(len(jobs))
         if self._model.corrected:
             tokens = np.array([job.tokens for job in jobs], np.int64)
             alone_s = self._model.seconds_of_each(_missing(jobs), tokens)
@@ -153,10 +153,10 @@ class Replanner:
 
         One that ends within the horizon counts by its share of it.
         """
-        tiers = self._tier_of_each(decodes.times[TPOT])
+        tiers = self._tier_of_each(decodes.values[TPOT])
         tpot_s = self._tpots_s[tiers]
         names = [request.class_name for request in decodes.requests]
-        output, most = decodes.numbers[OUTPUT], decodes.numbers[MOST]
+        output, most = decodes.values[OUTPUT], decodes.values[MOST]
         left = self._lengths.remaining_of_each(names, 0.5, output, most)
         shares = np.minimum(1.0, left * tpot_s / horizon_s)
         loads = np.bincount(tiers, weights=shares, minlength=len(self._tiers))
@@ -164,9 +164,7 @@ class Replanner:
             self._model,
             self._tiers,
             loads.tolist(),
-            context_tokens=int(decodes.numbers[TOKENS].sum()) / len(decodes)
-            if decodes
-            else self._mean_prompt,
+            context_tokens=int(decodes.values[TOKENS].sum()) / len(decodes) if decodes else self._mean_prompt,
             longest_step_s=self._config.longest_step_s,
             most_tokens=limits.step_tokens,
             yields=self.yields,
@@ -174,12 +172,12 @@ class Replanner:
         return supply, float((shares * horizon_s / tpot_s).sum())
 
     def _candidates(
-        self, prefills: Sequence[Running], start_s: float, jobs: Sequence[Waiting], slack_s: Times
+        self, prefills: Sequence[Running], start_s: float, jobs: Sequence[Waiting], slack_s: Column
     ) -> Candidates:
         """Prompts that run, then those that wait by slack. The former and the admitted are mandatory; where
         the admitted are weighed again they are worth more."""
         config, number = self._config, len(prefills)
-        requests = (*prefills, *jobs)
+        requests: list[Running | Waiting] = [*prefills, *jobs]
         names = [request.request_id for request in requests]
         admitted = np.array([name in self.admitted for name in names], np.bool_)
         missing = _missing(requests)
@@ -193,7 +191,7 @@ class Replanner:
         within_s = np.minimum(LATEST_S, np.maximum(0.0, deadlines_s))
         return Candidates(names, within_s, missing, memory, tiers, profit, admitted)
 
-    def _deadlines_s(self, prefills: Sequence[Running], start_s: float) -> Times:
+    def _deadlines_s(self, prefills: Sequence[Running], start_s: float) -> Column:
         """When prompts that run are due, from the start of the step."""
         due_s = [
             _targets(request).due_s(request.arrival_s, request.output_tokens, request.first_token_s)
@@ -209,7 +207,7 @@ class Replanner:
         expected = self._lengths.remaining_of_each(names, quantile, output, most)
         return (np.array([job.tokens for job in jobs], np.int64) + expected).astype(np.int64)
 
-    def _tier_of_each(self, tpot_s: Times) -> Numbers:
+    def _tier_of_each(self, tpot_s: Column) -> Numbers:
         """``Tiers.index`` of each of many times per token."""
         tiers: Numbers = np.maximum(0, np.searchsorted(self._tpots_s, tpot_s, side="right") - 1)
         return tiers

@@ -45,12 +45,12 @@ def edf_greedy(instance: Instance) -> Decision:
 def moore_hodgson(instance: Instance) -> Decision:
     """By deadline, accept each candidate; while something breaks, evict the one that costs most."""
     walk = _Walk(instance)
-    dearest: list[tuple[float, int]] = []
     broken = walk.accept_until_it_breaks()
-    if broken < len(instance.columns):
-        accepted = instance.candidates[:broken]
-        dearest = [(-walk.price(one), place) for place, one in enumerate(accepted) if not one.mandatory]
-        heapq.heapify(dearest)
+    if broken == len(instance.columns):
+        return Decision(tuple(range(broken)), profit_of(instance, range(broken)), broken)
+    accepted = instance.candidates[:broken]
+    dearest = [(-walk.price(one), place) for place, one in enumerate(accepted) if not one.mandatory]
+    heapq.heapify(dearest)
     for place in range(broken, len(instance.columns)):
         candidate = instance.candidates[place]
         walk.arrive(place)
@@ -98,9 +98,10 @@ class _Walk:
     def accept_until_it_breaks(self) -> int:
         """Accept all candidates before the first one with which something breaks, and return its place; their
         number, if nothing does."""
-        instance, columns, demands = self.instance, self.instance.columns, self.demands
+        columns, demands, path = self.instance.columns, self.demands, self.instance.together
         number, mandatory = len(columns), columns.mandatory
-        path = demands.alone if mandatory.all() else instance.path(np.ones(number, np.bool_))
+        if mandatory.all():
+            return number
         least = np.maximum(np.where(mandatory, demands.least, 0.0), demands.reserves)
         missing = path.budget < least - EPSILON * (1 + np.abs(least))
         later = self.later_memory - np.cumsum(np.where(mandatory, columns.memory_tokens, 0))

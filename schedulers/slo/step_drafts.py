@@ -41,9 +41,9 @@ def _decodes(step: Step, needs: Needs) -> list[Drafting]:
     """The decodes of the step that have drafts. Best-effort ones, whose turn comes after the prompts, have no
     pace."""
     caps, paced = step.caps, needs.paced
-    columns, drafted = paced.columns, paced.columns.numbers[DRAFTED] > 0
+    columns, drafted = paced.columns, paced.columns.values[DRAFTED] > 0
     found = [
-        (float(paced.time_s[place]), float(columns.times[TPOT, place]), columns.request(place))
+        (float(paced.time_s[place]), float(columns.values[TPOT, place]), columns.request(place))
         for place in (paced.by_turn(drafted) if drafted.any() else ())
         if columns.names[place] in caps
     ]

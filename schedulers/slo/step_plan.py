@@ -9,14 +9,13 @@ would end in the step keeps the step short enough for its own deadline.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import compress
 
 import numpy as np
 
 from penstock.schedulers.drafts import Besides
 from penstock.schedulers.slo.batch import Entry, Paced
 from penstock.schedulers.slo.config import SLOConfig
-from penstock.schedulers.slo.decodes import COMPUTED, Mask, Numbers
+from penstock.schedulers.slo.decodes import COMPUTED, Mask
 from penstock.schedulers.slo.requests import Limits, Running, Waiting
 from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
 
@@ -95,44 +94,51 @@ class Step:
         """Bound the step by the tightest decode; serve those due in it, or all where no prompt waits or where
         it does not pay to pass any over."""
         guarded, time_s = paced.guarded, paced.time_s
+        all_guarded = guarded.all()
         if guarded.any():
-            self.length_s = min(self.length_s, max(0.0, float(time_s[guarded].min())))
-        due = np.ones(len(guarded), np.bool_)
-        if prompts:
-            far_s = max(2 * self.length_s, self._config.longest_step_s)
-            due = time_s <= np.where(guarded, far_s, self.length_s)
-        if due.all() or self._pays_to_pass_over(paced.columns.numbers[COMPUTED], due):
-            self._give_one(paced, due)
+            tightest_s = (time_s if all_guarded else time_s[guarded]).min()
+            self.length_s = min(self.length_s, max(0.0, float(tightest_s)))
+        far_s = max(2 * self.length_s, self._config.longest_step_s)
+        due = time_s <= (far_s if all_guarded else np.where(guarded, far_s, self.length_s))
+        number = int(np.count_nonzero(due)) if prompts else len(due)
+        if number == len(due):
+            self._give_to_all(paced)
+        elif self._pays_to_pass_over(paced, due, number):
+            self._give_in_turn(paced, paced.by_turn(due))
         else:
-            self._give_one(paced, np.ones_like(due), first=due)
+            self._give_to_all(paced, first=due)
         shortest = self._model.seconds(self.features)
         self.length_s = max(self.length_s, shortest)
 
-    def _pays_to_pass_over(self, computed: Numbers, served: Mask) -> bool:
-        """Whether a step without those decodes that are not ``served`` is shorter by more than it takes to
-        serve them again afterwards."""
-        number, others = int(served.sum()), int((~served).sum())
-        tokens, requests = self.tokens + number, len(self.caps) + number
-        context = self.context_tokens + int(computed[served].sum())
-        more_context = int(computed[~served].sum())
+    def _pays_to_pass_over(self, paced: Paced, due: Mask, number: int) -> bool:
+        """Whether a step with only the ``number`` decodes that are ``due`` is shorter by more than it costs to
+        serve the others again afterwards."""
+        computed = paced.columns.values[COMPUTED]
+        tokens, requests, others = self.tokens + number, len(self.caps) + number, len(due) - number
+        served_context = int(computed[due].sum())
+        context, more_context = self.context_tokens + served_context, int(computed.sum()) - served_context
         without = StepFeatures(tokens, requests, context)
         beside = StepFeatures(tokens + others, requests + others, context + more_context)
         saved_s = self._model.seconds(beside) - self._model.seconds(without)
         return saved_s > self._config.resumed_token_s * more_context
 
-    def _give_one(self, paced: Paced, chosen: Mask, first: Mask | None = None) -> None:
-        """A token for each of those ``chosen`` that has none, as ``give`` would: batches of decodes are large.
-        Where not all get one, those who come ``first`` do, and in their turn."""
-        names, computed = paced.columns.names, paced.columns.numbers[COMPUTED]
-        caps, most = self.caps, self._limits.step_tokens
-        if not caps and int(chosen.sum()) <= most:
-            given = names if chosen.all() else compress(names, chosen.tolist())
-            self.caps = dict.fromkeys(given, 1)
-            self.tokens = len(self.caps)
-            self.context_tokens = int(computed[chosen].sum())
+    def _give_to_all(self, paced: Paced, first: Mask | None = None) -> None:
+        """A token for every decode; where the step does not hold so many, for those that come ``first``
+        before the others."""
+        names = paced.columns.names
+        if not self.caps and len(names) <= self._limits.step_tokens:
+            self.caps = dict.fromkeys(names, 1)
+            self.tokens = len(names)
+            self.context_tokens = int(paced.columns.values[COMPUTED].sum())
             return
-        first = chosen if first is None else first
-        for place in (*paced.by_turn(chosen & first), *paced.by_turn(chosen & ~first)):
+        first = np.ones(len(names), np.bool_) if first is None else first
+        self._give_in_turn(paced, [*paced.by_turn(first), *paced.by_turn(~first)])
+
+    def _give_in_turn(self, paced: Paced, places: Sequence[int]) -> None:
+        """A token for each that has none, as ``give`` would: batches of decodes are large."""
+        names, computed = paced.columns.names, paced.columns.values[COMPUTED].tolist()
+        caps, most = self.caps, self._limits.step_tokens
+        for place in places:
             name = names[place]
             if name not in caps and self.tokens < most:
                 caps[name] = 1

@@ -231,7 +231,7 @@ def _tokens_for(cost: float, token: float, knee1: float, knee2: float) -> int:
 
 def _costs_of(tokens: Numbers, token: float, knee1: float, knee2: float) -> Seconds:
     """``_cost_of`` of many."""
-    cost: Seconds = token * tokens
+    cost = np.float64(token) * tokens
     if tokens.max(initial=0) > KNEES[0]:
         beyond = knee1 * (tokens - KNEES[0]) + knee2 * np.maximum(0, tokens - KNEES[1])
         cost = np.where(tokens > KNEES[0], cost + beyond, cost)
@@ -240,18 +240,20 @@ def _costs_of(tokens: Numbers, token: float, knee1: float, knee2: float) -> Seco
 
 def _tokens_for_each(cost: Seconds, token: float, knee1: float, knee2: float) -> Numbers:
     """``_tokens_for`` of many."""
-    left, slope = cost, np.full(len(cost), token)
-    start, open_ = np.zeros(len(cost), np.int64), cost >= 0
-    before = 0
+    slope: float | Seconds = token
+    start: int | Numbers = 0
+    left, beyond, before = cost, cost >= 0, 0
     for end, more in ((KNEES[0], knee1), (KNEES[1], knee2)):
         segment = slope * (end - before)
-        open_ = open_ & (segment <= left)
-        left = np.where(open_, left - segment, left)
-        slope = np.where(open_, slope + more, slope)
-        start, before = np.where(open_, end, start), end
-    beyond = np.divide(left, slope, out=np.zeros(len(cost)), where=slope > 0) + 1e-9
-    found = np.where(slope > 0, start + np.minimum(beyond, UNBOUNDED).astype(np.int64), UNBOUNDED)
-    return np.where(cost < 0, 0, found)
+        beyond = beyond & (left >= segment)
+        if not beyond.any():
+            break
+        left = np.where(beyond, left - segment, left)
+        slope, start, before = np.where(beyond, slope + more, slope), np.where(beyond, end, start), end
+    with np.errstate(divide="ignore", invalid="ignore"):
+        fit = np.fmin(left / slope + 1e-9, UNBOUNDED)
+    found = start + np.fmax(fit, 0.0).astype(np.int64)
+    return np.where(cost < 0, 0, np.where(slope > 0, found, UNBOUNDED))
 
 
 def columns(features: StepFeatures) -> tuple[float, ...]:

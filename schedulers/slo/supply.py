@@ -79,6 +79,9 @@ class ModelledSupply(Supply):
         self._longest = longest_step_s
         self._most = most_tokens
         self._yields = yields
+        self._loads = np.array(self._running)
+        self._paced_s = yields.gets * np.array(self._tpots)
+        self._steps_s = np.append(np.minimum(longest_step_s, self._paced_s), longest_step_s)
         self._rates: dict[Counts, tuple[float, bool]] = {}
 
     @property
@@ -120,14 +123,14 @@ class ModelledSupply(Supply):
 
     def of_each(self, counts: NDArray[np.int64]) -> tuple[Rates, NDArray[np.bool_]]:
         """``rate`` and ``sustains`` for each row of ``counts``, step by step as ``_compute``."""
-        gets, takes = self._yields
-        step, decodes = np.zeros(len(counts)), np.zeros(len(counts))
-        for place, tpot in enumerate(self._tpots):
-            load = self._running[place] + counts[:, place]
-            paced = gets * tpot
-            step = np.where((step == 0) & (load > 0), min(self._longest, paced), step)
-            decodes += np.where(load > 0, load * np.minimum(1.0, step / paced), 0.0)
-        step[step == 0] = self._longest
+        takes = self._yields.takes
+        loads = counts + self._loads
+        # The tightest tier that is present, or the last column where none is.
+        first = np.argmax(np.append(loads > 0, np.ones((len(loads), 1), np.bool_), axis=1), axis=1)
+        step = self._steps_s[first]
+        shares = np.minimum(1.0, step[:, None] / self._paced_s)
+        # One after the other, as a sum over so few is not by itself.
+        decodes = np.cumsum(loads * shares, axis=1)[:, -1]
         requests, context = decodes.astype(np.int64) + 1, (decodes * self._context).astype(np.int64)
         verified = decodes * takes
         tokens = self._model.tokens_within_each(step / self._model.margin, requests, context, self._most)

@@ -6,9 +6,10 @@ import random
 from itertools import chain, combinations
 
 from penstock.schedulers.slo.admission import Candidate, Instance
+from penstock.schedulers.slo.supply import Supply
 
 
-class TableSupply:
+class TableSupply(Supply):
     """A supply that falls with every decode, by its tier, and steps down where a tier appears."""
 
     def __init__(self, base, costs, steps, most):
