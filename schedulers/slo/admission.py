@@ -127,6 +127,13 @@ class Instance:
         """One by one."""
         return list(self.columns)
 
+    @cached_property
+    def least(self) -> Reals:
+        """The budget that must be left when a candidate and those before it are accepted."""
+        floors = np.where(self.columns.mandatory, self.demands.least, 0.0)
+        enough: Reals = np.maximum(floors, self.demands.reserves)
+        return enough - EPSILON * (1 + np.abs(enough))
+
     @property
     def no_counts(self) -> Counts:
         """Nothing accepted, in any tier."""

@@ -88,12 +88,14 @@ class Needs:
             known = known.where(~out)
         for request in others:
             targets, name = request.targets, request.request_id
+            # ``request.decodes`` without a call: there may be hundreds.
+            decodes = request.output_tokens > 0 and request.tokens - request.computed_tokens <= 1
             if targets is None or name in demoted:
-                if request.decodes:
+                if decodes:
                     best_decodes.append((request.last_token_s or request.arrival_s, name, request))
                 else:
                     best_prefills.append((request.arrival_s, name, request))
-            elif request.decodes:
+            elif decodes:
                 paced.append(request)
             else:
                 prefills.append((pacing.slack_s(request, targets, start_s), name, request))

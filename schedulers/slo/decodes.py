@@ -25,6 +25,7 @@ OUTPUT, TOKENS, COMPUTED, MOST, DRAFTED, BEGIN, TPOT, LAST = range(8)
 COUNTED = slice(OUTPUT, MOST)
 """What a step adds a token to."""
 ROOM = 64
+NAN = float("nan")
 
 
 @dataclass(slots=True)
@@ -44,7 +45,8 @@ class Columns:
     @classmethod
     def of(cls, requests: Sequence[Running], pace: Pace) -> Columns:
         """Requests with targets as they are."""
-        values = np.array([values_of(request, pace) for request in requests], np.float64)
+        flat = chain.from_iterable([values_of(request, pace) for request in requests])
+        values = np.fromiter(flat, np.float64, len(requests) * (LAST + 1))
         names = tuple([request.request_id for request in requests])
         return cls(list(requests), names, values.reshape(-1, LAST + 1).T)
 
@@ -162,7 +164,7 @@ def values_of(request: Running, pace: Pace) -> tuple[float, ...]:
     if pace == "cumulative" or first_s is None or last_s is None:
         begin_s = targets.paced_from_s(request.arrival_s, first_s)
     else:
-        begin_s = first_s if pace == "mean" else math.nan
+        begin_s = first_s if pace == "mean" else NAN
     return (
         request.output_tokens,
         request.tokens,
@@ -171,5 +173,5 @@ def values_of(request: Running, pace: Pace) -> tuple[float, ...]:
         request.draft_tokens,
         begin_s,
         targets.tpot_s,
-        math.nan if last_s is None else last_s,
+        NAN if last_s is None else last_s,
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from penstock.schedulers.slo.admission import EPSILON, Candidate, Decision, Instance, add, feasible, profit_of
+from penstock.schedulers.slo.admission import Candidate, Decision, Instance, Reals, add, feasible, profit_of
 from penstock.schedulers.slo.dynamic_program import optimal
 from penstock.schedulers.slo.supply import Counts
 
@@ -44,21 +44,39 @@ def edf_greedy(instance: Instance) -> Decision:
 
 def moore_hodgson(instance: Instance) -> Decision:
     """By deadline, accept each candidate; while something breaks, evict the one that costs most."""
-    walk = _Walk(instance)
-    broken = walk.accept_until_it_breaks()
-    if broken == len(instance.columns):
-        return Decision(tuple(range(broken)), profit_of(instance, range(broken)), broken)
-    accepted = instance.candidates[:broken]
-    dearest = [(-walk.price(one), place) for place, one in enumerate(accepted) if not one.mandatory]
+    columns, demands, supply = instance.columns, instance.demands, instance.supply
+    number, mandatory, walk = len(columns), columns.mandatory.tolist(), _Walk(instance)
+    begun = walk.accept_until_it_breaks()
+    if begun == number:
+        return Decision(tuple(range(number)), profit_of(instance, range(number)), number)
+    prices = walk.prices().tolist()
+    dearest = [(-prices[place], place) for place in range(begun) if not mandatory[place]]
     heapq.heapify(dearest)
-    for place in range(broken, len(instance.columns)):
-        candidate = instance.candidates[place]
-        walk.arrive(place)
-        walk.accept(place, candidate)
-        if not candidate.mandatory:
-            heapq.heappush(dearest, (-walk.price(candidate), place))
-        while dearest and not walk.holds(place, candidate):
-            walk.evict(heapq.heappop(dearest)[1])
+    # Hundreds of candidates are looked at, so without a call for each.
+    tokens, held, tiers = columns.tokens.tolist(), columns.memory_tokens.tolist(), columns.tier.tolist()
+    waits_s, least = instance.waits_s.tolist(), instance.least.tolist()
+    budget, memory, later, counts = walk.budget, walk.memory, walk.later_memory, walk.counts
+    for place in range(begun, number):
+        budget += supply.rate(counts) * waits_s[place]
+        budget -= tokens[place]
+        memory += held[place]
+        counts = add(counts, tiers[place])
+        walk.accepted.add(place)
+        if mandatory[place]:
+            later -= held[place]
+        else:
+            heapq.heappush(dearest, (-prices[place], place))
+        while dearest and not (
+            budget >= least[place]
+            and memory + later <= demands.memory_tokens
+            and (mandatory[place] or supply.sustains(counts))
+        ):
+            # What its decode would have cost since its deadline is not given back.
+            evicted = heapq.heappop(dearest)[1]
+            walk.accepted.remove(evicted)
+            budget += tokens[evicted]
+            memory -= held[evicted]
+            counts = add(counts, tiers[evicted], -1)
     return walk.decide()
 
 
@@ -102,8 +120,7 @@ class _Walk:
         number, mandatory = len(columns), columns.mandatory
         if mandatory.all():
             return number
-        least = np.maximum(np.where(mandatory, demands.least, 0.0), demands.reserves)
-        missing = path.budget < least - EPSILON * (1 + np.abs(least))
+        missing = path.budget < self.instance.least
         later = self.later_memory - np.cumsum(np.where(mandatory, columns.memory_tokens, 0))
         missing |= path.memory + later > demands.memory_tokens
         missing |= ~mandatory & ~path.sustained
@@ -131,18 +148,11 @@ class _Walk:
             self.later_memory -= candidate.memory_tokens
         self.counts = add(self.counts, candidate.tier)
 
-    def evict(self, place: int) -> None:
-        """Take an acceptance back. What its decode would have cost since its deadline is not given back."""
-        candidate = self.instance.candidates[place]
-        self.accepted.remove(place)
-        self.budget += candidate.tokens
-        self.memory -= candidate.memory_tokens
-        self.counts = add(self.counts, candidate.tier, -1)
-
-    def price(self, candidate: Candidate) -> float:
-        """What a candidate takes of the engine, and of the memory where that is scarce, for its profit."""
-        takes = candidate.tokens / self.all_tokens + candidate.memory_tokens / self.all_memory
-        return takes / candidate.profit
+    def prices(self) -> Reals:
+        """What each candidate takes of the engine, and of the memory where that is scarce, for its profit."""
+        columns = self.instance.columns
+        takes = columns.tokens / self.all_tokens + columns.memory_tokens / self.all_memory
+        return takes / columns.profit
 
     def fits(self, place: int, candidate: Candidate) -> bool:
         """Whether a candidate that is not accepted yet can be."""
@@ -154,16 +164,6 @@ class _Walk:
         memory = self.memory + self.later_memory + candidate.memory_tokens
         fits = memory <= self.demands.memory_tokens
         return fits and self.supply.sustains(add(self.counts, candidate.tier))
-
-    def holds(self, place: int, candidate: Candidate) -> bool:
-        """Whether what is accepted so far leaves what it must."""
-        floor = self.demands.floors[place] if candidate.mandatory else 0.0
-        enough = max(floor, self.demands.reserves[place])
-        if self.budget < enough - EPSILON * (1 + abs(enough)):
-            return False
-        if self.memory + self.later_memory > self.demands.memory_tokens:
-            return False
-        return candidate.mandatory or self.supply.sustains(self.counts)
 
     def decide(self) -> Decision:
         """The accepted set; the last that came is dropped while the decodes it adds break a mandatory one."""

@@ -111,8 +111,8 @@ class Step:
         self.length_s = max(self.length_s, shortest)
 
     def _pays_to_pass_over(self, paced: Paced, due: Mask, number: int) -> bool:
-        """Whether a step with only the ``number`` decodes that are ``due`` is shorter by more than it costs to
-        serve the others again afterwards."""
+        """Whether a step with only the ``number`` decodes that are ``due`` is shorter by more than it costs
+        to serve the others again afterwards."""
         computed = paced.columns.values[COMPUTED]
         tokens, requests, others = self.tokens + number, len(self.caps) + number, len(due) - number
         served_context = int(computed[due].sum())
