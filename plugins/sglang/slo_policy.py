@@ -91,7 +91,7 @@ class PlannedPolicy(PassPolicy):
             self._awaits_launch = True
             return True
         in_flight = self._in_flight()
-        self._forget_beside({*self._waiting.values(), *running_batch.reqs, *in_flight, chunked})
+        self._forget_beside({*running_batch.reqs, *in_flight, chunked})
         decodes = self.records.decoding(running_batch.reqs, in_flight - {chunked})
         running = decodes if chunked is None else [*decodes, self.records.chunked(chunked)]
         limits = self._limits(now_s, decodes)
@@ -267,10 +267,11 @@ class PlannedPolicy(PassPolicy):
         self.planner.observe_finish(request.rid, record.running.class_name, len(request.output_ids))
 
     def _forget_beside(self, live: set[Req | None]) -> None:
-        """Requests that SGLang gave up without a pass: the last ones of a full cache, for example."""
+        """Requests that SGLang gave up without a pass: the last ones of a full cache, for example. Those that
+        wait are ``live`` beside those given: of thousands only the number is looked at."""
         live.discard(None)
-        if len(self.records) > len(live):
-            for request in self.records.beside(live):
+        if len(self.records) > len(live) + len(self._waiting):
+            for request in self.records.beside(live | set(self._waiting.values())):
                 self._leave(request)
 
     def retraction_keys(self, requests: list[Req]) -> Sequence[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
@@ -12,6 +13,7 @@ pytest.importorskip("vllm")
 from slo_traffic import Time, TimedStepper, kind_of, ours, settings_of, slo_request, traffic
 from stepped_scheduler import Settings, build
 
+from penstock.schedulers.slo.decodes import Columns
 from penstock.schedulers.slo.plan import Plan
 from penstock.schedulers.slo.step_time import StepFeatures
 
@@ -78,19 +80,21 @@ def test_requests_that_are_not_looked_at_again_are_planned_as_they_are(is_async)
     for seed in range(6):
         time = Time()
         scheduler = build(settings_of(seed, is_async), kind_of(is_async, seed), clock=time, wall_clock=time)
-        records_of = scheduler._decoding.records
+        columns_of = scheduler._decoding.columns
 
-        def compared(output_s: float, records_of=records_of, scheduler=scheduler) -> list[Any]:
+        def compared(output_s: float, columns_of=columns_of, scheduler=scheduler) -> Columns:
             nonlocal known
-            found = records_of(output_s)
-            counted = [msgspec.structs.astuple(one) for one in found]
+            found = columns_of(output_s)
+            counted = [msgspec.structs.astuple(found.request(place)) for place in range(len(found))]
             running = scheduler.running[: len(scheduler._decoding.names)]
-            fresh = scheduler.records.running(running, output_s)
-            assert counted == [msgspec.structs.astuple(one) for one in fresh]
+            live = scheduler.records.running(running, output_s)
+            assert counted == [msgspec.structs.astuple(one) for one in live]
+            fresh = Columns.of(live, scheduler.config.slo.pace)
+            np.testing.assert_array_equal(found.values, fresh.values)
             known += len(found)
             return found
 
-        scheduler._decoding.records = compared
+        scheduler._decoding.columns = compared
         traffic(scheduler, seed, is_async, targets=1.0, time=time)
     assert known > 20
 
