@@ -42,8 +42,20 @@ def test_without_targets_every_step_is_stocks(is_async):
     assert preemptions > 5
 
 
+def test_a_preempted_request_that_ends_with_a_token_in_flight_leaves_the_queue():
+    """vLLM frees it first, and then takes it from its queue."""
+    scheduler = ours(Settings(blocks=400, is_async=True), Time())
+    sample, other = slo_request("preempted", 40), slo_request("other", 40)
+    for one in (sample, other):
+        scheduler.add_request(one)
+    scheduler.planner.leave(sample.request_id)
+    scheduler.waiting.remove_requests([sample])
+    assert list(scheduler.waiting) == [other]
+    scheduler.waiting.check_integrity()
+
+
 @BOTH
-@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("share", [0.6, 1.0])
 def test_with_targets_no_request_is_lost_or_runs_twice(is_async, share):
     thrown_out = preempted = 0
     for seed in range(6):

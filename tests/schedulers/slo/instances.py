@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from itertools import chain, combinations
 
-from penstock.schedulers.slo.admission import Candidate, Instance
+from penstock.schedulers.slo.admission import EPSILON, Candidate, Instance
 from penstock.schedulers.slo.supply import Supply
 
 
@@ -94,3 +94,40 @@ def best_by_trying(instance):
         for subset in map(set, subsets)
         if definition_feasible(instance, subset)
     )
+
+
+def moore_hodgson_one_by_one(instance):
+    """Moore and Hodgson's rule by its words: accept by deadline; while something breaks, evict the dearest."""
+    supply, demands, candidates = instance.supply, instance.demands, instance.candidates
+    horizon = candidates[-1].deadline_s
+    all_tokens = max(1.0, supply.rate(instance.no_counts) * horizon)
+    all_memory = demands.memory_tokens or 1.0
+    budget, now, accepted = 0.0, 0.0, []
+
+    def counts():
+        return tuple(sum(candidates[p].tier == tier for p in accepted) for tier in range(supply.tiers))
+
+    def price(place):
+        one = candidates[place]
+        return (one.tokens / all_tokens + one.memory_tokens / all_memory) / one.profit
+
+    def breaks(place):
+        one = candidates[place]
+        enough = max(demands.floors[place] if one.mandatory else 0.0, demands.reserves[place])
+        later = sum(c.memory_tokens for c in candidates[place + 1 :] if c.mandatory)
+        held = sum(candidates[p].memory_tokens for p in accepted)
+        short = budget < enough - EPSILON * (1 + abs(enough)) or held + later > demands.memory_tokens
+        return short or not (one.mandatory or supply.sustains(counts()))
+
+    for place, one in enumerate(candidates):
+        budget += supply.rate(counts()) * (one.deadline_s - now)
+        now = one.deadline_s
+        budget -= one.tokens
+        accepted.append(place)
+        while (optional := [p for p in accepted if not candidates[p].mandatory]) and breaks(place):
+            dearest = min(optional, key=lambda p: (-price(p), p))
+            accepted.remove(dearest)
+            budget += candidates[dearest].tokens
+    while optional and not definition_feasible(instance, set(accepted)):
+        accepted.remove(optional.pop())
+    return tuple(accepted)

@@ -117,3 +117,13 @@ def test_past_the_bound_on_work_a_simpler_rule_decides_and_says_so():
     assert not bounded.complete
     assert bounded.profit >= edf_greedy(instance).profit
     assert dynamic_program(instance, None).complete
+
+
+def test_moore_hodgson_evicts_as_by_its_words():
+    evicting = 0
+    for seed in range(400):
+        instance = instances.random_instance(seed, 30)
+        found = moore_hodgson(instance).accepted
+        assert found == instances.moore_hodgson_one_by_one(instance), seed
+        evicting += 0 < len(found) < len(instance.candidates)
+    assert evicting > 100

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
-from penstock.schedulers.slo.lengths import MOST_CLASSES, OutputLengths, bucket_of, end_of
+from penstock.schedulers.slo.lengths import LAST_TOKENS, MOST_CLASSES, OutputLengths, bucket_of, end_of
 
 
 def test_a_length_lies_in_its_bucket():
@@ -66,3 +67,23 @@ def test_a_cold_start_expects_something_and_classes_without_end_are_bounded():
         lengths.total(f"class {i}", 0.5)
     lengths.check_integrity()
     assert len(lengths._classes) == MOST_CLASSES
+
+
+def test_what_many_have_left_is_what_each_has_left():
+    rng = random.Random(0)
+    lengths = OutputLengths()
+    for _ in range(300):
+        lengths.observe(f"class {rng.randrange(400)}", rng.randint(1, 500))
+        if rng.random() < 0.05:
+            names = [f"class {rng.randrange(450)}" for _ in range(20)]
+            generated = [rng.choice((0, rng.randrange(1, 3000))) for _ in names]
+            most = [rng.choice((100, 1 << 20)) for _ in names]
+            for quantile in (0.1, 0.6):
+                found = lengths.remaining_of_each(names, quantile, np.array(generated), np.array(most))
+                each = zip(names, generated, most, strict=True)
+                assert found.tolist() == [lengths.remaining(name, quantile, g, m) for name, g, m in each]
+
+
+def test_a_bucket_ends_where_the_next_one_begins():
+    for bucket, tokens in enumerate(LAST_TOKENS[:-1].tolist()):
+        assert bucket_of(tokens) <= bucket < bucket_of(tokens + 1)

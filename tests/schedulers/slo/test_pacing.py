@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import random
+
+import msgspec
 import pytest
 
 from penstock.schedulers.slo.config import SLOConfig
+from penstock.schedulers.slo.decodes import Columns
 from penstock.schedulers.slo.lengths import OutputLengths
 from penstock.schedulers.slo.pacing import Pacing
 from penstock.schedulers.slo.requests import Running
@@ -57,3 +62,19 @@ def test_other_paces_lend_nothing(pace, slack):
 def test_slack_that_was_banked_is_never_cut():
     banked = pacing(pace="mean").slack_s(fresh(output=20), TARGETS, 0.2)
     assert banked == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("pace", ["mean", "cumulative", "gap"])
+def test_slack_by_columns_is_the_slack_of_each(pace):
+    rng = random.Random(pace)
+    rule = pacing(pace=pace)
+    requests = []
+    for number in range(200):
+        first_s = rng.choice((None, rng.uniform(0.0, 2.0)))
+        running = msgspec.structs.replace(fresh(rng.randint(1, 200), first_s), request_id=str(number))
+        running.targets = Targets(rng.choice((0.5, math.inf)), rng.choice((0.02, 0.05, 0.25)))
+        running.last_token_s = None if first_s is None else first_s + rng.random()
+        requests.append(running)
+    for start_s in (0.5, 3.0, 9.0):
+        slacks = rule.slacks_s(Columns.of(requests, pace), start_s).tolist()
+        assert slacks == [rule.slack_s(one, one.targets, start_s) for one in requests]
