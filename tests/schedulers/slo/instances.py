@@ -97,7 +97,7 @@ def best_by_trying(instance):
 
 
 def moore_hodgson_one_by_one(instance):
-    """Moore and Hodgson's rule by its words: accept by deadline; while something breaks, evict the dearest."""
+    """Moore and Hodgson's rule by its words: accept by deadline; while it breaks, evict the dearest."""
     supply, demands, candidates = instance.supply, instance.demands, instance.candidates
     horizon = candidates[-1].deadline_s
     all_tokens = max(1.0, supply.rate(instance.no_counts) * horizon)
