@@ -85,6 +85,7 @@ class OutputLengths:
         self._classes: OrderedDict[str, Histogram] = OrderedDict()
         self._places: dict[str, int] = {}
         """Rows of ``_cumulative`` by class; forgotten as observations come in."""
+        self._whole: dict[float, Shares] = {}
         self._make_room(MOST_CLASSES)
         self._unseen = 0
 
@@ -130,9 +131,12 @@ class OutputLengths:
         places = self._places
         if not places.keys() >= (names := set(class_names)):
             self._accumulate(names)
-        cumulative = self._cumulative[[places[name] for name in class_names]]
-        buckets = np.searchsorted(LAST_TOKENS[:-1], generated)
-        begun, summed = generated > 0, cumulative[:, -1]
+        rows = [places[name] for name in class_names]
+        begun = generated > 0
+        if not begun.any():
+            return np.minimum(most, self._of_whole_answers(quantile)[rows])
+        cumulative = self._cumulative[rows]
+        summed, buckets = cumulative[:, -1], np.searchsorted(LAST_TOKENS[:-1], generated)
         before = np.where(begun, cumulative[np.arange(len(buckets)), buckets], 0.0)
         target = before + quantile * (summed - before) - 1e-12
         expected = EACH_END[(cumulative < target[:, None]).sum(axis=1)]
@@ -143,10 +147,20 @@ class OutputLengths:
         left: Shares = np.maximum(0.0, total - generated)
         return left
 
+    def _of_whole_answers(self, quantile: float) -> Shares:
+        """The quantile of an answer that has not begun, by row."""
+        found = self._whole.get(quantile)
+        if found is None:
+            cumulative = self._cumulative[: len(self._places)]
+            target = quantile * cumulative[:, -1:] - 1e-12
+            found = self._whole[quantile] = EACH_END[(cumulative < target).sum(axis=1)]
+        return found
+
     def _accumulate(self, class_names: Set[str]) -> None:
         """Classes, each shrunk towards all classes, shrunk towards the prior."""
         if len(self._places) > 2 * MOST_CLASSES:
             self._places.clear()
+        self._whole.clear()
         first, missing = len(self._places), class_names - self._places.keys()
         end = first + len(missing)
         if end > len(self._cumulative):
