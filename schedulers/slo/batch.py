@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Container, Iterable, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,7 +33,8 @@ class Paced:
         """All that ``columns`` hold."""
         tpot_s, last_s = columns.values[TPOT], columns.values[LAST]
         slack_s = pacing.slacks_s(columns, start_s) - SPARE_S
-        guarded = slack_s >= -late_tpots * tpot_s
+        # Without 0 times infinity.
+        guarded = slack_s >= (-late_tpots * tpot_s if late_tpots else 0.0)
         if not guarded.all():
             paced_s = np.where(np.isnan(last_s), start_s, last_s) + tpot_s - start_s
             slack_s = np.where(guarded, slack_s, paced_s)
@@ -70,14 +71,14 @@ class Needs:
         running: RunningBatch,
         start_s: float,
         late_tpots: float,
-        demoted: Collection[str],
+        demoted: Set[str],
         pacing: Pacing,
     ) -> Needs:
         """One pass over those that are not known to decode on; each list in the order of service."""
         prefills, best_decodes, best_prefills, paced = [], [], [], []
         known = running.decodes
         others: Iterable[Running] = running.others
-        if demoted and not set(demoted).isdisjoint(known.names):
+        if demoted and not demoted.isdisjoint(known.names):
             out = np.array([name in demoted for name in known.names])
             others = [*(known.request(place) for place in np.flatnonzero(out).tolist()), *others]
             known = known.where(~out)
