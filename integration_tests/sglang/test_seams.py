@@ -144,7 +144,13 @@ assert get_kv_class(TransferBackend.FAKE, KVClassType.SENDER).__module__.startsw
 
 
 def test_flowkv_is_a_transfer_backend_in_a_child_beside_those_of_stock():
-    wanted = ["get_kv_class", "get_kv_pool_cls", "get_paged_allocator_cls", "init_metrics_collector"]
+    wanted = [
+        "get_kv_class",
+        "get_kv_pool_cls",
+        "get_paged_allocator_cls",
+        "init_metrics_collector",
+        "resolve_once",
+    ]
     done = run(CHILD + HOOKED + MEMBER, PENSTOCK_CONFIG='{"flowkv": {}}')
     assert done.returncode == 0, done.stderr
     assert sorted(json.loads(done.stdout.splitlines()[-1])) == wanted

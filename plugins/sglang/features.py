@@ -106,6 +106,7 @@ FLOWKV = Feature(
     seams=(*REGISTRY, *MANAGER, *ENDS, *POOL, *ALLOCATION, *SERIES),
     hooks=(
         transfer_backend.Member(f"{_TRANSFER}:TransferBackend", "FLOWKV", BACKEND),
+        Around(f"{_SERVER_ARGS}.resolve_once", transfer_backend.resolve_once),
         Around(f"{_TRANSFER}:get_kv_class", transfer_backend.get_kv_class),
         Around(f"{_PLATFORM}.get_kv_pool_cls", transfer_backend.get_kv_pool_cls),
         Around(f"{_PLATFORM}.get_paged_allocator_cls", transfer_backend.get_paged_allocator_cls),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -37,6 +38,8 @@ from penstock.plugins.sglang.suffix_settings import FLAG as SPECULATION_FLAG
 from penstock.schedulers.config import SchedulerConfig
 
 DESTINATION = "penstock_config"
+FROM_COMMAND_LINE = "_penstock_from_command_line"
+"""An attribute of ``ServerArgs``, which take others beside their fields if they begin so."""
 SPARSE_OPTIONS = ("attention_backend", "decode_attention_backend")
 
 
@@ -77,7 +80,11 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: Namespace) -> A
         join(args)
     except (ConfigurationError, FeatureError) as error:
         refuse(error)
-    return original(cls, args)
+    settings = original(cls, args)
+    if os.environ.get(VARIABLE):
+        # What a model brings is known later, and is told as what is known here.
+        setattr(settings, FROM_COMMAND_LINE, True)
+    return settings
 
 
 def join(args: Namespace) -> None:
@@ -140,6 +147,13 @@ def _apply(config: SchedulerConfig | None, *, transfers: bool, drafts: bool, spa
     apply_now()
     for feature in asked:
         confirm(feature.hooks)
+
+
+def refuse_settings(settings: Any, error: Exception) -> NoReturn:
+    """End the start with one line where ``settings`` came from a command line; else raise ``error``."""
+    if getattr(settings, FROM_COMMAND_LINE, False):
+        refuse(error)
+    raise error
 
 
 def refuse(error: Exception) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from penstock.plugins.seams import Seam, Use
+from penstock.plugins.sglang.plain_caches import SEAMS as PLAIN_CACHES
 from penstock.plugins.sglang.scheduler_seams import read
 
 _CONN = "sglang.srt.disaggregation.common.conn"
@@ -22,6 +23,7 @@ def override(owner: str, **methods: str) -> tuple[Seam, ...]:
 
 
 REGISTRY = (
+    *PLAIN_CACHES,
     *read(f"{_UTILS}:TransferBackend", "NIXL"),
     *read(f"{_UTILS}:KVClassType", "KVARGS", "MANAGER", "SENDER", "RECEIVER", "BOOTSTRAP_SERVER"),
     Seam(f"{_UTILS}:get_kv_class", Use.PATCH, "(transfer_backend, class_type)", wraps=True),

@@ -8,6 +8,7 @@ from typing import Any
 
 from penstock.plugins.sglang.sparse_settings import (
     BACKEND,
+    FLAG,
     is_asked_for,
     require_sparse,
     settle,
@@ -58,15 +59,16 @@ def resolve_once(original: Callable[[Any], Any], settings: Any) -> Any:
     """Around ``ServerArgs.resolve_once``: a program that builds an engine asks by the section alone.
 
     Raises:
-        ConfigurationError: settings that were given from Python contradict sparse attention.
+        ConfigurationError: settings that were given from Python, or the model, contradict sparse attention.
     """
+    from penstock.plugins.sglang import plain_caches
     from penstock.plugins.sglang.settings import inherited
 
     config = sparse_config(inherited(), flag=is_asked_for(settings))
     assert config is not None
     require_sparse(settings, config)
     settle(settings)
-    return original(settings)
+    return plain_caches.resolve_once(original, settings, f"{FLAG} {BACKEND}")
 
 
 BACKEND_HOOK = Registered(BACKEND, make_backend)

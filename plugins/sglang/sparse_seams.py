@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from penstock.plugins.seams import Seam, Use
 from penstock.plugins.sglang.flowkv_seams import override
+from penstock.plugins.sglang.plain_caches import SEAMS as PLAIN_CACHES
 from penstock.plugins.sglang.scheduler_seams import read
 
 _REGISTRY = "sglang.srt.layers.attention.attention_registry"
@@ -17,7 +18,7 @@ _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 BACKEND = (
     Seam(f"{_REGISTRY}:register_attention_backend", Use.CALL, "(name)"),
     Seam(f"{_REGISTRY}:ATTENTION_BACKENDS", Use.READ),
-    Seam("sglang.srt.server_args:ServerArgs.resolve_once", Use.PATCH, "(self)", wraps=True),
+    *PLAIN_CACHES,
     Seam("sglang.srt.runtime_context:attention_backends", Use.CALL, "()"),
     *override(
         _NATIVE,

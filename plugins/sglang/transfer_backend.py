@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from penstock.plugins.sglang.flowkv_settings import BACKEND
+from penstock.plugins.sglang.flowkv_settings import BACKEND, FLAG
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,15 @@ class Member:
         """Whether the enumeration knows the value."""
         enumeration = pkgutil.resolve_name(self.target)
         return self.value in {member.value for member in enumeration}
+
+
+def resolve_once(original: Callable[[Any], Any], settings: Any) -> Any:
+    """Around ``ServerArgs.resolve_once``: a model whose cache FlowKV does not move is not loaded."""
+    from penstock.plugins.sglang import plain_caches
+
+    if settings.disaggregation_transfer_backend != BACKEND:
+        return original(settings)
+    return plain_caches.resolve_once(original, settings, f"{FLAG} {BACKEND}")
 
 
 def get_kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: Any) -> Any:
