@@ -7,6 +7,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from sglang.srt.layers.radix_attention import AttentionType
@@ -14,7 +15,7 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang_sparse_rig import LEAST, PAGE, PAGES, Rig, all_pages, hook, ids, layer, make_pool
+from sglang_sparse_rig import CONFIG, LEAST, PAGE, PAGES, Rig, all_pages, hook, ids, layer, make_pool
 
 from penstock.plugins.configuration import ConfigurationError
 from penstock.plugins.sglang import sparse_layers
@@ -77,6 +78,20 @@ def test_a_request_below_the_activation_length_is_stock_s_to_the_bit_beside_a_lo
     assert rig.backend.worker.stats.snapshot().dense == {"short context": 2}, (
         "a pass of short ones is stock's"
     )
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_where_nothing_is_saved_our_kernel_reads_every_page_if_it_is_compiled(monkeypatch, compiled):
+    rig = Rig(config=msgspec.structs.replace(CONFIG, mass=1.0))
+    assert rig.sparse().pages.is_compiled
+    if not compiled:
+        monkeypatch.setattr(rig.sparse().pages, "_rows", None)
+    requests = [rig.extend(ids(), tokens) for tokens in (90, LEAST - 1, 71)]
+    mine, stocks = rig.decode_pass(*requests)
+    assert rig.backend.worker.stats.snapshot().dense == {"short context": 1, "nothing saved": 2}
+    torch.testing.assert_close(mine, stocks, rtol=1e-5, atol=1e-5)
+    assert torch.equal(mine[1], stocks[1])
+    assert torch.equal(mine[[0, 2]], stocks[[0, 2]]) is not compiled
 
 
 def test_passes_that_are_not_decodes_and_first_layers_are_stock_s():

@@ -34,6 +34,11 @@ class TokenPages(Keys):
         """How many blocks there are."""
         return len(self._pages[0])
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether compiled kernels read these tensors, and not torch, which copies what it reads."""
+        return self._rows is not None
+
     def read(self, blocks: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
         """``penstock.kernels.sparse.paged_keys.Keys.read``."""
         return self._pages[0][:, :, heads].index_select(0, blocks).permute(2, 0, 1, 3)

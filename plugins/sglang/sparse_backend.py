@@ -84,8 +84,8 @@ class TacticBackend(TorchNativeAttnBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
-        """As stock's; of requests that are long enough, chosen pages alone are read where that saves
-        something."""
+        """As stock's to the bit for requests that are not long enough; of others chosen pages are read, all
+        of them where that saves nothing."""
         sparse = self.layers.get(layer.layer_id)
         if self._step is None or sparse is None or k is None:
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
@@ -96,12 +96,12 @@ class TacticBackend(TorchNativeAttnBackend):
         queries = q.reshape(len(self._step.tokens), heads, -1, layer.qk_head_dim).float() * layer.scaling
         reads = self._reads(sparse, queries, self._step)
         output = q.new_empty(len(reads), layer.tp_q_head_num * layer.v_head_dim)
-        chosen = [row for row, read in enumerate(reads) if read.pages is not None]
-        if chosen:
-            part = sparse.pages.attend(queries[chosen], [reads[row] for row in chosen])
-            output[chosen] = part.output.flatten(1).to(output.dtype)
-        if len(chosen) < len(reads):
-            dense = [row for row, read in enumerate(reads) if read.pages is None]
+        dense = [row for row, read in enumerate(reads) if self._is_stock_s(sparse, self._step, row, read)]
+        if len(dense) < len(reads):
+            ours = [row for row in range(len(reads)) if row not in dense]
+            part = sparse.pages.attend(queries[ours], [reads[row] for row in ours])
+            output[ours] = part.output.flatten(1).to(output.dtype)
+        if dense:
             batch = _rows(forward_batch, dense)
             rows = [each[dense] for each in (q, k, v)]
             output[dense] = super().forward_decode(*rows, layer, batch, save_kv_cache=False)
@@ -126,6 +126,13 @@ class TacticBackend(TorchNativeAttnBackend):
             reads.append(Read(pages, chosen, tokens - (len(pages) - 1) * self._page_tokens))
         self.worker.tell_progress()
         return reads
+
+    def _is_stock_s(self, sparse: SparseLayer, step: DecodeStep, row: int, read: Read) -> bool:
+        """Whether ``torch_native`` computes a row: below the activation length, whose output it is to the
+        bit; and one that reads everything where our kernel is not compiled, and the slower of the two."""
+        if step.tokens[row] < self.worker.config.least_tokens:
+            return True
+        return read.pages is None and not sparse.pages.is_compiled
 
     def _warm_up(self, layer: RadixAttention) -> None:
         """Compile what a step calls: no request waits for a compiler."""
