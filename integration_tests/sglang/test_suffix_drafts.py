@@ -87,6 +87,26 @@ def test_what_was_drafted_is_counted_in_both_names(server: Server):
     assert sum(series(server, "sglang:num_retracted_requests_total").values()) > 0
 
 
+def test_requests_that_sample_are_verified_beside_greedy_ones(server: Server, greedy: Greedy):
+    how = [{}, {"top_p": 0.8}, {"top_k": 20}, {"top_k": 50, "top_p": 0.9}]
+    calls = [partial(generate, server, row, TOKENS) for row in PROMPTS]
+    calls += [
+        partial(generate, server, row, TOKENS, temperature=1.0, **limits)
+        for row, limits in zip(PROMPTS, how, strict=False)
+    ]
+    wanted = [greedy(row, TOKENS) for row in PROMPTS]
+    for _ in range(2):
+        answers = [answer["output_ids"] for answer in all_at_once(calls)]
+        assert answers[: len(PROMPTS)] == wanted
+        sampled = answers[len(PROMPTS) :]
+        assert [len(answer) for answer in sampled] == [TOKENS] * len(how)
+        assert all(said != best for said, best in zip(sampled, wanted, strict=False))
+    # One token is all that can be drawn, and what was said is drafted: so SGLang samples greedily.
+    certain = generate(server, PROMPTS[1], TOKENS, temperature=1.0, top_p=1e-6)
+    assert certain["output_ids"] == wanted[1]
+    assert passes(certain) < TOKENS / 2
+
+
 def test_what_was_said_is_forgotten_with_the_caches(server: Server):
     def taken() -> int:
         return passes(generate(server, prompt(77, 30), TOKENS))

@@ -128,8 +128,10 @@ class BatchTexts:
 def lay_out(last: int, tree: DraftTree, tokens: Tokens, mask: Mask, *, chain: bool) -> None:
     """Write a tree behind ``last`` into one request's positions: ``tokens [width]``, ``mask [width, width]``.
 
-    Padding repeats ``last``, which a text that repeats makes the best of. It hangs off the first position,
-    or, in a chain, off the position before it: attention that reads no mask takes positions for a chain.
+    Padding repeats ``last``, which a text that repeats makes the best of, as a chain behind what of the tree
+    repeats it: no token stands twice in one place, as a verification that samples adds the probabilities of
+    those that do. In a chain it hangs off the position before it, whatever that holds: attention that reads
+    no mask takes positions for a chain.
     """
     width, drafted = len(tokens), len(tree)
     tokens[0] = last
@@ -138,9 +140,11 @@ def lay_out(last: int, tree: DraftTree, tokens: Tokens, mask: Mask, *, chain: bo
     if chain:
         mask[:] = np.tri(width, dtype=np.bool_)
         return
-    paths = [[0]]
+    paths, end = [[0]], 0
     for position in range(1, width):
-        parent = tree.parents[position - 1] + 1 if position <= drafted else 0
+        parent = tree.parents[position - 1] + 1 if position <= drafted else end
         paths.append([*paths[parent], position])
+        if parent == end and tokens[position] == last:
+            end = position
     mask[:] = False
     mask[[path[-1] for path in paths for _ in path], [place for path in paths for place in path]] = True

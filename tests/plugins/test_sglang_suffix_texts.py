@@ -23,9 +23,11 @@ LAST = 99
 @st.composite
 def trees(draw):
     tree = DraftTree()
-    for node in range(draw(st.integers(0, WIDTH - 1))):
-        tree.parents.append(draw(st.integers(-1, node - 1)))
-        tree.tokens.append(draw(st.integers(1, 4)))
+    for _ in range(draw(st.integers(0, WIDTH - 1))):
+        parent, token = draw(st.integers(-1, len(tree) - 1)), draw(st.sampled_from([1, 2, 3, LAST]))
+        if (parent, token) not in zip(tree.parents, tree.tokens, strict=True):
+            tree.parents.append(parent)
+            tree.tokens.append(token)
     return tree
 
 
@@ -44,8 +46,10 @@ def test_a_tree_is_laid_out_so_that_the_mask_says_its_paths(tree):
     wanted = [(LAST,)]
     for parent, token in zip(tree.parents, tree.tokens, strict=True):
         wanted.append((*wanted[parent + 1], token))
-    padding = WIDTH - len(wanted)
-    assert paths_of(tokens, mask) == wanted + [(LAST, LAST)] * padding
+    repeated = max(len(path) for path in wanted if set(path) == {LAST})
+    wanted += [(LAST,) * (repeated + more + 1) for more in range(WIDTH - len(wanted))]
+    assert paths_of(tokens, mask) == wanted
+    assert len(set(wanted)) == WIDTH, "no token stands twice in one place"
     # A position's parent is the last of its ancestors: so SGLang reads it.
     for position, parent in enumerate(tree.parents, 1):
         assert mask[position, :position].nonzero()[0][-1] == parent + 1

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections import defaultdict
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -18,21 +20,46 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch.nn.functional import scaled_dot_product_attention
 
+from penstock_refcpu.sampled_verification import (
+    top_k_renorm_prob,
+    top_p_renorm_prob,
+    tree_speculative_sampling_target_only,
+)
+
 TREES = "sglang.kernels.ops.speculative.reconstruct_tree"
+VERIFICATION = "sglang.srt.speculative.eagle_utils"
+SAMPLERS = {
+    function.__name__: function
+    for function in (tree_speculative_sampling_target_only, top_k_renorm_prob, top_p_renorm_prob)
+}
+KERNELS = "sgl_kernel"
+"""The compiled package, from which SGLang before 0.5.23 takes all of them."""
 
 
 def install() -> None:
     """Put the stand-ins in place. Call it in a worker's process before SGLang makes a speculative worker."""
-    _stand_in_for_trees()
     pool = "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool"
     operations = "sglang.kernels.ops.speculative"
-    for target, stand_in in (
-        (f"{operations}.spec_tree.verify_tree_greedy_func", verify_tree_greedy),
-        (f"{operations}.cache_locs.fill_front_out_cache_loc_func", fill_front_out_cache_loc),
-        (f"{operations}.eagle.fill_accept_out_cache_loc_func", fill_accept_out_cache_loc),
-        ("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_req_to_token_pool),
-        (f"{pool}._init_kv_copy_and_warmup", init_kv_copy),
-    ):
+    replaced: dict[str, Callable[..., Any]] = {
+        f"{operations}.eagle.fill_accept_out_cache_loc_func": fill_accept_out_cache_loc,
+        "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func": assign_req_to_token_pool,
+        f"{pool}._init_kv_copy_and_warmup": init_kv_copy,
+    }
+    if find_spec("sglang.kernels.ops.speculative.verify_sampling"):
+        _stand_in_for_trees()
+        # Without a kernel these names are None, which SGLang's hooks cannot tell from any other None.
+        vars(importlib.import_module(VERIFICATION)).update(SAMPLERS)
+        replaced[f"{operations}.spec_tree.verify_tree_greedy_func"] = verify_tree_greedy
+        replaced[f"{operations}.cache_locs.fill_front_out_cache_loc_func"] = fill_front_out_cache_loc
+    else:
+        _stand_in_for_kernels()
+        # A kernel itself, called for a grid of threads.
+        launched = defaultdict(lambda: assign_extend_cache_locs)
+        vars(importlib.import_module("sglang.srt.speculative.spec_utils"))["assign_extend_cache_locs"] = (
+            launched
+        )
+        replaced[f"{VERIFICATION}.verify_tree_greedy_func"] = verify_tree_greedy
+    for target, stand_in in replaced.items():
         HookRegistry.register(target, stand_in, HookType.REPLACE)
     native = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
     HookRegistry.register(f"{native}.forward_extend", forward_extend, HookType.AROUND)
@@ -46,6 +73,13 @@ def _stand_in_for_trees() -> None:
     sys.modules[TREES] = module
     parent, _, name = TREES.rpartition(".")
     setattr(importlib.import_module(parent), name, module)
+
+
+def _stand_in_for_kernels() -> None:
+    package, trees = ModuleType(KERNELS), ModuleType(f"{KERNELS}.speculative")
+    vars(package).update(SAMPLERS, speculative=trees)
+    vars(trees)["reconstruct_indices_from_tree_mask"] = reconstruct_indices_from_tree_mask
+    sys.modules.update({module.__name__: module for module in (package, trees)})
 
 
 def reconstruct_indices_from_tree_mask(
@@ -134,6 +168,22 @@ def assign_req_to_token_pool(
     spans = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True)
     for row, start, end in spans:
         req_to_token[row, start:end] = out_cache_loc[taken : taken + end - start]
+        taken += end - start
+
+
+def assign_extend_cache_locs(
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start_offset: torch.Tensor,
+    end_offset: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    *_sizes: int,
+) -> None:
+    """The slots of each request's row from its start to its end, packed."""
+    taken = 0
+    spans = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True)
+    for row, start, end in spans:
+        out_cache_loc[taken : taken + end - start] = req_to_token[row, start:end]
         taken += end - start
 
 
