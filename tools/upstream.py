@@ -43,11 +43,30 @@ READ = ("0.33.0",)
 """Versions whose source is read."""
 SGLANG = "sglang-"
 SGLANG_RUN = (SGLANG + "0.5.22",)
-SGLANG_FEATURES = ("request-scheduler", "slo-scheduler", "request-identity")
+SGLANG_FEATURES = (
+    "request-scheduler",
+    "slo-scheduler",
+    "request-identity",
+    "sparse-attention",
+    "suffix-drafter",
+)
 """That earlier releases have the seams for; FlowKV stands on classes that 0.5.23 brought."""
 SGLANG_TESTS = tuple(
     f"integration_tests/sglang/test_{name}.py"
-    for name in ("engine", "tokens", "passes", "request_scheduler", "slo")
+    for name in (
+        "engine",
+        "tokens",
+        "options",
+        "passes",
+        "request_scheduler",
+        "slo",
+        "plain_caches",
+        "sparse_backend",
+        "sparse_pages",
+        "sparse_attention",
+        "sampled_verification",
+        "suffix_drafts",
+    )
 )
 
 

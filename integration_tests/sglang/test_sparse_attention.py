@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from engine_pair import eventually
+from sglang.srt.disaggregation.common.conn import CommonKVManager
 from sglang_pair import PAGE, SglangPair, all_back, prompt, serving_sglang_pair
 from sglang_server import Serve, all_at_once, ask, command, generate, queried, series
 
@@ -117,6 +118,8 @@ def test_metrics_are_ours_by_engine_and_sglang_s_by_its_own_labels(server: Serve
 @pytest.fixture(scope="module")
 def pair(logs: Path) -> Iterator[SglangPair]:
     """Both halves choose pages of the trained needle; decode has room for two prompts."""
+    if not hasattr(CommonKVManager, "build_receiver_registration_message"):
+        pytest.skip("FlowKV needs SGLang 0.5.23")
     section = msgspec.to_builtins(NEEDLE)
     flags = asked(section, NEEDLE_POOL), ("--chunked-prefill-size", "2048")
     cached = "--disaggregation-decode-enable-radix-cache"

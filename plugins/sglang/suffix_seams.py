@@ -76,7 +76,7 @@ WORKER = (
         f"{_WORKER}._prepare_for_speculative_decoding",
         Use.PATCH,
         "(self, batch)",
-        fingerprints=("1046f4fa8a99",),
+        fingerprints=("1046f4fa8a99", "d1ebc024f5e1"),
         wraps=True,
     ),
     Seam(
