@@ -105,6 +105,7 @@ EVERY_POLICY = [
     "set_internal_state",
     "verify",
 ]
+DECODE = ["_update_handshake_waiters", "get_new_prebuilt_batch", "resume_retracted_reqs"]
 SLO = ["_get_new_batch_prefill_raw", "run_batch"]
 SPARSE = ["alloc", "alloc_decode", "alloc_extend", "on_idle", "process_batch_result", "resolve_once"]
 
@@ -112,7 +113,7 @@ SPARSE = ["alloc", "alloc_decode", "alloc_extend", "on_idle", "process_batch_res
 @pytest.mark.parametrize(
     ("asked", "first", "child"),
     [
-        ({"scheduler": {"policy": "dlpm"}}, EVERY_POLICY, EVERY_POLICY),
+        ({"scheduler": {"policy": "dlpm"}}, EVERY_POLICY + DECODE, EVERY_POLICY + DECODE),
         (
             {"scheduler": {"policy": "slo", "trust_headers": True}},
             [*EVERY_POLICY, *SLO, "launch_server"],
@@ -121,8 +122,8 @@ SPARSE = ["alloc", "alloc_decode", "alloc_extend", "on_idle", "process_batch_res
         ({"sparse_attention": {}}, SPARSE, SPARSE),
         (
             {"scheduler": {"policy": "dlpm"}, "sparse_attention": {}},
-            sorted({*SPARSE, *EVERY_POLICY}),
-            sorted({*SPARSE, *EVERY_POLICY}),
+            sorted({*SPARSE, *EVERY_POLICY, *DECODE}),
+            sorted({*SPARSE, *EVERY_POLICY, *DECODE}),
         ),
     ],
     ids=["dlpm", "slo, headers", "sparse attention", "dlpm and sparse attention"],

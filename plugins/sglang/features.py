@@ -18,6 +18,7 @@ from penstock.plugins.sglang.flowkv_settings import BACKEND
 from penstock.plugins.sglang.hooks import Around, Instead
 from penstock.plugins.sglang.scheduler_seams import (
     ADMISSION,
+    DECODE_QUEUES,
     EDGE,
     PASSES,
     PLANS,
@@ -44,6 +45,8 @@ _TRANSFER = "sglang.srt.disaggregation.utils"
 _SAMPLING = "sglang.srt.sampling.sampling_params:SamplingParams"
 _BATCH = "sglang.srt.managers.schedule_batch:ScheduleBatch"
 _ALLOCATOR = "sglang.srt.mem_cache.allocator.paged:PagedTokenToKVPoolAllocator"
+_PREALLOC = "sglang.srt.disaggregation.decode:DecodePreallocQueue"
+_DECODING = "sglang.srt.disaggregation.decode:SchedulerDisaggregationDecodeMixin"
 _STATE = "sglang.srt.managers.scheduler_components.internal_state:SchedulerInternalStateController"
 
 
@@ -96,8 +99,13 @@ _SEAMS = (*PASSES, *POLICY, *ADMISSION, *REQUESTS, *RESULTS, *RETRACTION, *RUNTI
 REQUEST_SCHEDULER = Feature(
     name="request-scheduler",
     summary="--schedule-policy dlpm and vtc: waiting requests in an order that is fair to clients",
-    seams=_SEAMS,
-    hooks=_EVERY_POLICY,
+    seams=(*_SEAMS, *DECODE_QUEUES),
+    hooks=(
+        *_EVERY_POLICY,
+        _around(f"{_PREALLOC}.resume_retracted_reqs", "decode_hooks", "resume_retracted_reqs"),
+        _around(f"{_PREALLOC}._update_handshake_waiters", "decode_hooks", "update_handshake_waiters"),
+        _around(f"{_DECODING}.get_new_prebuilt_batch", "decode_hooks", "get_new_prebuilt_batch"),
+    ),
 )
 
 FLOWKV = Feature(

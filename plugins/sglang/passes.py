@@ -32,14 +32,22 @@ class Bill(bills.Bill):
 class Passes:
     """The waiting requests of a scheduler, told apart by ``rid``, and the bills of all that live.
 
-    Generated tokens are charged when a pass begins. Until then a request that has ended is remembered.
+    Generated tokens are charged when a pass begins, where ``answers`` says that they are this server's to
+    charge. Until then a request that has ended is remembered.
     """
 
-    def __init__(self, order: WaitingOrder, clock: Clock, asking_of: Callable[[Req], Asking]) -> None:
+    def __init__(
+        self,
+        order: WaitingOrder,
+        clock: Clock,
+        asking_of: Callable[[Req], Asking],
+        answers: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.order = order
         self._cashier = bills.Cashier(order)
         self._clock = clock
         self._asking_of = asking_of
+        self._answers = answers
         self._bills: dict[str, Bill] = {}
         self._waiting: set[Req] = set()
         self._running: dict[str, Bill] = {}
@@ -55,15 +63,21 @@ class Passes:
     def held(self, requests: Iterable[Req]) -> list[float]:
         """What each client holds in memory if of its requests those up to here are kept, in tokens by its
         share, for each of ``requests``, the one to keep first at the start."""
+        return [after for _, after in self._holdings(requests)]
+
+    def held_before(self, requests: Iterable[Req]) -> list[float]:
+        """The same without the request itself."""
+        return [before for before, _ in self._holdings(requests)]
+
+    def _holdings(self, requests: Iterable[Req]) -> Iterator[tuple[float, float]]:
         held: dict[str, float] = {}
-        found = []
         for request in requests:
             bill = self._bills.get(request.rid)
             asking = NOTHING_ASKED if bill is None else bill.asking
             tokens = len(request.origin_input_ids) + len(request.output_ids)
-            held[asking.client] = held.get(asking.client, 0.0) + tokens / asking.weight
-            found.append(held[asking.client])
-        return found
+            before = held.get(asking.client, 0.0)
+            held[asking.client] = after = before + tokens / asking.weight
+            yield before, after
 
     def reweigh(self, client: str, weight: float) -> None:
         """A client has another share from now on, its live requests included. O(requests)."""
@@ -99,6 +113,11 @@ class Passes:
     def compute(self, request: Req) -> None:
         """The batch that is being made computes positions ``prefix_len`` to ``extend_end`` of a request, its
         first or a later chunk."""
+        self.admit(request, request.prefix_len, request.extend_end)
+
+    def admit(self, request: Req, start: int, end: int) -> None:
+        """A request has what it waited for, if it had not, and its positions ``start`` to ``end`` are paid
+        for."""
         bill = self._bills.get(request.rid)
         if bill is None:
             # Came by no pass: a chunk of a request that another part of SGLang started.
@@ -107,8 +126,34 @@ class Passes:
             self._waiting.discard(request)
             self._running[request.rid] = bill
             bill.admitted = True
-            self._cashier.reserve(bill, request.sampling_params.max_new_tokens)
-        self._cashier.prompt(bill, request.prefix_len, request.extend_end, len(request.origin_input_ids))
+            self._reserve(bill)
+        self._cashier.prompt(bill, start, end, len(request.origin_input_ids))
+
+    def pause(self, request: Req) -> None:
+        """An admitted request lost its memory and waits for it outside of the order. Saying so again changes
+        nothing."""
+        if (bill := self._bills.get(request.rid)) is not None:
+            bill.retracted = bill.asking.client != UNNAMED
+            self._cashier.release(bill)
+
+    def resume(self, request: Req) -> None:
+        """One that ``pause`` was told of goes on."""
+        if (bill := self._bills.get(request.rid)) is not None:
+            self._reserve(bill)
+
+    def was_retracted(self, request: Req) -> bool:
+        """Whether a client's request was thrown out before; never of requests without a client."""
+        bill = self._bills.get(request.rid)
+        return bill is not None and bill.retracted
+
+    def keep(self, live: Collection[Req]) -> None:
+        """Forget all others: SGLang gave them up without saying that they ended."""
+        for bill in [bill for bill in self._bills.values() if bill.request not in live]:
+            self._forget(bill)
+
+    def _reserve(self, bill: Bill) -> None:
+        if self._answers():
+            self._cashier.reserve(bill, bill.request.sampling_params.max_new_tokens)
 
     def _return_rest(self) -> None:
         while self._picked:
@@ -162,7 +207,8 @@ class Passes:
 
     def settle(self) -> None:
         """Charge what was generated since it was charged last, and forget who has ended."""
-        self._cashier.output((bill, len(bill.request.output_ids)) for bill in self._running.values())
+        if self._answers():
+            self._cashier.output((bill, len(bill.request.output_ids)) for bill in self._running.values())
         for bill in [bill for bill in self._running.values() if bill.request.finished()]:
             self._forget(bill)
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.mem_cache.common import match_kv_cache
 
 from penstock.patches.client_gauges import client_gauges
+from penstock.plugins.sglang.decode_side import DecodeSide
 from penstock.plugins.sglang.passes import Passes
 from penstock.plugins.sglang.policy import PassPolicy
 from penstock.plugins.sglang.runtime_changes import QUANTUM, weights_in
@@ -31,7 +33,9 @@ class OrderedPolicy(PassPolicy):
 
     def __init__(self, scheduler: Any, config: SchedulerConfig, clock: Clock = time.monotonic) -> None:
         super().__init__(scheduler, config, clock)
-        self.passes = Passes(waiting_order(config, clock, self._hit_tokens), clock, self.asking)
+        order = waiting_order(config, clock, self._hit_tokens)
+        self.passes = Passes(order, clock, self.asking, self._generates)
+        self.decode_side = DecodeSide(scheduler, self.passes)
         # As SGLang asks it: not every kind of cache has the attribute.
         self._caches = not getattr(self.tree_cache, "disable", True)
         self.publish(self, client_gauges)
@@ -64,8 +68,13 @@ class OrderedPolicy(PassPolicy):
         for client, weight in weights_in(values).items():
             self.passes.reweigh(client, weight)
 
+    def _generates(self) -> bool:
+        """Whether answers are this server's: a prefill server leaves even the first token to decode."""
+        return bool(self.scheduler.disaggregation_mode != DisaggregationMode.PREFILL)
+
     def _hit_tokens(self, request_id: str) -> int:
-        if not self._caches:
+        # A decode server matches and locks a prefix when it gives memory, and looks for none before.
+        if not self._caches or self.scheduler.disaggregation_mode == DisaggregationMode.DECODE:
             return 0
         request = self.passes.request(request_id)
         # As SGLang's own lpm looks a prefix up; it counts as a use of the prefix.

@@ -9,6 +9,8 @@ _POLICY = "sglang.srt.managers.schedule_policy:SchedulePolicy"
 _ADDER = "sglang.srt.managers.schedule_policy:PrefillAdder"
 _REQUEST = "sglang.srt.managers.schedule_batch:Req"
 _BATCH = "sglang.srt.managers.schedule_batch:ScheduleBatch"
+_DECODE = "sglang.srt.disaggregation.decode"
+_PREALLOC = f"{_DECODE}:DecodePreallocQueue"
 _STATE = "sglang.srt.managers.scheduler_components.internal_state:SchedulerInternalStateController"
 
 
@@ -44,7 +46,9 @@ PASSES = (
         "enable_hierarchical_cache",
         "enable_priority_scheduling",
         "schedule_low_priority_values_first",
+        "disaggregation_mode",
     ),
+    *read("sglang.srt.disaggregation.utils:DisaggregationMode", "PREFILL", "DECODE"),
 )
 """How a pass over the waiting requests begins, goes on and ends."""
 
@@ -102,6 +106,37 @@ RUNTIME = (
     *read("sglang.srt.managers.io_struct:SetInternalStateReqOutput", "updated"),
 )
 """Changes at run time."""
+
+DECODE_QUEUES = (
+    Seam(f"{_PREALLOC}.resume_retracted_reqs", Use.PATCH, "(self, rids_to_check=...)", wraps=True),
+    Seam(
+        f"{_PREALLOC}._update_handshake_waiters",
+        Use.PATCH,
+        "(self, rids_to_check=..., pp_good_rids=..., pp_bad_rids=...)",
+        wraps=True,
+    ),
+    # Its walks of the queue are what the order relies on: after the one above, the second gives memory.
+    Seam(
+        f"{_PREALLOC}.pop_preallocated",
+        Use.PATCH,
+        "(self, rids_to_check=..., pp_good_rids=..., pp_bad_rids=...)",
+        fingerprints=("e4ef9db33ab7", "911bc49f5a02"),
+        wraps=True,
+    ),
+    Seam(
+        f"{_DECODE}:SchedulerDisaggregationDecodeMixin.get_new_prebuilt_batch",
+        Use.PATCH,
+        "(self, running_batch)",
+        wraps=True,
+    ),
+    *read(_PREALLOC, "queue", "retracted_queue", "held_rebootstrap_reqs", "scheduler", "transfer_queue"),
+    *read(f"{_DECODE}:DecodeTransferQueue", "queue"),
+    *read(f"{_DECODE}:DecodeRequest", "req", "waiting_for_input", "metadata_buffer_index"),
+    *read(_SCHEDULER, "running_batch", "result_queue"),
+    *read(_REQUEST, "kv"),
+    *read("sglang.srt.managers.schedule_batch:ReqKvInfo", "cache_protected_len"),
+)
+"""Where a decode server gives memory and seats."""
 
 PLANS = (
     Seam(f"{_SCHEDULER}.run_batch", Use.PATCH, "(self, batch, pp_proxy_tensors=...)", wraps=True),

@@ -127,10 +127,6 @@ def require_supported(settings: Any, config: SchedulerConfig) -> None:
         raise ConfigurationError(
             f"{policy} contradicts --dllm-algorithm; diffusion models keep SGLang's order"
         )
-    if settings.disaggregation_mode != "null":
-        raise ConfigurationError(
-            f"{policy} contradicts --disaggregation-mode; a P/D pair keeps SGLang's order"
-        )
     if config.policy == "slo":
         _require_planned(settings, policy)
     if judges_at_the_edge(config):
@@ -144,6 +140,11 @@ def require_supported(settings: Any, config: SchedulerConfig) -> None:
 
 def _require_planned(settings: Any, policy: str) -> None:
     """Refuse what a plan of tokens cannot stand on."""
+    if settings.disaggregation_mode == "decode" or settings.enable_pd_role_switch:
+        raise ConfigurationError(
+            f"{policy} contradicts --disaggregation-mode decode and --enable-pd-role-switch; every request "
+            "decodes in every pass of a decode server, so there is nothing to plan"
+        )
     if (size := settings.chunked_prefill_size) is not None and size <= 0:
         raise ConfigurationError(
             f"--chunked-prefill-size: given {size} beside {policy}, allowed: more than 0, as it plans chunks"

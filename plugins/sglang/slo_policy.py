@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.common import match_kv_cache
 
@@ -210,9 +211,15 @@ class PlannedPolicy(PassPolicy):
         self._learn(self._steps.end(result, now_s))
         self.records.produced(batch.reqs, now_s)
         for request in batch.reqs:
-            if request.finished():
+            if request.finished() or self._leaves(request):
                 self._ended(request)
         super().came_back(batch, result)
+
+    def _leaves(self, request: Req) -> bool:
+        """Whether what is left of a request is another server's: a prefill server has done with it at its
+        first token."""
+        prefills = self.scheduler.disaggregation_mode == DisaggregationMode.PREFILL
+        return prefills and bool(request.output_ids)
 
     def _learn(self, ended: tuple[Flight, float] | None) -> None:
         if ended is not None:

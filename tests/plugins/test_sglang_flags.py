@@ -132,6 +132,16 @@ def test_the_section_alone_chooses_the_policy(applied):
     assert (found.policy, found.quantum_tokens) == ("dlpm", 7)
 
 
+@pytest.mark.parametrize(
+    ("policy", "role"), [("dlpm", "prefill"), ("dlpm", "decode"), ("vtc", "decode"), ("slo", "prefill")]
+)
+def test_a_policy_beside_a_role_is_both(applied, policy, role):
+    args = parsed(*FLOWKV, "--disaggregation-mode", role, "--schedule-policy", policy)
+    flags.join(args)
+    assert (args.schedule_policy, args.disaggregation_mode) == (policy, role)
+    assert set(inherited()) == {"scheduler", "flowkv"}
+
+
 def test_a_file_says_the_same_as_its_text(applied, tmp_path):
     file = tmp_path / "penstock.json"
     file.write_text(config(policy="vtc"))
@@ -158,7 +168,11 @@ def test_a_file_says_the_same_as_its_text(applied, tmp_path):
         (["--schedule-policy", "dlpm", "--enable-priority-scheduling"], "--enable-priority-scheduling"),
         (["--schedule-policy", "dlpm", "--lora-drain-wait-threshold", "1"], "--lora-drain-wait-threshold"),
         (["--schedule-policy", "dlpm", "--dllm-algorithm", "any"], "--dllm-algorithm"),
-        (["--schedule-policy", "dlpm", "--disaggregation-mode", "decode"], "--disaggregation-mode"),
+        (["--schedule-policy", "slo", "--disaggregation-mode", "decode"], "nothing to plan"),
+        (
+            ["--schedule-policy", "slo", "--disaggregation-mode", "prefill", "--enable-pd-role-switch"],
+            "nothing to plan",
+        ),
         (["--schedule-policy", "slo", "--chunked-prefill-size", "-1"], "--chunked-prefill-size: given -1"),
         (["--schedule-policy", "slo", "--speculative-algorithm", "NGRAM"], "--speculative-algorithm"),
         (
