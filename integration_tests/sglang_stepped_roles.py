@@ -6,11 +6,11 @@ server (SGLang's own ``fake`` transfers, which end at once).
 A process is an object with ``role``, ``shape`` (fields of ``EngineShape``), ``policy`` (that Penstock is
 asked for, or null) and ``runs``, objects with ``section`` (what the policy is asked for; none without one),
 ``asks`` (rows of round, id, prompt tokens, output tokens, and perhaps milliseconds to the first token; what
-an id has before a dash is its client), and perhaps ``seats`` (requests that run at most), ``round_s`` (how long
-a round takes), ``aborts`` (rows of round and id), ``retract_at`` (rounds in which SGLang retracts a
-request, as if memory had run out) and ``late`` (by id the round in which its prefill server answers). Written
-is for each process a list of one object a run: in which order requests were computed first, given memory and
-seats, came back after a retraction and ended, and what the policy counted and has left.
+an id has before a dash is its client), and perhaps ``seats`` (requests that run at most), ``round_s`` (how
+long a round takes), ``aborts`` (rows of round and id), ``retract_at`` (rounds in which SGLang retracts a
+request, as if memory had run out) and ``late`` (by id the round in which its prefill server answers).
+Written is for each process a list of one object a run: in which order requests were computed first, given
+memory and seats, came back after a retraction and ended, and what the policy counted and has left.
 """
 
 from __future__ import annotations

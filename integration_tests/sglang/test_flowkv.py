@@ -1,7 +1,8 @@
 """``--disaggregation-transfer-backend flowkv``: two stock SGLang servers answer what one does, behind
 SGLang's router and behind Penstock's proxy.
 
-Both may change roles, so decode has a prefix cache of its own.
+Both may change roles, so decode has a prefix cache of its own. Both order requests by ``dlpm``, which changes
+no answer, leaves nothing behind when a client leaves, and goes along when they change roles.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import pytest
 from engine_pair import eventually
-from sglang_pair import PAGE, SglangPair, all_back, load, prompt, router_of, serving_sglang_pair
+from sglang_pair import PAGE, SglangPair, all_back, load, prompt, queued, router_of, serving_sglang_pair
 from sglang_server import CHUNK, Refused, all_at_once, ask, generate, series
 
 from penstock.benchmarks.processes import Server
@@ -26,13 +28,16 @@ TOKENS = 8
 LENGTHS = (1, PAGE, PAGE + 1, 100, CHUNK, 3 * CHUNK + 5)
 CLIENTS = 200
 GREEDY = {"temperature": 0, "return_token_ids": True}
+FLOOD = 120
+FAIR = json.dumps({"scheduler": {"quantum_tokens": 200}, "flowkv": {}})
 
 
 @pytest.fixture(scope="module")
 def pair(model: str, logs: Path) -> Iterator[SglangPair]:
     # Without a prefix cache on decode, SGLang loses pages when a prefill server becomes one.
     switching = ("--enable-pd-role-switch", "--disaggregation-decode-enable-radix-cache")
-    with serving_sglang_pair(model, logs, *switching, "--enable-metrics") as pair:
+    fair = ("--schedule-policy", "dlpm", "--penstock-config", FAIR)
+    with serving_sglang_pair(model, logs, *switching, *fair, "--enable-metrics") as pair:
         yield pair
 
 
@@ -180,6 +185,52 @@ def test_two_hundred_at_once_that_begin_alike(pair: SglangPair, router: Server, 
     answers = all_at_once([partial(generate, router, row, 2) for row in prompts])
     assert [answer["output_ids"] for answer in answers] == [wanted[tuple(row)] for row in prompts]
     all_back(pair.prefill, pair.decode)
+
+
+def test_a_client_that_floods_decode_s_memory_does_not_keep_another_one_waiting(pair: SglangPair):
+    """Decode keeps 512 tokens free for each request that it gave memory: it has room for some of them."""
+
+    # Decode knows its prefill server before that falls asleep.
+    pair.generate(prompt(199, PAGE), 1)
+
+    def asked(index: int, client: str) -> float:
+        body = pair.body(prompt(200 + index, 2 * PAGE), TOKENS)
+        body["sampling_params"]["custom_params"] = {"client_id": client}
+        first = pool.submit(ask, pair.prefill, "/generate", body)
+        ended = ask(pair.decode, "/generate", body)["meta_info"]["request_finished_ts"]
+        first.result()
+        return float(ended)
+
+    with ThreadPoolExecutor(2 * FLOOD + 4) as pool:
+        pair.prefill.pause()
+        try:
+            flood = [pool.submit(asked, index, "flood") for index in range(FLOOD)]
+            eventually("all of the flood wait", lambda: waiting(pair.decode) == FLOOD)
+            admitted = queued(pair.decode, "decode_transfer")
+            light = pool.submit(asked, FLOOD, "light")
+            eventually("so does the other one", lambda: waiting(pair.decode) == FLOOD + 1)
+        finally:
+            pair.prefill.resume()
+        ended = [future.result() for future in flood]
+        # Before it end those that had memory when it came, and perhaps those that had some together with it.
+        assert 0 < admitted < FLOOD / 3
+        assert sum(at < light.result() for at in ended) <= 2 * admitted
+    all_back(pair.prefill, pair.decode)
+    # A prompt is computed on one server and kept on the other; an answer is generated on one.
+    prompts, answers = FLOOD * 2 * PAGE, FLOOD * TOKENS
+    for server, service in ((pair.prefill, (prompts, 0)), (pair.decode, (prompts, answers))):
+        eventually(f"{server.name} shows it", lambda server=server, service=service: had(server) == service)
+
+
+def had(server: Server) -> tuple[float, ...]:
+    """Prompt tokens and generated tokens of the flood."""
+    found = [series(server, f"penstock_client_{kind}_tokens") for kind in ("extend", "output")]
+    return tuple(sum(value for labels, value in one.items() if 'client="flood"' in labels) for one in found)
+
+
+def waiting(server: Server) -> int:
+    """Requests that wait for memory or for their prompts."""
+    return queued(server, "decode_prealloc") + queued(server, "decode_transfer")
 
 
 @pytest.mark.parametrize("asleep", ["prefill", "decode"])
