@@ -82,15 +82,17 @@ def watched(scheduler: Any, role: str) -> dict[str, list[str]]:
         return [request for request in batch.reqs if request.rid not in lists["computed"]]
 
     hear(scheduler, "run_batch", lambda given, _: note("computed", new(given[0])))
-    hear(
-        scheduler,
-        "process_batch_result",
-        lambda given, _: note("ended", (request for request in given[0].reqs if request.finished())),
-    )
+
+    def ended(given: tuple[Any, ...], _: Any) -> None:
+        note("ended", (request for request in given[0].reqs if request.finished()))
+
+    hear(scheduler, "process_batch_result", ended)
     if role == "prefill":
         hear(scheduler, "process_disagg_prefill_inflight_queue", lambda _, done: note("ended", done))
         return lists
     moving, queue = scheduler.disagg_decode_transfer_queue, scheduler.disagg_decode_prealloc_queue
+    # Where the first token is the last.
+    hear(scheduler.batch_result_processor, "process_batch_result_prebuilt", ended)
     hear(moving, "extend", lambda given, _: note("memory", (one.req for one in given[0])))
     hear(queue, "resume_retracted_reqs", lambda _, back: note("back", back))
     hear(scheduler, "get_new_prebuilt_batch", lambda _, batch: note("seats", batch.reqs if batch else ()))

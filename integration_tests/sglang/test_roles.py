@@ -35,13 +35,12 @@ def mixed(seed: int) -> dict[str, Any]:
     late to meet their prefill server."""
     draw = random.Random(seed)
     rows = [
-        [draw.randrange(40), f"{draw.choice('abc')}-{n}" if n % 4 else f"x{n}", *sizes(draw)]
+        [draw.randrange(40), f"{draw.choice('abc')}-{n:02}" if n % 4 else f"x{n:02}", *sizes(draw)]
         for n in range(80)
     ]
     names = [row[1] for row in rows]
     return {
         "asks": sorted(rows),
-        # No round of a retraction goes by without somebody given up in the next: some of those are out.
         "aborts": [[draw.randrange(60), name] for name in draw.sample(names, 30)],
         "retract_at": [n for n in range(80) if n % 3 == 0],
         "late": {name: draw.randrange(40, 60) for name in draw.sample(names, 10)},

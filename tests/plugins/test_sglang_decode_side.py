@@ -214,6 +214,15 @@ def test_a_seat_goes_to_the_client_that_holds_the_least_and_first_to_its_retract
     assert decode.seat(3) == ["many3", "many4", "many5"]
 
 
+def test_a_long_prompt_does_not_wait_for_a_seat_behind_those_who_hold_something():
+    small, (long,) = requests("small", 2), requests("long", 1, prompt=5000)
+    decode = running(small[:1])
+    decode.come(small[1], long)
+    decode.give()
+    decode.arrive()
+    assert decode.seat(1) == ["long0"]
+
+
 def test_memory_comes_back_first_to_the_client_that_holds_the_least():
     many, few = requests("many", 4), requests("few", 2)
     decode = running(many, few)
