@@ -91,11 +91,21 @@ def watched(scheduler: Any, role: str) -> dict[str, list[str]]:
         hear(scheduler, "process_disagg_prefill_inflight_queue", lambda _, done: note("ended", done))
         return lists
     moving, queue = scheduler.disagg_decode_transfer_queue, scheduler.disagg_decode_prealloc_queue
-    # Where the first token is the last.
-    hear(scheduler.batch_result_processor, "process_batch_result_prebuilt", ended)
     hear(moving, "extend", lambda given, _: note("memory", (one.req for one in given[0])))
     hear(queue, "resume_retracted_reqs", lambda _, back: note("back", back))
-    hear(scheduler, "get_new_prebuilt_batch", lambda _, batch: note("seats", batch.reqs if batch else ()))
+    seated: list[Any] = []
+
+    def seat(_: Any, batch: Any) -> None:
+        seated[:] = batch.reqs if batch else ()
+        note("seats", seated)
+
+    hear(scheduler, "get_new_prebuilt_batch", seat)
+    # For some the first token is the last, and no pass computes one.
+    hear(
+        scheduler,
+        "get_next_disagg_decode_batch_to_run",
+        lambda *_: note("ended", (request for request in seated if request.finished())),
+    )
     return lists
 
 
