@@ -31,11 +31,17 @@ class DecodeSide:
 
     def line_up(self, queue: DecodePreallocQueue) -> None:
         """SGLang is about to give memory to those of its queue who have met their prefill server."""
-        ready = {one.req: one for one in queue.queue if one.waiting_for_input and not one.req.finished()}
+        ended: list[DecodeRequest] = []
+        ready: dict[Req, DecodeRequest] = {}
+        for one in queue.queue:
+            if one.req.finished():
+                ended.append(one)
+            elif one.waiting_for_input:
+                ready[one.req] = one
         self._passes.begin(ready)
         self._forget_lost(queue, len(ready))
         if ready:
-            queue.queue = MemoryLine(queue.queue, ready, self._passes)
+            queue.queue = MemoryLine(queue.queue, ended, ready, self._passes)
 
     def resume(self, queue: DecodePreallocQueue, resume: Callable[[], list[Req]]) -> list[Req]:
         """Give memory back to requests that lost it."""
@@ -79,24 +85,31 @@ class DecodeSide:
 class MemoryLine(list["DecodeRequest"]):
     """A decode server's queue for one round of giving memory: the walk that gives it takes those who are
     ``ready`` in the order of ``passes``, and leaves the queue in the order of that walk, so that places that
-    SGLang remembers are those of later walks. The queue begins with those who have ended."""
+    SGLang remembers are those of later walks. The queue begins with those who have ``ended``."""
 
     def __init__(
-        self, queue: Iterable[DecodeRequest], ready: Mapping[Req, DecodeRequest], passes: Passes
+        self,
+        queue: list[DecodeRequest],
+        ended: list[DecodeRequest],
+        ready: Mapping[Req, DecodeRequest],
+        passes: Passes,
     ) -> None:
-        super().__init__(sorted(queue, key=_goes_on))
+        super().__init__(queue)
+        self._ended = ended
         self._ready = ready
         self._passes = passes
         self._walks = 0
+        if ended:
+            self._begin_with(ended)
 
     def __iter__(self) -> Iterator[DecodeRequest]:
         self._walks += 1
         return self._take() if self._walks == TAKING_WALK else super().__iter__()
 
     def _take(self) -> Iterator[DecodeRequest]:
-        walked = [one for one in self[:] if not _goes_on(one)]
+        walked = list(self._ended)
         try:
-            yield from walked[:]
+            yield from self._ended
             for request in self._passes.picks():
                 walked.append(one := self._ready[request])
                 try:
@@ -104,15 +117,15 @@ class MemoryLine(list["DecodeRequest"]):
                 finally:
                     self._charge(one)
         finally:
-            gone = {id(one) for one in walked}
-            self[:] = [*walked, *(one for one in self[:] if id(one) not in gone)]
+            self._begin_with(walked)
+
+    def _begin_with(self, first: list[DecodeRequest]) -> None:
+        """The others stay in their order behind these."""
+        moved = {id(one) for one in first}
+        self[:] = [*first, *(one for one in self[:] if id(one) not in moved)]
 
     def _charge(self, one: DecodeRequest) -> None:
         """Memory was given if the request has a place for what its prefill server says of it."""
         if one.metadata_buffer_index >= 0:
             request = one.req
             self._passes.admit(request, request.kv.cache_protected_len, len(request.origin_input_ids))
-
-
-def _goes_on(one: DecodeRequest) -> bool:
-    return not one.req.finished()
