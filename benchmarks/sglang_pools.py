@@ -1,16 +1,15 @@
-"""A P/D pair of SGLang's page allocators, stock's and FlowKV's side by side, worn by the same requests.
+"""Memory of a P/D pair of SGLang, worn by requests: page allocators, stock's or FlowKV's, and radix cache.
 
-No engine: SGLang's own allocator classes are called as its schedulers call them. Prefill computes in chunks
-and keeps prompts in a prefix cache that gives up its oldest leaves; decode allocates a prompt's pages before
-prefill begins, takes a page wherever a sequence fills one, and frees all at the end. Every call goes to both
-allocators, so both see the same history, and what one refuses the other must.
+No engine: SGLang's own classes are called as its schedulers call them. Prefill computes in chunks and keeps
+prompts in the cache; decode allocates a prompt's pages before prefill begins, takes a page wherever a
+sequence fills one, and frees all at the end. What is granted depends on the requests alone, so that pairs
+with different allocators can be compared request by request.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -18,291 +17,304 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from penstock.connectors.runs import Run, runs_of
 from penstock.simulation.traces import CHUNK_TOKENS, TraceRequest
 
 if TYPE_CHECKING:
     import torch
 
 PAGE = 16
-CACHED_PAGES = CHUNK_TOKENS // PAGE
 PREFILL_PAGES = 12_000
 DECODE_PAGES = 6_800
 STEP_TOKENS = 8192
 """Prompt tokens that prefill computes in a step: SGLang's chunk."""
 STEPS_A_CHUNK = 40
 """Tokens that each running sequence gets while prefill computes a chunk."""
-BOTH = 2
-"""Allocators of a pool: stock's and FlowKV's, in this order everywhere."""
-
-Pages = tuple[list[int], list[int]]
-"""The same positions of one sequence in stock's pool and in FlowKV's."""
-
-
-class Diverged(RuntimeError):
-    """One allocator refused what the other granted; from here on they have no common history."""
-
-
-class Pool:
-    """Stock's paged allocator and FlowKV's, of equal size, called alike. ``differences`` counts the calls
-    that one of them refused alone."""
-
-    def __init__(self, pages: int) -> None:
-        import torch
-        from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
-
-        from penstock.plugins.sglang.run_allocator import RunPagedAllocator
-
-        # An allocator asks its pool for nothing; FlowKV's leaves its counters there.
-        self._all: list[Any] = [
-            kind(pages * PAGE, PAGE, torch.float16, "cpu", _NoPool(), True)
-            for kind in (PagedTokenToKVPoolAllocator, RunPagedAllocator)
-        ]
-        self.differences = 0
-        self.refusals = 0
-
-    @property
-    def free_pages(self) -> int:
-        """Pages that either has left."""
-        return int(self._all[0].available_size()) // PAGE
-
-    def extend(self, held: Pages, before: int, after: int) -> bool:
-        """Append the pages of tokens ``before`` to ``after`` to both lists; False where there are none."""
-        ends = [_tensor([before]), _tensor([after])]
-        found = [
-            allocator.alloc_extend(
-                ends[0], ends[0], ends[1], ends[1], _tensor([_last(pages, before)]), after - before
-            )
-            for allocator, pages in zip(self._all, held, strict=True)
-        ]
-        if not self._agreed(found):
-            return False
-        for pages, tokens in zip(held, found, strict=True):
-            pages.extend(_new_pages(tokens.numpy(), before))
-        return True
-
-    def step(self, sequences: Sequence[Decoding]) -> bool:
-        """One more token for each sequence; False, and nothing happens, where there is no page for one."""
-        lengths = _tensor([sequence.tokens + 1 for sequence in sequences])
-        found = [
-            allocator.alloc_decode(
-                lengths, lengths, _tensor([_last(s.pages[side], s.tokens) for s in sequences])
-            )
-            for side, allocator in enumerate(self._all)
-        ]
-        if not self._agreed(found):
-            return False
-        for index, sequence in enumerate(sequences):
-            if sequence.tokens % PAGE == 0:
-                for side in range(BOTH):
-                    sequence.pages[side].append(int(found[side][index]) // PAGE)
-            sequence.tokens += 1
-        return True
-
-    def free(self, pages: Pages) -> None:
-        """Give the pages back."""
-        for allocator, ids in zip(self._all, pages, strict=True):
-            allocator.free_page_ids(_tensor(ids))
-
-    def _agreed(self, found: Sequence[torch.Tensor | None]) -> bool:
-        refused = [tokens is None for tokens in found]
-        self.refusals += refused[0]
-        if refused[0] != refused[1]:
-            self.differences += 1
-            raise Diverged
-        return not refused[0]
+STOCK, FLOWKV, PAIRED = "stock", "FlowKV", "FlowKV, paired"
+NO_SPARE, NO_SPARE_PAIRED = "FlowKV, no spare pages", "FlowKV, no spare pages, paired"
+"""Who hands pages out: SGLang, FlowKV, and what FlowKV could do instead: fill windows at prefill with whole
+runs of decode's; free no more pages than it needs."""
+Chunks = list[tuple[list[int], list[int]]]
+"""One request's hand-over: for each chunk, its pages at prefill and at decode."""
 
 
 class _NoPool:
+    """An allocator asks its pool for nothing; FlowKV's leaves its counters there."""
+
     epochs: npt.NDArray[np.uint32]
 
 
+def make_allocator(name: str, pages: int) -> Any:
+    """A page allocator of SGLang's interface."""
+    import torch
+
+    return _kinds()[name](pages * PAGE, PAGE, torch.float16, "cpu", _NoPool(), True)
+
+
+def _kinds() -> Mapping[str, type[Any]]:
+    from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+
+    from penstock.connectors.allocator import RunAllocator
+    from penstock.plugins.sglang.run_allocator import CONFIG, RunPagedAllocator
+
+    class PairedRuns(RunAllocator):
+        peer: Sequence[Run] = ()
+
+        def allocate(self, count: int, key: object | None = None, position: int = 0) -> list[int]:
+            if key is not None and self.peer:
+                self.announce(key, position + count, self.peer)
+            return super().allocate(count, key, position)
+
+    class Paired(RunPagedAllocator):
+        _runs: PairedRuns
+
+        def clear(self) -> None:
+            super().clear()
+            self._runs = PairedRuns(self.num_pages + 1, CONFIG)
+            self._runs.release(range(1, self.num_pages + 1), worthless=True)
+
+        def pair_with(self, peer: Sequence[Run]) -> None:
+            self._runs.peer = peer
+
+    class NoSpare(RunPagedAllocator):
+        spare = 0.0
+
+    class NoSparePaired(Paired):
+        spare = 0.0
+
+    return {
+        STOCK: PagedTokenToKVPoolAllocator,
+        FLOWKV: RunPagedAllocator,
+        PAIRED: Paired,
+        NO_SPARE: NoSpare,
+        NO_SPARE_PAIRED: NoSparePaired,
+    }
+
+
 @dataclass(slots=True)
-class Node:
-    """Pages of one 512-token piece of a cached prompt."""
+class Prompt:
+    """A prompt that is being computed: its tokens, where those that are computed lie, and its hold on the
+    cached ones, which are the first ``cached``."""
 
-    pages: Pages
-    parent: int | None
-    children: int = 0
-    users: int = 0
-    used_at: int = 0
+    tokens: array[int]
+    slots: torch.Tensor
+    cached: int
+    lock: Any
 
 
-class PrefixCache:
-    """Cached pieces of prompts by their identity; gives up the leaves that were longest in nobody's use."""
+class PrefillPool:
+    """Pages of a prefill server, and the prefixes that SGLang's radix cache keeps in them."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self._nodes: dict[int, Node] = {}
-        self._clock = 0
+    def __init__(self, allocator: Any) -> None:
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+        from sglang.srt.mem_cache.unified_cache.components import ComponentType
+        from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-    def match(self, pieces: Sequence[int]) -> Pages:
-        """Pages of the longest cached prefix, which stays until it is released."""
-        found: Pages = ([], [])
-        for piece in self._known(pieces):
-            node = self._nodes[piece]
-            node.users += 1
-            for side in range(BOTH):
-                found[side].extend(node.pages[side])
-        return found
+        self.allocator = allocator
+        self.cache = UnifiedRadixCache(
+            CacheInitParams(
+                disable=False,
+                req_to_token_pool=None,
+                token_to_kv_pool_allocator=allocator,
+                page_size=PAGE,
+                tree_components=(ComponentType.FULL,),
+            )
+        )
 
-    def release(self, pieces: Sequence[int], matched: int, pages: Pages) -> None:
-        """A prompt's pages are its own no more: whole pieces that are new are kept, the rest is freed."""
-        self._clock += 1
-        for piece in pieces[:matched]:
-            self._nodes[piece].users -= 1
-            self._nodes[piece].used_at = self._clock
-        whole = min(len(pieces), len(pages[0]) // CACHED_PAGES)
-        rest: Pages = (pages[0][whole * CACHED_PAGES :], pages[1][whole * CACHED_PAGES :])
-        for index in range(matched, whole):
-            here = slice(index * CACHED_PAGES, (index + 1) * CACHED_PAGES)
-            mine: Pages = (pages[0][here], pages[1][here])
-            if pieces[index] in self._nodes:
-                for side in range(BOTH):
-                    rest[side].extend(mine[side])
-                continue
-            parent = pieces[index - 1] if index else None
-            self._nodes[pieces[index]] = Node(mine, parent, used_at=self._clock)
-            if parent is not None:
-                self._nodes[parent].children += 1
-        self._pool.free(rest)
+    def begin(self, tokens: array[int]) -> Prompt:
+        """Hold the longest cached prefix; SGLang computes one token at least."""
+        from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+        from sglang.srt.mem_cache.radix_cache import RadixKey
 
-    def evict(self, pages: int) -> bool:
-        """Free pages until ``pages`` are free; False where the leaves do not suffice."""
-        while self._pool.free_pages < pages:
-            leaves = [
-                (node.used_at, piece)
-                for piece, node in self._nodes.items()
-                if not node.children and not node.users
-            ]
-            if not leaves:
-                return False
-            for _, piece in sorted(leaves)[: max(1, (pages - self._pool.free_pages) // CACHED_PAGES)]:
-                node = self._nodes.pop(piece)
-                if node.parent is not None:
-                    self._nodes[node.parent].children -= 1
-                self._pool.free(node.pages)
-        return True
+        found = self.cache.match_prefix(MatchPrefixParams(key=RadixKey(tokens[:-1]))).last_device_node
+        slots = self.cache.path_device_indices(found)
+        return Prompt(tokens, slots, len(slots), self.cache.lock(found))
 
-    def _known(self, pieces: Sequence[int]) -> Iterator[int]:
-        for piece in pieces:
-            if piece not in self._nodes:
-                return
-            yield piece
+    def extend(self, prompt: Prompt, after: int) -> None:
+        """Compute the prompt up to its token ``after``, and keep that in the cache.
+
+        Raises:
+            RuntimeError: the pool is too small.
+        """
+        import torch
+        from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+        from sglang.srt.mem_cache.radix_cache import RadixKey
+
+        before = len(prompt.slots)
+        self.allocator.evict_to_free_tokens(self.cache, after - before + PAGE)
+        new = extend(self.allocator, prompt.slots, after)
+        if new is None:
+            raise RuntimeError("the prefill pool is too small for its longest prompt")
+        slots, whole = torch.cat([prompt.slots, new]), after // PAGE * PAGE
+        node = self.cache.insert(
+            InsertParams(
+                key=RadixKey(prompt.tokens[:whole]),
+                value=slots[:whole].clone(),
+                prev_prefix_len=prompt.cached,
+            )
+        ).last_device_node
+        prompt.slots = torch.cat([self.cache.path_device_indices(node), slots[whole:]])
+        prompt.cached = whole
+        lock = self.cache.lock(node)
+        self.cache.unlock(prompt.lock)
+        prompt.lock = lock
+
+    def end(self, prompt: Prompt) -> None:
+        """The cache may give the prompt up; the page that is not full is free."""
+        self.allocator.free(prompt.slots[prompt.cached :])
+        self.cache.unlock(prompt.lock)
 
 
 @dataclass(slots=True)
 class Decoding:
     """A sequence on the decode server."""
 
-    request: TraceRequest
-    pages: Pages = field(default_factory=lambda: ([], []))
-    tokens: int = 0
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all its output is there."""
-        return self.tokens >= self.request.input_tokens + self.request.output_tokens
+    pages: list[int]
+    tokens: int
+    goal: int
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """One request's hand-over: for each chunk, source and target pages in stock's pools and in FlowKV's."""
+@dataclass(slots=True)
+class DecodePool:
+    """Pages of a decode server. ``granted`` has what was said to each call."""
 
-    stock: list[tuple[list[int], list[int]]]
-    flowkv: list[tuple[list[int], list[int]]]
+    allocator: Any
+    running: list[Decoding] = field(default_factory=list)
+    granted: list[bool] = field(default_factory=list)
 
-    @property
-    def pages(self) -> int:
-        """Pages that moved."""
-        return sum(len(source) for source, _ in self.stock)
+    def take(self, request: TraceRequest) -> Decoding:
+        """Pages for the prompt, once those who run have ended enough of what they do."""
+        while not (self._has_room(request) and (pages := self._pages(request.input_tokens))):
+            self.step()
+        return Decoding(pages, request.input_tokens, request.input_tokens + request.output_tokens)
 
+    def step(self) -> None:
+        """One more token for each sequence. Where there is no page, the youngest goes, as SGLang retracts."""
+        if self.running:
+            lengths = _tensor([s.tokens + 1 for s in self.running])
+            lasts = _tensor([s.pages[-1] * PAGE + (s.tokens - 1) % PAGE for s in self.running])
+            found = self.allocator.alloc_decode(lengths, lengths, lasts)
+            self.granted.append(found is not None)
+            if found is None:
+                self._free(self.running.pop())
+            else:
+                for sequence, slot in zip(self.running, found.tolist(), strict=True):
+                    if sequence.tokens % PAGE == 0:
+                        sequence.pages.append(slot // PAGE)
+                    sequence.tokens += 1
+        for sequence in [s for s in self.running if s.tokens >= s.goal]:
+            self._free(sequence)
+            self.running.remove(sequence)
 
-class PrefillDecode:
-    """The two servers; ``hand_overs`` yields every request that went from one to the other."""
-
-    def __init__(self, prefill_pages: int, decode_pages: int) -> None:
-        self.prefill, self.decode = Pool(prefill_pages), Pool(decode_pages)
-        self._cache = PrefixCache(self.prefill)
-        self._running: list[Decoding] = []
-        self._longest = min(prefill_pages, decode_pages) * PAGE // 3
-
-    def hand_overs(self, requests: Iterator[TraceRequest]) -> Iterator[Sent]:
-        """Serve request after request; those that take more than a third of a pool are left out."""
-        for request in requests:
-            if request.input_tokens > self._longest:
-                continue
-            arriving = Decoding(request)
-            while not self._has_room(request) or not self.decode.extend(
-                arriving.pages, 0, request.input_tokens
-            ):
-                self._decode_steps()
-            arriving.tokens = request.input_tokens
-            yield self._prefill(request, arriving.pages)
-            self._running.append(arriving)
+    def active(self) -> float:
+        """Share of the pages that are in use."""
+        pages: int = self.allocator.num_pages
+        return 1 - self.allocator.available_size() / PAGE / pages
 
     def _has_room(self, request: TraceRequest) -> bool:
         """Decode admits what leaves each running sequence some pages to grow by."""
-        needed = -(-request.input_tokens // PAGE) + 4 * (len(self._running) + 1)
-        return self.decode.free_pages >= needed
+        needed = -(-request.input_tokens // PAGE) + 4 * (len(self.running) + 1)
+        return bool(self.allocator.available_size() // PAGE >= needed)
 
-    def _prefill(self, request: TraceRequest, targets: Pages) -> Sent:
-        pieces = request.chunks[: (request.input_tokens - 1) // CHUNK_TOKENS]
-        pages = self._cache.match(pieces)
-        matched = len(pages[0]) // CACHED_PAGES
-        sent = Sent([], [])
-        done, told = len(pages[0]) * PAGE, 0
-        while done < request.input_tokens:
-            after = min(done + STEP_TOKENS, request.input_tokens)
-            needed = -(-(after - done) // PAGE) + 1
-            if not self._cache.evict(needed) or not self.prefill.extend(pages, done, after):
-                raise RuntimeError("the prefill pool is too small for its longest prompt")
-            # A page that is not full yet goes with the next chunk.
-            upto = len(pages[0]) if after == request.input_tokens else after // PAGE
-            for chunks, source, target in zip((sent.stock, sent.flowkv), pages, targets, strict=True):
-                chunks.append((source[told:upto], target[told:upto]))
-            done, told = after, upto
-            self._decode_steps()
-        self._cache.release(pieces, matched, pages)
-        return sent
+    def _pages(self, tokens: int) -> list[int]:
+        found = extend(self.allocator, _tensor([]), tokens)
+        self.granted.append(found is not None)
+        return [] if found is None else pages_of(found)
 
-    def _decode_steps(self) -> None:
-        for _ in range(STEPS_A_CHUNK):
-            if self._running and not self.decode.step(self._running):
-                # As SGLang retracts, the youngest goes first.
-                self.decode.free(self._running.pop().pages)
-            for sequence in [s for s in self._running if s.is_done]:
-                self.decode.free(sequence.pages)
-                self._running.remove(sequence)
+    def _free(self, sequence: Decoding) -> None:
+        self.allocator.free_page_ids(_tensor(sequence.pages))
 
 
-def hand_overs(
+@dataclass(slots=True)
+class Served:
+    """What one pair did for the measured requests."""
+
+    hand_overs: list[Chunks] = field(default_factory=list)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    active: list[float] = field(default_factory=list)
+    """Share of decode's pages in use, after each admission."""
+    granted: list[bool] = field(default_factory=list)
+    """What decode's allocator said to each call since the start."""
+
+
+def serve(
+    name: str,
     requests: Iterator[TraceRequest],
     warm: int,
     measured: int,
     *,
     prefill_pages: int = PREFILL_PAGES,
     decode_pages: int = DECODE_PAGES,
-) -> tuple[list[Sent], PrefillDecode]:
-    """``measured`` hand-overs after ``warm`` others, and the pools that they went through; fewer where the
-    allocators came to differ."""
-    pair = PrefillDecode(prefill_pages, decode_pages)
-    kept: deque[Sent] = deque(maxlen=measured)
-    with contextlib.suppress(Diverged):
-        kept.extend(islice(pair.hand_overs(requests), warm + measured))
-    return list(kept), pair
+) -> Served:
+    """``measured`` requests after ``warm`` others through a pair with allocators of that name.
+
+    Those that take more than a third of a pool are left out.
+    """
+    prefill = PrefillPool(make_allocator(name, prefill_pages))
+    decode = DecodePool(make_allocator(STOCK if name == STOCK else FLOWKV, decode_pages))
+    longest = min(prefill_pages, decode_pages) * PAGE // 3
+    served = Served(granted=decode.granted)
+    short = (request for request in requests if request.input_tokens <= longest)
+    for number, request in enumerate(islice(short, warm + measured)):
+        arriving = decode.take(request)
+        cached, chunks = _prefill(prefill, request, arriving.pages)
+        if number >= warm:
+            served.hand_overs.append(chunks)
+            served.prompt_tokens += request.input_tokens
+            served.cached_tokens += cached
+            served.active.append(decode.active())
+        # Others decode meanwhile, as long whatever was cached: decode's pool sees the same everywhere.
+        for _ in range(STEPS_A_CHUNK * -(-request.input_tokens // STEP_TOKENS)):
+            decode.step()
+        decode.running.append(arriving)
+    return served
+
+
+def _prefill(pool: PrefillPool, request: TraceRequest, targets: list[int]) -> tuple[int, Chunks]:
+    """Cached tokens of the prompt, and its chunks."""
+    if pair_with := getattr(pool.allocator, "pair_with", None):
+        pair_with(runs_of(targets))
+    prompt = pool.begin(tokens_of(request))
+    cached, told = prompt.cached, 0
+    chunks: Chunks = []
+    while (done := len(prompt.slots)) < request.input_tokens:
+        after = min(done + STEP_TOKENS, request.input_tokens)
+        pool.extend(prompt, after)
+        pages = pages_of(prompt.slots)
+        # A page that is not full yet goes with the next chunk.
+        upto = len(pages) if after == request.input_tokens else after // PAGE
+        chunks.append((pages[told:upto], targets[told:upto]))
+        told = upto
+    pool.end(prompt)
+    return cached, chunks
+
+
+def tokens_of(request: TraceRequest) -> array[int]:
+    """Tokens that are equal where the pieces of the trace are."""
+    tokens = array("q")
+    for piece in request.chunks:
+        tokens.extend([piece] * CHUNK_TOKENS)
+    return tokens[: request.input_tokens]
+
+
+def extend(allocator: Any, slots: torch.Tensor, after: int) -> torch.Tensor | None:
+    """New slots of a sequence whose tokens so far lie in ``slots``, up to its token ``after``."""
+    before, last = len(slots), int(slots[-1]) if len(slots) else -1
+    ends = _tensor([before]), _tensor([after])
+    found: torch.Tensor | None = allocator.alloc_extend(
+        ends[0], ends[0], ends[1], ends[1], _tensor([last]), after - before
+    )
+    return found
+
+
+def pages_of(slots: torch.Tensor) -> list[int]:
+    """Pages of a sequence's slots."""
+    pages: list[int] = (slots[::PAGE] // PAGE).tolist()
+    return pages
 
 
 def _tensor(values: Sequence[int]) -> torch.Tensor:
     import torch
 
     return torch.tensor(values, dtype=torch.int64)
-
-
-def _last(pages: Sequence[int], tokens: int) -> int:
-    return pages[(tokens - 1) // PAGE] * PAGE + (tokens - 1) % PAGE if tokens else -1
-
-
-def _new_pages(tokens: npt.NDArray[np.int64], before: int) -> list[int]:
-    first = -before % PAGE
-    ids: list[int] = (tokens[first::PAGE] // PAGE).tolist()
-    return ids

@@ -17,7 +17,7 @@ from penstock.benchmarks.flowkv_sides import Side, both_sides
 from penstock.benchmarks.flowkv_transfer import GIB, Timing
 from penstock.benchmarks.report import Cell, Claim
 from penstock.benchmarks.sglang_pages import NIXL, SIDES
-from penstock.benchmarks.sglang_pools import Sent, hand_overs
+from penstock.benchmarks.sglang_pools import FLOWKV, STOCK, Chunks, serve
 from penstock.connectors.runs import runs_of
 from penstock.simulation.traces import read_mooncake, replay
 
@@ -34,16 +34,24 @@ def measure(options: Options, tell: Tell) -> Finding:
     warm, measured = (60, 6) if options.quick else (400, 100)
     tell("SGLang's allocators are being worn")
     trace = None if options.trace is None else read_mooncake(options.trace)
-    sent, _ = hand_overs(
-        replay(trace, options.seed), warm, measured, prefill_pages=PREFILL_PAGES, decode_pages=DECODE_PAGES
-    )
+    both = [
+        serve(
+            name,
+            replay(trace, options.seed),
+            warm,
+            measured,
+            prefill_pages=PREFILL_PAGES,
+            decode_pages=DECODE_PAGES,
+        ).hand_overs
+        for name in (STOCK, FLOWKV)
+    ]
     timings = {NIXL: Timing(), FlowKV.name: Timing()}
     tell("mapping two pools a side")
     # Page 0 is SGLang's padding.
     with both_sides(LLAMA_8B, PREFILL_PAGES + 1, DECODE_PAGES + 1) as sides:
-        for number, one in enumerate(sent):
-            tell(f"request {number + 1} of {len(sent)}")
-            for name, side, mover, job in _turns(one, sides)[:: 1 if number % 2 else -1]:
+        for number, (stock, flowkv) in enumerate(zip(*both, strict=True)):
+            tell(f"request {number + 1} of {len(both[0])}")
+            for name, side, mover, job in _turns(stock, flowkv, sides)[:: 1 if number % 2 else -1]:
                 took = side.move(mover, job)
                 timing = timings[name]
                 timing.wall_s.append(took.wall_s)
@@ -58,15 +66,15 @@ def measure(options: Options, tell: Tell) -> Finding:
     )
 
 
-def _turns(sent: Sent, sides: Sequence[Side]) -> list[tuple[str, Side, str, Job]]:
+def _turns(stock: Chunks, flowkv: Chunks, sides: Sequence[Side]) -> list[tuple[str, Side, str, Job]]:
     by_mover = {mover: side for side in sides for mover in side.movers}
     return [
-        (NIXL, by_mover[LAYERS_APART], LAYERS_APART, _whole(sent.stock)),
-        (FlowKV.name, by_mover[FlowKV.name], FlowKV.name, _whole(sent.flowkv)),
+        (NIXL, by_mover[LAYERS_APART], LAYERS_APART, _whole(stock)),
+        (FlowKV.name, by_mover[FlowKV.name], FlowKV.name, _whole(flowkv)),
     ]
 
 
-def _whole(chunks: list[tuple[list[int], list[int]]]) -> Job:
+def _whole(chunks: Chunks) -> Job:
     """All chunks as one transfer, which favours whoever has fewer descriptors to begin with the least."""
     source = [page for pages, _ in chunks for page in pages]
     target = [page for _, pages in chunks for page in pages]

@@ -20,6 +20,8 @@ Serve = Callable[..., contextlib.AbstractContextManager[Server]]
 """``serve(*arguments, name=..., **environment)`` is a running server."""
 CHUNK = 256
 """Tokens of a prompt that one step computes at most."""
+POOL_TOKENS = 20_000
+"""Tokens that a server's KV cache holds."""
 
 
 def sglang_server(
@@ -40,7 +42,14 @@ def sglang_server(
 
 def command(model: str, port: int, *arguments: str) -> list[str]:
     """``sglang serve`` in float32. Its pool is small: SGLang would take most of the machine's memory."""
-    sizes = ["--dtype", "float32", "--max-total-tokens", "20000", "--chunked-prefill-size", str(CHUNK)]
+    sizes = [
+        "--dtype",
+        "float32",
+        "--max-total-tokens",
+        str(POOL_TOKENS),
+        "--chunked-prefill-size",
+        str(CHUNK),
+    ]
     place = ["--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
     # Schedulers that spin take the processor from the one that works.
     calm = ["--sleep-on-idle", "--skip-server-warmup"]

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from engine_pair import eventually
 from sglang_pair import PAGE, SglangPair, all_back, load, prompt, queued, router_of, serving_sglang_pair
-from sglang_server import CHUNK, Refused, all_at_once, ask, generate, series
+from sglang_server import CHUNK, POOL_TOKENS, Refused, all_at_once, ask, generate, series
 
 from penstock.benchmarks.processes import Server
 from penstock.benchmarks.servers import proxy_server, serving
@@ -30,6 +30,8 @@ CLIENTS = 200
 GREEDY = {"temperature": 0, "return_token_ids": True}
 FLOOD = 120
 FAIR = json.dumps({"scheduler": {"quantum_tokens": 200}, "flowkv": {}})
+WEARING = 50
+"""Prompts that fill the pools' prefix caches and more."""
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +170,38 @@ def test_what_decode_reads_is_on_its_metrics_page(pair: SglangPair, model: str):
     (labels,) = series(pair.decode, "sglang:flowkv_num_descriptors_count")
     assert {'tp_rank="0"', 'engine_type="dynamic"'} < set(labels.split(","))
     assert series(pair.prefill, "sglang:flowkv_num_descriptors_count") == {}
+
+
+def test_worn_pools_still_make_few_descriptors_and_right_answers(pair: SglangPair, greedy):
+    """More prompts than the prefix caches hold, of all lengths, some of which begin alike."""
+    shared = prompt(100, 5 * PAGE)
+    lengths = [40 + 97 * i % 900 for i in range(WEARING)]
+    all_at_once(
+        [
+            partial(pair.generate, [*shared[: i % 2 * len(shared)], *prompt(200 + i, length)], 2)
+            for i, length in enumerate(lengths)
+        ]
+    )
+    assert sum(lengths) > POOL_TOKENS
+    before = posted(pair)
+    chunks = 4
+    for seed in (110, 111, 112):
+        row = prompt(seed, chunks * CHUNK)
+        assert pair.generate(row, TOKENS)["output_ids"] == greedy(row, TOKENS)
+    transfers, descriptors = (now - then for now, then in zip(posted(pair), before, strict=True))
+    assert transfers == 3 * chunks
+    # A page each would be sixteen times as many.
+    assert descriptors <= 4 * transfers, f"{descriptors} descriptors in {transfers} transfers"
+    all_back(pair.prefill, pair.decode)
+
+
+def posted(pair: SglangPair) -> tuple[float, float]:
+    """Transfers of decode so far, and the descriptors that they took."""
+    count, total = (
+        sum(series(pair.decode, f"sglang:flowkv_num_descriptors_{what}").values())
+        for what in ("count", "sum")
+    )
+    return count, total
 
 
 def token_bytes(model: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,14 +11,16 @@ import pytest
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 
+from penstock.benchmarks.sglang_pools import PAGE as BENCH_PAGE
+from penstock.benchmarks.sglang_pools import PrefillPool
 from penstock.connectors.runs import runs_of
 from penstock.plugins.sglang.run_allocator import RunPagedAllocator
 
 PAGE, PAGES = 4, 64
 
 
-def make(kind: type) -> PagedTokenToKVPoolAllocator:
-    return kind(PAGE * PAGES, PAGE, torch.float32, "cpu", SimpleNamespace(), True)
+def make(kind: type, page: int = PAGE) -> PagedTokenToKVPoolAllocator:
+    return kind(page * PAGES, page, torch.float32, "cpu", SimpleNamespace(), True)
 
 
 def ids(*values: int) -> torch.Tensor:
@@ -86,6 +89,37 @@ def test_a_prompt_of_several_chunks_lies_together_in_a_worn_pool():
     assert rest is not None
     for tokens, most in ((torch.cat([first, rest]), 2), (other, 1)):
         assert len(runs_of((tokens[::PAGE] // PAGE).tolist())) <= most
+
+
+@pytest.mark.parametrize("kind", [RunPagedAllocator, PagedTokenToKVPoolAllocator])
+def test_a_full_prefix_cache_gives_up_what_is_lacking_and_a_share_of_the_pool_at_once(kind: type):
+    pool = PrefillPool(make(kind, BENCH_PAGE))
+    total = PAGES * BENCH_PAGE
+    spare = int(PAGES * getattr(kind, "spare", 0)) * BENCH_PAGE
+    evictions = 0
+    for number in range(4 * PAGES):
+        before = pool.allocator.available_size()
+        # Each prompt is its own, of two pages and a piece of one.
+        prompt = pool.begin(array("q", [number] * (2 * BENCH_PAGE + 1)))
+        pool.extend(prompt, len(prompt.tokens))
+        pool.end(prompt)
+        left = pool.allocator.available_size()
+        assert left + pool.cache.full_evictable_size() == total
+        if left + 2 * BENCH_PAGE > before:
+            evictions += 1
+            # The cache gives up whole prompts.
+            assert spare <= left <= spare + 4 * BENCH_PAGE
+    assert evictions > PAGES / 4
+
+
+def test_a_cache_that_has_no_more_than_is_lacking_is_no_reason_to_refuse():
+    pool = PrefillPool(make(RunPagedAllocator, BENCH_PAGE))
+    held = pool.begin(array("q", [1] * ((PAGES - 3) * BENCH_PAGE)))
+    pool.extend(held, len(held.tokens))
+    for number in (2, 3):
+        prompt = pool.begin(array("q", [number] * (2 * BENCH_PAGE)))
+        pool.extend(prompt, len(prompt.tokens))
+        pool.end(prompt)
 
 
 def test_every_page_that_is_handed_out_is_counted():

@@ -144,7 +144,11 @@ ALLOCATION = (
         alloc_decode="(self, seq_lens, seq_lens_cpu, last_loc)",
         _release_page_ids="(self, *page_ids)",
     ),
-    *override("sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator", resize="(self, config)"),
+    *override(
+        "sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator",
+        resize="(self, config)",
+        evict_to_free_tokens="(self, tree_cache, num_tokens)",
+    ),
     *read(_ALLOCATOR, "free_pages", "staged_pages", "num_staged_pages", "num_pages"),
     Seam(
         "sglang.srt.utils.common:get_num_new_pages",

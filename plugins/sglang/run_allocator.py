@@ -31,6 +31,9 @@ class RunPagedAllocator(PagedTokenToKVPoolAllocator):
     ``epochs`` counts, for each page, how often it was handed out; the pool gets the same array.
     """
 
+    spare = 0.025
+    """Share of the pool that the prefix cache gives up beyond what is lacking: windows are chosen among what
+    is free."""
     epochs: npt.NDArray[np.uint32]
     free_pages: torch.Tensor
     staged_pages: list[torch.Tensor]
@@ -64,6 +67,15 @@ class RunPagedAllocator(PagedTokenToKVPoolAllocator):
     def available_size(self) -> int:
         """Tokens that free pages hold."""
         return (self._runs.num_free + self.num_staged_pages) * self.page_size
+
+    def evict_to_free_tokens(self, tree_cache: Any, num_tokens: int) -> bool | None:
+        """As stock's, but where the prefix cache must give something up, it gives up ``spare`` more.
+
+        Stock frees what an allocation lacks and no more, so that it takes every hole there is.
+        """
+        if num_tokens > self.available_size():
+            num_tokens += int(self.num_pages * self.spare) * self.page_size
+        return super().evict_to_free_tokens(tree_cache, num_tokens)
 
     def get_all_free_pages(self) -> torch.Tensor:
         """Ids of all free pages, in ascending order."""
