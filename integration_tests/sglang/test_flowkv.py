@@ -225,10 +225,10 @@ def test_a_client_that_floods_decode_s_memory_does_not_keep_another_one_waiting(
     """Decode keeps 512 tokens free for each request that it gave memory: it has room for some of them."""
 
     # Decode knows its prefill server before that falls asleep.
-    pair.generate(prompt(199, PAGE), 1)
+    pair.generate(prompt(999, PAGE), 1)
 
     def asked(index: int, client: str) -> float:
-        body = pair.body(prompt(200 + index, 2 * PAGE), TOKENS)
+        body = pair.body(prompt(1000 + index, 2 * PAGE), TOKENS)
         body["sampling_params"]["custom_params"] = {"client_id": client}
         first = pool.submit(ask, pair.prefill, "/generate", body)
         ended = ask(pair.decode, "/generate", body)["meta_info"]["request_finished_ts"]
