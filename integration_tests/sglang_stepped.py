@@ -52,6 +52,8 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
         )
         for number, (name, arrival, prompt, output, ttft, tpot) in enumerate(given["asks"], start=10**6)
     ]
+    if hasattr(engine.scheduler.policy, "records"):
+        check_each_pass(engine)
     stood = compare_plans(engine.scheduler.policy) if given.get("compare_plans") else []
     result = Simulation(engine, Fixed(asks), load_step_time("opt-6.7b-a100"), clock).run()
     engine.idle()
@@ -76,6 +78,18 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def check_each_pass(engine: Any) -> None:
+    """Have the policy assert after each pass that what it keeps is what SGLang's requests say."""
+    complete, policy = engine.complete, engine.scheduler.policy
+
+    def checked(batch: Any) -> Any:
+        progress = complete(batch)
+        policy.check_integrity(set(policy.records.beside(())))
+        return progress
+
+    engine.complete = checked
+
+
 def compare_plans(policy: Any) -> list[None]:
     """Have the policy plan wherever it finds that there is nothing to plan; an item each time."""
     decode_on, stood = policy._all_decode_on, []
@@ -85,7 +99,8 @@ def compare_plans(policy: Any) -> list[None]:
         if on:
             stood.append(None)
             decodes = policy.records.decoding(running, policy._in_flight())
-            limits = policy._limits(now_s, decodes)
+            context = sum(request.computed_tokens for request in decodes)
+            limits = policy._limits(now_s, len(decodes), context)
             plan = policy.planner.plan(now_s, decodes, policy._free_kv_tokens(), limits)
             assert not plan.waiting
             assert not plan.preempt

@@ -44,6 +44,13 @@ RUNS["slo, full"] = {
     "asks": CHATS,
     "compare_plans": True,
 }
+# Those who decode change places in a mixed batch, and now and then one has to go.
+RUNS["slo, retracted"] = {
+    "section": SLO,
+    "shape": {**ROOMY, "mixed_chunk": True},
+    "asks": ASKS,
+    "retract_every": 30,
+}
 PLANNED = [name for name in RUNS if name.startswith("slo")]
 
 
@@ -117,6 +124,11 @@ def test_the_client_that_holds_the_most_is_retracted_first(runs):
     assert preempted(runs["crowded"], "light") > 0
     assert preempted(runs["dlpm, crowded"], "light") == 0
     assert preempted(runs["dlpm, crowded"], "flood") > 0
+
+
+def test_who_was_retracted_is_planned_for_as_it_is(runs):
+    """The run itself compares after each pass; this says that there was something to compare."""
+    assert sum(one["preemptions"] for one in runs["slo, retracted"]["requests"].values()) > 0
 
 
 def test_where_all_decode_and_nobody_can_come_in_a_plan_would_hold_nothing_else(runs):

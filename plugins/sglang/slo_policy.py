@@ -20,10 +20,12 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.common import match_kv_cache
 
 from penstock.patches.slo_gauges import slo_gauges
+from penstock.plugins.sglang.decode_batch import DecodeBatch
 from penstock.plugins.sglang.policy import PassPolicy
 from penstock.plugins.sglang.slo_adder import planned
 from penstock.plugins.sglang.slo_records import Records
 from penstock.schedulers.config import SchedulerConfig
+from penstock.schedulers.slo.decodes import COMPUTED, RunningBatch
 from penstock.schedulers.slo.plan import PASSIVE, Plan
 from penstock.schedulers.slo.planner import Planner
 from penstock.schedulers.slo.requests import Limits, Running
@@ -54,6 +56,7 @@ class PlannedPolicy(PassPolicy):
         # A pass over the decodes serves all of them, and none is sent again.
         self.planner = planner or Planner(msgspec.structs.replace(config.slo, resumed_token_s=0.0))
         self.records = Records(config, self.asking, clock)
+        self._decoding = DecodeBatch(self.planner.config.pace, self.records)
         self.totals = SLOTotals(self.planner, config.slo.tiers_s)
         self.plan: Plan = PASSIVE
         self.prompt_tokens: int | None = None
@@ -61,6 +64,8 @@ class PlannedPolicy(PassPolicy):
         self._waiting: dict[str, Req] = {}
         self._queue: list[Req] = []
         """SGLang's list of waiting requests as it was last seen."""
+        self._taken: set[Req] = set()
+        """Those of them that came in since."""
         self._steps = StepsInFlight()
         self._owes_decodes = self._awaits_launch = False
         # On a CPU the model has run when SGLang has launched it; on a virtual clock no time passed.
@@ -88,34 +93,51 @@ class PlannedPolicy(PassPolicy):
     def _decide(self, now_s: float, running_batch: ScheduleBatch) -> bool:
         """Make a plan; True if it has no prompts."""
         chunked = self.scheduler.chunked_req
+        in_flight = self._in_flight()
+        others = self._look_at_others(running_batch.reqs, in_flight)
         if chunked is None and self._all_decode_on(now_s, running_batch.reqs):
             self._awaits_launch = True
             return True
-        in_flight = self._in_flight()
         self._forget_beside({*running_batch.reqs, *in_flight, chunked})
-        decodes = self.records.decoding(running_batch.reqs, in_flight - {chunked})
-        running = decodes if chunked is None else [*decodes, self.records.chunked(chunked)]
-        limits = self._limits(now_s, decodes)
-        plan = self.planner.plan(now_s, running, self._free_kv_tokens(), limits)
+        columns = self._decoding.columns()
+        others = [request for request in others if request.output_tokens < request.max_output_tokens]
+        decodes = len(columns) + len(others)
+        context = int(columns.values[COMPUTED].sum()) + sum(request.computed_tokens for request in others)
+        limits = self._limits(now_s, decodes, context)
+        if chunked is not None:
+            others.append(self.records.chunked(chunked))
+        plan = self.planner.plan(now_s, RunningBatch(columns, others), self._free_kv_tokens(), limits)
         if plan.preempt:
             self._throw_out(frozenset(plan.preempt), running_batch)
-        decoding = {request.request_id for request in decodes}
-        prompt_tokens = sum(tokens for name, tokens in plan.caps.items() if name not in decoding)
+        names = {*plan.waiting, *(() if chunked is None else (chunked.rid,))} & plan.caps.keys()
+        prompt_tokens = sum(plan.caps[name] for name in names)
         self._awaits_launch = True
         if not prompt_tokens and decodes:
             return True
         if prompt_tokens:
             page = self.scheduler.page_size
             self.plan, self.prompt_tokens = plan, -(-prompt_tokens // page) * page
-            self._owes_decodes = not self.scheduler.is_mixed_chunk and not decoding.isdisjoint(plan.caps)
+            self._owes_decodes = not self.scheduler.is_mixed_chunk and len(plan.caps) > len(names)
         return False
+
+    def _look_at_others(self, running: list[Req], in_flight: set[Req]) -> list[Running]:
+        """Requests that run and are not known to decode under targets, as the planner sees them; if all of
+        them do, they are known from now on."""
+        others = self._decoding.others(running)
+        found = self.records.decoding(others, in_flight)
+        # A beam's tokens do not come one by one.
+        decode = len(found) == len(others) and all(request.beam_group is None for request in others)
+        if not decode or any(one.targets is None for one in found):
+            return found
+        self._decoding.join(others, found, running)
+        return []
 
     def _all_decode_on(self, now_s: float, running: list[Req]) -> bool:
         """Whether there is nothing to plan: everybody who runs decodes under targets, and nobody can come in.
         The planner hears of the pass all the same."""
-        if len(self.records) != len(self._waiting) + len(running):
+        if len(self.records) != len(self._waiting) + len(running) or not self._decoding.is_all_of(running):
             return False
-        scheduler, records = self.scheduler, self.records
+        scheduler = self.scheduler
         limits = Limits(
             step_tokens=len(running),
             running_requests=scheduler.max_running_requests,
@@ -123,21 +145,16 @@ class PlannedPolicy(PassPolicy):
         )
         if not self.planner.closed(len(running), limits):
             return False
-        for request in running:
-            # One that has ended may still be there, and its seat is free.
-            if request.finished() or records.of(request).running.targets is None:
-                return False
-        names = tuple(request.rid for request in running)
+        names = self._decoding.names
         return self.planner.whole(now_s, names, self._free_kv_tokens(), limits) is not None
 
-    def _limits(self, now_s: float, decodes: list[Running]) -> Limits:
+    def _limits(self, now_s: float, decodes: int, context_tokens: int) -> Limits:
         """What the pass may hold. Where decodes have a pass of their own after the prompts', that is so much
         less time until they are due."""
         tokens, left_s = self.scheduler.chunked_prefill_size, self._steps.left_s(now_s)
         if decodes and not self.scheduler.is_mixed_chunk:
-            context = sum(request.computed_tokens for request in decodes)
-            left_s += self.planner.model.seconds(StepFeatures(len(decodes), len(decodes), context))
-            tokens += len(decodes)
+            left_s += self.planner.model.seconds(StepFeatures(decodes, decodes, context_tokens))
+            tokens += decodes
         seats = self.scheduler.max_running_requests
         return Limits(step_tokens=tokens, running_requests=seats, in_flight_s=left_s)
 
@@ -183,6 +200,7 @@ class PlannedPolicy(PassPolicy):
         name = request.rid
         if self._waiting.get(name) is request:
             del self._waiting[name]
+            self._taken.add(request)
             self.planner.backlog.remove(name)
 
     def chunk_limit(self, request: Req) -> int | None:
@@ -200,6 +218,8 @@ class PlannedPolicy(PassPolicy):
             return
         if mode.is_decode():
             self._owes_decodes = False
+        if _decodes(batch):
+            self._decoding.launched(batch.reqs)
         if self.records.with_targets or not self.planner.counters.plans % PASSIVE_STEPS:
             features = features_of(batch)
             self._steps.begin(result, features, self.planner.model.seconds(features), began_s)
@@ -209,17 +229,17 @@ class PlannedPolicy(PassPolicy):
     def came_back(self, batch: ScheduleBatch, result: Any) -> None:
         now_s = self.clock()
         self._learn(self._steps.end(result, now_s))
-        self.records.produced(batch.reqs, now_s)
-        for request in batch.reqs:
-            if request.finished() or self._leaves(request):
-                self._ended(request)
-        super().came_back(batch, result)
-
-    def _leaves(self, request: Req) -> bool:
-        """Whether what is left of a request is another server's: a prefill server has done with it at its
-        first token."""
+        requests, decodes = batch.reqs, _decodes(batch)
+        everyone = decodes and self._decoding.is_all_of(requests)
+        self._decoding.came_back(requests, now_s, prompts_alone=not decodes)
+        self.records.produced(requests, now_s, everyone=everyone)
+        # What is left of a request that a prefill server computed is another server's.
         prefills = self.scheduler.disaggregation_mode == DisaggregationMode.PREFILL
-        return prefills and bool(request.output_ids)
+        # What ``finished`` says, without a call for each.
+        ended = [one for one in requests if one.finished_reason or (prefills and one.output_ids)]
+        for request in ended:
+            self._ended(request)
+        super().came_back(batch, result)
 
     def _learn(self, ended: tuple[Flight, float] | None) -> None:
         if ended is not None:
@@ -236,18 +256,23 @@ class PlannedPolicy(PassPolicy):
 
     def _meet(self, queue: list[Req]) -> None:
         """Who came to the waiting requests, and who left them without being served."""
-        # Lists compare by identity first: a pass in which nobody came or left looks at no request.
-        if len(queue) == len(self._waiting) and queue == self._queue:
-            return
-        self._queue = list(queue)
-        here = set(queue)
-        for request in [request for request in self._waiting.values() if request not in here]:
-            self._leave(request)
-        for request in queue:
-            name = request.rid
-            if self._waiting.get(name) is not request:
-                self._waiting[name] = request
-                self.planner.arrive(self.records.waiting(request, self._cached_tokens(request)))
+        before = self._queue
+        if self._taken:
+            before = [request for request in before if request not in self._taken]
+            self._taken.clear()
+        # Lists compare by identity first: of those who wait on no request is looked at.
+        number = len(before)
+        came = queue[number:]
+        if queue[:number] != before:
+            here, known = set(queue), set(before)
+            for request in before:
+                if request not in here:
+                    self._leave(request)
+            came = [request for request in queue if request not in known]
+        self._queue = queue[:]
+        for request in came:
+            self._waiting[request.rid] = request
+            self.planner.arrive(self.records.waiting(request, self._cached_tokens(request)))
 
     def _cached_tokens(self, request: Req) -> int:
         """What the prefix cache holds of a prompt. Without targets it is not asked: it changes no order."""
@@ -258,12 +283,14 @@ class PlannedPolicy(PassPolicy):
 
     def _leave(self, request: Req) -> None:
         name = request.rid
+        self._decoding.left(request)
         if self._waiting.get(name) is request:
             del self._waiting[name]
         if self.records.close(request) is not None:
             self.planner.leave(name)
 
     def _ended(self, request: Req) -> None:
+        self._decoding.left(request)
         record = self.records.close(request)
         if record is None:
             return
@@ -288,9 +315,16 @@ class PlannedPolicy(PassPolicy):
 
     def check_integrity(self, live: set[Req]) -> None:
         """Assert that planner, records and SGLang's lists agree between passes."""
+        assert set(self._waiting.values()) == set(self._queue) - self._taken
         assert all(name in self.planner.backlog for name in self._waiting)
         self.planner.check_integrity()
         self.records.check_integrity(live)
+        self._decoding.check_integrity(self._in_flight())
+
+
+def _decodes(batch: ScheduleBatch) -> bool:
+    """Whether a batch gives all that run their next tokens."""
+    return bool(batch.forward_mode.is_decode() or batch.forward_mode.is_mixed())
 
 
 def features_of(batch: ScheduleBatch) -> StepFeatures:

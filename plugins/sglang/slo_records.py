@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
@@ -38,6 +39,8 @@ class Records:
         self._clock = clock
         self._front_clock = front_clock
         self._live: dict[Req, Record] = {}
+        self._in_time_until_s = -math.inf
+        """No token of a request that decodes is due before."""
         self.with_targets = 0
         """How many live requests have targets."""
 
@@ -98,16 +101,14 @@ class Records:
         )
 
     def decoding(self, requests: Iterable[Req], in_flight: Collection[Req]) -> list[Running]:
-        """Requests of the running batch that take part in the next pass. A token that is in flight counts as
-        generated; a request whose last one is in flight is left out."""
+        """Requests of the running batch as they are for the next pass, less those that have ended. A token
+        that is in flight counts as generated; it may be a request's last."""
         found: list[Running] = []
         for request in requests:
             if request.finished():
                 continue
             running = self.of(request).running
             generated = len(request.output_ids) + (request in in_flight)
-            if generated >= running.max_output_tokens:
-                continue
             running.tokens = len(request.origin_input_ids) + generated
             running.computed_tokens = running.tokens - 1
             running.output_tokens = generated
@@ -122,13 +123,28 @@ class Records:
         running.computed_tokens = min(request.extend_end, running.tokens - 1)
         return running
 
-    def produced(self, requests: Iterable[Req], now_s: float) -> None:
-        """Note the tokens that a pass gave to requests at ``now_s``."""
+    def produced(self, requests: Iterable[Req], now_s: float, *, everyone: bool) -> None:
+        """Note the tokens that a pass gave to requests at ``now_s``, one to each.
+
+        Where it gave one to ``everyone`` that decodes, and their columns say so, none is looked at before a
+        token can have missed its deadline.
+        """
+        if everyone and now_s <= self._in_time_until_s:
+            return
+        next_s = math.inf
         for request in requests:
             record = self._live.get(request)
             generated = len(request.output_ids)
             if record is not None and generated > record.seen:
-                record.note(generated, now_s, TOLERANCE, first_new=record.seen)
+                # Those before that were not noted came in time.
+                due_s = record.note(generated, now_s, TOLERANCE, first_new=generated - 1)
+                next_s = min(next_s, due_s)
+        self._in_time_until_s = next_s if everyone else min(next_s, self._in_time_until_s)
+
+    def caught_up(self, request: Req) -> None:
+        """The tokens that a request has came in time where they were not noted."""
+        if (record := self._live.get(request)) is not None:
+            record.seen = len(request.output_ids)
 
     def check_integrity(self, live: Collection[Req]) -> None:
         """Assert that no record outlives its request and that the count of targets holds."""

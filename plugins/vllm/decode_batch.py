@@ -90,5 +90,6 @@ class DecodeBatch:
 
     def _count_steps(self, output_s: float) -> None:
         if self._steps:
-            self._decodes.went_on(self._steps, output_s)
+            self._decodes.went_on(self._steps)
+            self._decodes.came_back(output_s)
             self._steps = 0

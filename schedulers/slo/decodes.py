@@ -111,11 +111,31 @@ class Decodes:
             self._awaited = [one for one in self._awaited if one is not request]
         self.names = self.names[:place] + self.names[place + 1 :]
 
-    def went_on(self, steps: int, output_s: float) -> None:
-        """Each had a token of so many steps, of which the last one came back at ``output_s``."""
+    def keep(self, places: list[int]) -> None:
+        """Those at ``places`` run on, in that order. The others do not; their requests say how far they came."""
         end = len(self._requests)
-        self._values[COUNTED, :end] += steps
-        self._values[LAST, :end] = output_s
+        if places == [*range(end)]:
+            return
+        columns = Columns(self._requests, self.names, self._values[:, :end])
+        for place in set(range(end)).difference(places):
+            columns.request(place)
+        self._values[:, : len(places)] = self._values[:, places]
+        self._requests = [self._requests[place] for place in places]
+        self.names = tuple([request.request_id for request in self._requests])
+        if self._awaited:
+            kept = set(map(id, self._requests))
+            self._awaited = [one for one in self._awaited if id(one) in kept]
+
+    def went_on(self, steps: int) -> None:
+        """So many steps give each a token."""
+        self._values[COUNTED, : len(self._requests)] += steps
+
+    def came_back(self, output_s: float, places: list[int] | None = None) -> None:
+        """The last token of each, or of those at ``places``, came at ``output_s``."""
+        if places is None:
+            self._values[LAST, : len(self._requests)] = output_s
+        else:
+            self._values[LAST, places] = output_s
 
     def columns(self) -> Columns:
         """Those who have a token to come. Good until one joins or leaves, or they go on."""
@@ -130,6 +150,11 @@ class Decodes:
             place = next(at for at, one in enumerate(self._requests) if one is request)
             self._values[BEGIN, place] = values_of(request, self._pace)[BEGIN]
             self._awaited = [one for one in self._awaited if one is not request]
+
+    def generated(self) -> list[float]:
+        """Tokens of the output so far."""
+        found: list[float] = self._values[OUTPUT, : len(self._requests)].tolist()
+        return found
 
     def __len__(self) -> int:
         return len(self._requests)

@@ -50,8 +50,16 @@ def test_columns_hold_what_was_counted_one_by_one(pace):
             place = rng.randrange(len(model))
             del model[place]
             kept.leave(place)
+        elif deed < 0.6:
+            # Some go, and the others stand in another order.
+            places = rng.sample(range(len(model)), rng.randint(len(model) // 2, len(model)))
+            gone = [(model[at], kept._requests[at]) for at in range(len(model)) if at not in places]
+            model = [model[at] for at in places]
+            kept.keep(places)
+            assert all(its == one for one, its in gone)
         else:
-            kept.went_on(1, now_s)
+            kept.went_on(1)
+            kept.came_back(now_s)
             for one, its in zip(model, kept._requests, strict=True):
                 one.tokens, one.computed_tokens = one.tokens + 1, one.computed_tokens + 1
                 one.output_tokens, one.last_token_s = one.output_tokens + 1, now_s
