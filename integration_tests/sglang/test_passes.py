@@ -49,7 +49,7 @@ RUNS["slo, retracted"] = {
     "section": SLO,
     "shape": {**ROOMY, "mixed_chunk": True},
     "asks": ASKS,
-    "retract_every": 30,
+    "retract_every": 3,
 }
 PLANNED = [name for name in RUNS if name.startswith("slo")]
 

@@ -1,4 +1,4 @@
-"""The running batch while it decodes under targets, kept so that a pass that goes on with it reads none of it."""
+"""The running batch while it decodes under targets, kept so that a pass that goes on reads nothing of it."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Decodes:
         self.names = self.names[:place] + self.names[place + 1 :]
 
     def keep(self, places: list[int]) -> None:
-        """Those at ``places`` run on, in that order. The others do not; their requests say how far they came."""
+        """Those at ``places`` run on, in that order. The others end here, and their requests say how far."""
         end = len(self._requests)
         if places == [*range(end)]:
             return

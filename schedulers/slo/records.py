@@ -30,7 +30,7 @@ class Record:
 
     def note(self, generated: int, now_s: float, tolerance: float, *, first_new: int) -> float:
         """At ``now_s`` the request has ``generated`` tokens in all, more than before. The token of index
-        ``first_new`` is held to its deadline. Returns when the next one is due."""
+        ``first_new`` is held to its deadline. Returns when the next one is due; never once one was late."""
         self.seen = generated
         running = self.running
         running.last_token_s = now_s
@@ -38,7 +38,7 @@ class Record:
             self._first_token(now_s, tolerance)
         elif now_s > self.start_s + first_new * self.allowed_s:
             self.pace_met = False
-        return self.start_s + generated * self.allowed_s
+        return self.start_s + generated * self.allowed_s if self.pace_met else math.inf
 
     def _first_token(self, now_s: float, tolerance: float) -> None:
         """From here on every further token has a time that does not change any more."""
