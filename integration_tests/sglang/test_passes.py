@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,19 @@ LONG_PROMPTS = [[f"long{n}", 0.0, LONG, 20, None, None] for n in range(10)]
 CHATS = [[f"chat{n}", 0.05 + 0.06 * n, PROMPT, OUTPUT, 1e3 * TTFT_S, 1e3 * TPOT_S] for n in range(40)]
 ASKS = LONG_PROMPTS + CHATS
 NO_TARGETS = [[*row[:4], None, None] for row in ASKS]
+
+
+def crowding(seed: int, number: int = 150) -> list[list[Any]]:
+    """Requests with targets of four kinds, some without; one in ten has a long prompt."""
+    draw = random.Random(seed)
+    at_s, asks = 0.0, []
+    for index in range(number):
+        at_s += draw.expovariate(1 / 0.03)
+        targets = draw.choice([(200.0, 20.0), (800.0, 50.0), (3000.0, 100.0), (60000.0, 250.0), (None, None)])
+        prompt = draw.randint(20, 900) if draw.random() > 0.1 else draw.randint(3000, 6000)
+        asks.append([f"x{index}", at_s, prompt, 1 + int(draw.expovariate(1 / 60)), *targets])
+    return asks
+
 
 RUNS = {
     "stock": {"section": None, "shape": ROOMY, "asks": ASKS},
@@ -50,6 +64,12 @@ RUNS["slo, retracted"] = {
     "shape": {**ROOMY, "mixed_chunk": True},
     "asks": ASKS,
     "retract_every": 3,
+}
+# Prompts of half the memory in chunks, beside others that come in and decodes that grow.
+RUNS["slo, tight"] = {
+    "section": SLO,
+    "shape": {"kv_tokens": 9000, "chunked_prefill_size": 1024},
+    "asks": crowding(2),
 }
 PLANNED = [name for name in RUNS if name.startswith("slo")]
 
@@ -129,6 +149,11 @@ def test_the_client_that_holds_the_most_is_retracted_first(runs):
 def test_who_was_retracted_is_planned_for_as_it_is(runs):
     """The run itself compares after each pass; this says that there was something to compare."""
     assert sum(one["preemptions"] for one in runs["slo, retracted"]["requests"].values()) > 0
+
+
+def test_memory_that_a_prompt_was_admitted_for_is_there_when_its_chunks_come(runs):
+    """SGLang ends the scheduler where a chunk has none."""
+    assert len(runs["slo, tight"]["requests"]) == len(RUNS["slo, tight"]["asks"])
 
 
 def test_where_all_decode_and_nobody_can_come_in_a_plan_would_hold_nothing_else(runs):
