@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -145,18 +145,24 @@ BLOCKS_WHOLE = "NIXL, block-outermost"
 PIECE_BY_PIECE = "a call a block and layer"
 
 
-def make_movers(pools: Pools, shape: Shape) -> tuple[Mover, ...]:
-    """All ways of the pools' family, on the same memory."""
+def make_movers(pools: Pools, shape: Shape, names: Collection[str] | None = None) -> tuple[Mover, ...]:
+    """The ways of the pools' family, on the same memory: all, or those of ``names``."""
     ends = ((pools.source_base, pools.source_blocks), (pools.target_base, pools.target_blocks))
     apart = [shape.layer_outermost(*end) for end in ends]
     whole = [shape.block_outermost(*end) for end in ends]
+    ways: dict[str, Callable[[], Mover]]
     if pools.family == "FlowKV":
-        return FlowKV(pools, *whole), OneDescriptor(pools, *whole)
-    return (
-        Prepared(LAYERS_APART, pools, *apart),
-        Prepared(BLOCKS_WHOLE, pools, *whole),
-        Calls(PIECE_BY_PIECE, pools, *apart),
-    )
+        ways = {
+            FlowKV.name: lambda: FlowKV(pools, *whole),
+            OneDescriptor.name: lambda: OneDescriptor(pools, *whole),
+        }
+    else:
+        ways = {
+            LAYERS_APART: lambda: Prepared(LAYERS_APART, pools, *apart),
+            BLOCKS_WHOLE: lambda: Prepared(BLOCKS_WHOLE, pools, *whole),
+            PIECE_BY_PIECE: lambda: Calls(PIECE_BY_PIECE, pools, *apart),
+        }
+    return tuple(make() for name, make in ways.items() if names is None or name in names)
 
 
 @dataclass(frozen=True, slots=True)

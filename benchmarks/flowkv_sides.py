@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Self
@@ -45,11 +45,18 @@ class SideError(RuntimeError):
     """The processes of one side are gone; what they wrote before says why."""
 
 
-def serve(pipe: Connection, family: Family, shape: Shape, source_blocks: int, target_blocks: int) -> None:
+def serve(
+    pipe: Connection,
+    family: Family,
+    shape: Shape,
+    source_blocks: int,
+    target_blocks: int,
+    names: Collection[str] | None,
+) -> None:
     """Body of the reading process: connect, prove every mover right, then move what is ordered."""
     os.setsid()
     with connected_pools(family, shape, source_blocks, target_blocks) as pools, contextlib.suppress(EOFError):
-        movers = {mover.name: mover for mover in make_movers(pools, shape)}
+        movers = {mover.name: mover for mover in make_movers(pools, shape, names)}
         for mover in movers.values():
             check(mover, pools, shape)
         pipe.send_bytes(msgspec.msgpack.encode(list(movers)))
@@ -67,13 +74,22 @@ class Side:
 
     _reaper = Reaper()
 
-    def __init__(self, family: Family, shape: Shape, source_blocks: int, target_blocks: int) -> None:
+    def __init__(
+        self,
+        family: Family,
+        shape: Shape,
+        source_blocks: int,
+        target_blocks: int,
+        names: Collection[str] | None,
+    ) -> None:
         self.family = family
         self.movers: list[str] = []
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=serve, args=(theirs, family, shape, source_blocks, target_blocks), name=f"{family} side"
+            target=serve,
+            args=(theirs, family, shape, source_blocks, target_blocks, names),
+            name=f"{family} side",
         )
         self._process.start()
         theirs.close()
@@ -127,15 +143,17 @@ class Side:
 
 
 @contextlib.contextmanager
-def both_sides(shape: Shape, source_blocks: int, target_blocks: int) -> Iterator[list[Side]]:
-    """Both families, ready and at rest.
+def both_sides(
+    shape: Shape, source_blocks: int, target_blocks: int, names: Collection[str] | None = None
+) -> Iterator[list[Side]]:
+    """Both families, ready and at rest, with all their movers or those of ``names``.
 
     Raises:
         SideError: one did not come up.
     """
     with contextlib.ExitStack() as stack:
         families: tuple[Family, ...] = ("stock", "FlowKV")
-        sides = [stack.enter_context(Side(f, shape, source_blocks, target_blocks)) for f in families]
+        sides = [stack.enter_context(Side(f, shape, source_blocks, target_blocks, names)) for f in families]
         for side in sides:
             side.wait_until_ready()
         yield sides

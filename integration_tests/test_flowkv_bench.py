@@ -40,6 +40,8 @@ def test_every_setup_moves_the_right_bytes_and_a_wrong_one_is_found(family):
     shape = Shape("small", layers=4, page_bytes=4096)
     with connected_pools(family, shape, 96, 64) as pools:
         movers = make_movers(pools, shape)
+        (last,) = make_movers(pools, shape, {movers[-1].name})
+        assert last.name == movers[-1].name
         for mover in movers:
             check(mover, pools, shape)
         first = movers[0]
