@@ -104,6 +104,9 @@ class Deficits(Standings):
     def lane(self, account: Account) -> int:
         return max(self.epoch, account.epoch + self._refills_needed(account))
 
+    def moves_all(self, lane: float) -> bool:
+        return lane > self.epoch
+
     def reach(self, lane: float) -> None:
         if lane > self.epoch:
             self.epoch = int(lane)
@@ -212,7 +215,7 @@ class DeficitOrder(RankedOrder):
         )
 
     def reserve_output(self, client: str, generated: int, at_most: int) -> int:
-        account = self._book.find(client)
+        account = self._settled(client)
         # Requests of the shared account may move to one of their own while they run.
         if self._lengths is None or account is self._book.shared:
             return 0
@@ -221,7 +224,7 @@ class DeficitOrder(RankedOrder):
         return tokens
 
     def release_output(self, client: str, tokens: int) -> None:
-        self._expect(self._book.find(client), -tokens)
+        self._expect(self._settled(client), -tokens)
 
     def charge_output(self, client: str, tokens: int, expected: int = 0) -> None:
         account = self._book.find(client)

@@ -21,7 +21,7 @@ from penstock.schedulers.accounts import OTHERS, Account, AccountBook, Prices
 from penstock.schedulers.client_queue import Entry
 from penstock.schedulers.prefix_hits import LookUps
 from penstock.schedulers.standings import Standings
-from penstock.schedulers.waiting import AsItComes, ClientService, HitTokens, Job
+from penstock.schedulers.waiting import AsItComes, ClientService, HitTokens, Job, Settle
 
 RECHECKS = 8
 """Hits that one pick looks up at most."""
@@ -33,6 +33,10 @@ FORGET_STEPS = 16
 """Idle accounts are looked for once in so many steps."""
 
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
+
+
+def _nothing_is_due(_client: str | None) -> bool:
+    return False
 
 
 class RankedOrder(AsItComes):
@@ -83,6 +87,7 @@ class RankedOrder(AsItComes):
         self._popped: dict[str, tuple[int, int]] = {}
         # Waiting requests on the shared account, by the name they bear.
         self._guests: dict[str, dict[str, Entry]] = {}
+        self._settle: Settle = _nothing_is_due
 
     def add(self, job: Job) -> None:
         self._check(job)
@@ -120,14 +125,14 @@ class RankedOrder(AsItComes):
         self._chosen = None
         self._popped.clear()
         if self._step % FORGET_STEPS == 1:
-            self._book.forget_idle(lambda account: self._standings.may_forget(account, self._least()))
+            self._book.forget_idle(self._may_forget)
         if self._hits_matter():
             self._refresh()
             if self._book.unnamed.queue:
                 self._look_up_head(self._book.unnamed)
 
     def charge_extend(self, client: str, tokens: int) -> None:
-        account = self._book.find(client)
+        account = self._settled(client)
         account.extend_tokens += tokens
         self._charge(account, self._prices.extend * tokens)
 
@@ -138,22 +143,27 @@ class RankedOrder(AsItComes):
         account.output_tokens += tokens
         self._charge(account, self._prices.output * tokens)
 
+    def settle_by(self, settle: Settle) -> None:
+        self._settle = settle
+
     def set_quantum(self, tokens: float) -> None:
         if not 0 < tokens < math.inf:
             raise ValueError(f"quantum_tokens is {tokens}, allowed: more than 0")
+        self._settle(None)
         self._standings.set_quantum(tokens, self._book)
         self._chosen = None
         for account in self._book:
             self._seat(account)
 
     def reweigh(self, client: str, weight: float) -> None:
-        account = self._book.find(client)
+        account = self._settled(client)
         if account is not self._book.shared:
             self._standings.reweigh(account, weight)
             self._chosen = None
             self._seat(account)
 
     def clients(self) -> Iterator[ClientService]:
+        self._settle(None)
         for account in self._book:
             yield ClientService(
                 client=account.client,
@@ -183,6 +193,11 @@ class RankedOrder(AsItComes):
 
     def _account(self, client: str) -> Account:
         """The account of an arriving request; a new one takes along what its name has waiting."""
+        if self._ranks:
+            self._settled(client)
+        else:
+            # How a client comes back may depend on who left last.
+            self._settle(None)
         known = client in self._guests
         if not self._book.can_open(client) or not self._standings.admits(self._least(), known=known):
             return self._book.find(client)
@@ -221,6 +236,23 @@ class RankedOrder(AsItComes):
             self._standings.leaves(account)
         self._moved(account)
 
+    def _settled(self, client: str) -> Account:
+        """The account of a client, charged with all that is due."""
+        account = self._book.find(client)
+        self._settle_account(account)
+        return account
+
+    def _settle_account(self, account: Account) -> bool:
+        # The names on the shared account are not listed anywhere.
+        return self._settle(None if account is self._book.shared else account.client)
+
+    def _may_forget(self, account: Account) -> bool:
+        # Who was charged just now was not idle.
+        idle = not self._settle_account(account)
+        if not self._ranks:
+            self._settle(None)
+        return idle and self._standings.may_forget(account, self._least())
+
     def _moved(self, account: Account) -> None:
         """A request of this account came or went."""
         self._chosen = None
@@ -256,6 +288,7 @@ class RankedOrder(AsItComes):
         while True:
             rank = self._ranks[0]
             account: Account = rank[-1]
+            self._settle_account(account)
             if rank[0] == self._standings.lane(account):
                 return account
             self._seat(account)
@@ -270,7 +303,10 @@ class RankedOrder(AsItComes):
             if self._hits_matter():
                 self._recheck()
             account = self._first()
-            self._standings.reach(self._standings.lane(account))
+            lane = self._standings.lane(account)
+            if self._standings.moves_all(lane):
+                self._settle(None)
+            self._standings.reach(lane)
             self._chosen = account.queue.head()
         return self._chosen
 

@@ -62,6 +62,10 @@ class Standings:
         """Which clients go first: those of the lowest lane."""
         return 0
 
+    def moves_all(self, lane: float) -> bool:
+        """Whether ``reach`` changes how other clients stand, by what they have been charged until then."""
+        return False
+
     def reach(self, lane: float) -> None:
         """A client of this lane is served."""
 

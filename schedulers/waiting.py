@@ -16,6 +16,10 @@ UNNAMED = ""
 Clock = Callable[[], float]
 """Seconds on a clock that never runs backwards."""
 
+Settle = Callable[[str | None], bool]
+"""Charges a client, or everybody (None), for output that was generated before the step and not charged yet;
+whether there was any."""
+
 HitTokens = Callable[[str], int]
 """Tokens of a waiting request, by its id, that the prefix cache holds now; free of side effects."""
 
@@ -64,6 +68,9 @@ class AsItComes:
 
     def observe_output(self, client: str, tokens: int) -> None:
         """Nothing is expected, so nothing is learned."""
+
+    def settle_by(self, settle: Settle) -> None:
+        """No pick depends on what was charged."""
 
 
 class AllAlike:
@@ -133,6 +140,10 @@ class WaitingOrder(Protocol):
 
     def observe_output(self, client: str, tokens: int) -> None:
         """A request of this client is over and generated ``tokens`` in all."""
+
+    def settle_by(self, settle: Settle) -> None:
+        """From now on output is charged late: ``settle`` is called for a client before anything is decided by
+        how that client stands."""
 
     def set_quantum(self, tokens: float) -> None:
         """A refill gives so many weighted tokens from now on; without effect for policies that have none.

@@ -38,7 +38,7 @@ class DecodeSide:
                 ended.append(one)
             elif one.waiting_for_input:
                 ready[one.req] = one
-        self._passes.begin(ready)
+        self._passes.begin(list(ready))
         self._forget_lost(queue, len(ready))
         if ready:
             queue.queue = MemoryLine(queue.queue, ended, ready, self._passes)

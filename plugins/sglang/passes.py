@@ -11,8 +11,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from penstock.plugins.sglang.queue_watch import QueueWatch
 from penstock.schedulers import bills
 from penstock.schedulers.asking import NOTHING_ASKED, Asking
+from penstock.schedulers.tabs import Tabs
 from penstock.schedulers.waiting import UNNAMED, Clock, Job, WaitingOrder
 
 if TYPE_CHECKING:
@@ -32,8 +34,8 @@ class Bill(bills.Bill):
 class Passes:
     """The waiting requests of a scheduler, told apart by ``rid``, and the bills of all that live.
 
-    Generated tokens are charged when a pass begins, where ``answers`` says that they are this server's to
-    charge. Until then a request that has ended is remembered.
+    What was generated before a pass counts in it, where ``answers`` says that it is this server's to charge.
+    A request that has ended is remembered until the next pass.
     """
 
     def __init__(
@@ -45,13 +47,15 @@ class Passes:
     ) -> None:
         self.order = order
         self._cashier = bills.Cashier(order)
+        self._tabs = Tabs(order, self._cashier, self._generated)
         self._clock = clock
         self._asking_of = asking_of
         self._answers = answers
         self._bills: dict[str, Bill] = {}
-        self._waiting: set[Req] = set()
+        self._queue = QueueWatch()
         self._running: dict[str, Bill] = {}
-        self._picked: list[Bill] = []
+        self._offered: Bill | None = None
+        self._passed_over: list[Bill] = []
 
     def __len__(self) -> int:
         return len(self._bills)
@@ -86,17 +90,19 @@ class Passes:
                 bill.asking = replace(bill.asking, weight=weight)
         self.order.reweigh(client, weight)
 
-    def begin(self, queue: Collection[Req]) -> None:
-        """A pass over ``queue`` begins: who came and who left since the last one, and what was generated.
-        What waits unchanged costs a place in a set."""
+    def begin(self, queue: list[Req]) -> None:
+        """A pass over ``queue`` begins: who came, who left and who ended since the last one."""
+        self._offered = None
         self._return_rest()
-        self.settle()
-        here = set(queue)
-        for request in self._waiting - here:
-            self._forget(self._bills[request.rid])
-        if not here <= self._waiting:
-            for request in [request for request in queue if request not in self._waiting]:
-                self._enter(request)
+        self._tabs.begin_step()
+        self._forget_ended()
+        came, left = self._queue.look(queue)
+        for request in left:
+            bill = self._bills.get(request.rid)
+            if bill is not None and bill.request is request:
+                self._forget(bill)
+        for request in came:
+            self._enter(request)
         self.order.begin_step()
 
     def picks(self) -> Iterator[Req]:
@@ -104,10 +110,13 @@ class Passes:
         again when the walk ends, before it has ended or at its end."""
         try:
             while len(self.order):
-                bill = self._bills[self.order.pop().request_id]
-                self._picked.append(bill)
+                self._offered = bill = self._bills[self.order.peek().request_id]
                 yield bill.request
+                if not bill.admitted:
+                    self.order.pop()
+                    self._passed_over.append(bill)
         finally:
+            self._offered = None
             self._return_rest()
 
     def compute(self, request: Req) -> None:
@@ -123,8 +132,12 @@ class Passes:
             # Came by no pass: a chunk of a request that another part of SGLang started.
             bill = self._open(request)
         if not bill.admitted:
-            self._waiting.discard(request)
+            if bill is self._offered:
+                job = self.order.pop()
+                assert job.request_id == request.rid, (job, request.rid)
+            self._queue.took(request)
             self._running[request.rid] = bill
+            self._tabs.open(request.rid, bill)
             bill.admitted = True
             self._reserve(bill)
         self._cashier.prompt(bill, start, end, len(request.origin_input_ids))
@@ -156,17 +169,17 @@ class Passes:
             self._cashier.reserve(bill, bill.request.sampling_params.max_new_tokens)
 
     def _return_rest(self) -> None:
-        while self._picked:
-            bill = self._picked.pop()
+        while self._passed_over:
+            bill = self._passed_over.pop()
             if not bill.admitted:
                 self.order.put_back(self._job(bill), preempted=bill.retracted)
 
     def _forget(self, bill: Bill) -> None:
         request_id = bill.request.rid
-        if bill.request in self._waiting:
-            self._waiting.discard(bill.request)
+        if bill.admitted:
+            self._stop(bill)
+        else:
             self.order.remove(request_id)
-        self._running.pop(request_id, None)
         del self._bills[request_id]
         self._cashier.close(bill)
 
@@ -176,13 +189,12 @@ class Passes:
             # The name of one that has gone, used again.
             self._forget(bill)
             bill = None
-        self._waiting.add(request)
         if bill is None:
             self.order.add(self._job(self._open(request)))
             return
         # Thrown out of the running batch. Stock sends it to the end of the line, which stands for requests
         # without a client; a client's own goes before what the client has waiting.
-        del self._running[request.rid]
+        self._stop(bill)
         bill.admitted, bill.retracted = False, bill.asking.client != UNNAMED
         self._cashier.release(bill)
         if bill.retracted:
@@ -205,18 +217,30 @@ class Passes:
             weight=bill.asking.weight,
         )
 
+    def _stop(self, bill: Bill) -> None:
+        """A request runs no more, for now or for good."""
+        del self._running[bill.request.rid]
+        self._tabs.close(bill.request.rid, bill)
+
+    def _generated(self, bill: Bill) -> int:
+        return len(bill.request.output_ids) if self._answers() else bill.output_paid
+
     def settle(self) -> None:
         """Charge what was generated since it was charged last, and forget who has ended."""
-        if self._answers():
-            self._cashier.output((bill, len(bill.request.output_ids)) for bill in self._running.values())
-        for bill in [bill for bill in self._running.values() if bill.request.finished()]:
+        self._tabs.begin_step()
+        self._tabs.settle(None)
+        self._forget_ended()
+
+    def _forget_ended(self) -> None:
+        # What ``finished`` says, without a call for each.
+        for bill in [bill for bill in self._running.values() if bill.request.finished_reason is not None]:
             self._forget(bill)
 
     def check_integrity(self, queue: Iterable[Req]) -> None:
         """Assert that outside a pass the order holds the queue alone, and that every bill is in one place."""
-        assert self._waiting == set(queue)
+        waiting = {bill.request for bill in self._bills.values() if not bill.admitted}
+        assert waiting == set(queue) == set(self._queue.waiting())
         assert {job.request_id for job in self.order} == {request.rid for request in queue}
-        assert {bill.request for bill in self._bills.values() if not bill.admitted} == self._waiting
         assert self._running == {rid: bill for rid, bill in self._bills.items() if bill.admitted}
 
 

@@ -22,6 +22,7 @@ from sglang.srt.mem_cache.common import match_kv_cache
 from penstock.patches.slo_gauges import slo_gauges
 from penstock.plugins.sglang.decode_batch import DecodeBatch
 from penstock.plugins.sglang.policy import PassPolicy
+from penstock.plugins.sglang.queue_watch import QueueWatch
 from penstock.plugins.sglang.slo_adder import planned
 from penstock.plugins.sglang.slo_records import Records
 from penstock.schedulers.config import SchedulerConfig
@@ -62,10 +63,7 @@ class PlannedPolicy(PassPolicy):
         self.prompt_tokens: int | None = None
         """What the prompts of the pass may have; None leaves it to SGLang."""
         self._waiting: dict[str, Req] = {}
-        self._queue: list[Req] = []
-        """SGLang's list of waiting requests as it was last seen."""
-        self._taken: set[Req] = set()
-        """Those of them that came in since."""
+        self._queue = QueueWatch()
         self._steps = StepsInFlight()
         self._owes_decodes = self._awaits_launch = False
         # On a CPU the model has run when SGLang has launched it; on a virtual clock no time passed.
@@ -200,7 +198,7 @@ class PlannedPolicy(PassPolicy):
         name = request.rid
         if self._waiting.get(name) is request:
             del self._waiting[name]
-            self._taken.add(request)
+            self._queue.took(request)
             self.planner.backlog.remove(name)
 
     def chunk_limit(self, request: Req) -> int | None:
@@ -256,20 +254,9 @@ class PlannedPolicy(PassPolicy):
 
     def _meet(self, queue: list[Req]) -> None:
         """Who came to the waiting requests, and who left them without being served."""
-        before = self._queue
-        if self._taken:
-            before = [request for request in before if request not in self._taken]
-            self._taken.clear()
-        # Lists compare by identity first: of those who wait on no request is looked at.
-        number = len(before)
-        came = queue[number:]
-        if queue[:number] != before:
-            here, known = set(queue), set(before)
-            for request in before:
-                if request not in here:
-                    self._leave(request)
-            came = [request for request in queue if request not in known]
-        self._queue = queue[:]
+        came, left = self._queue.look(queue)
+        for request in left:
+            self._leave(request)
         for request in came:
             self._waiting[request.rid] = request
             self.planner.arrive(self.records.waiting(request, self._cached_tokens(request)))
@@ -315,7 +302,7 @@ class PlannedPolicy(PassPolicy):
 
     def check_integrity(self, live: set[Req]) -> None:
         """Assert that planner, records and SGLang's lists agree between passes."""
-        assert set(self._waiting.values()) == set(self._queue) - self._taken
+        assert set(self._waiting.values()) == set(self._queue.waiting())
         assert all(name in self.planner.backlog for name in self._waiting)
         self.planner.check_integrity()
         self.records.check_integrity(live)

@@ -35,6 +35,10 @@ class Request:
     def kv(self) -> SimpleNamespace:
         return SimpleNamespace(cache_protected_len=self.cached)
 
+    @property
+    def finished_reason(self) -> str | None:
+        return "stop" if self.done else None
+
     def finished(self) -> bool:
         return self.done
 

@@ -38,6 +38,10 @@ class Request:
     def origin_input_ids(self) -> range:
         return range(self.prompt)
 
+    @property
+    def finished_reason(self) -> str | None:
+        return "stop" if self.done else None
+
     def finished(self) -> bool:
         return self.done
 
@@ -313,3 +317,29 @@ def test_whatever_happens_every_token_is_charged_once_and_nobody_is_lost(seed, p
     assert engine.expectations.open == 0
     ran = [len(request.output_ids) for request in every if request.output_ids]
     assert sorted(engine.expectations.observed) == sorted(ran)
+
+
+@pytest.mark.parametrize("policy", ["dlpm", "vtc"])
+def test_who_is_offered_to_a_full_batch_stays_where_it_stood(policy, monkeypatch):
+    engine = Engine(policy)
+    engine.come(*requests("a", 3, prompt=BUDGET), *requests("b", 3, prompt=BUDGET))
+    put_back = []
+    monkeypatch.setattr(engine.passes.order, "put_back", lambda *job, preempted: put_back.extend(job))
+    served = engine.drain()
+    assert sorted(served) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert put_back == []
+
+
+def test_a_request_that_is_admitted_beside_the_walk_is_not_offered_again():
+    engine = Engine("vtc")
+    first, second = requests("a", 2)
+    engine.come(first, second)
+    engine.passes.begin(engine.waiting)
+    walk = engine.passes.picks()
+    assert next(walk) is first
+    assert next(walk) is second
+    engine.passes.admit(first, 0, 60)
+    walk.close()
+    engine.passes.begin([second])
+    engine.passes.check_integrity([second])
+    assert list(engine.passes.picks()) == [second]
