@@ -5,7 +5,17 @@ from __future__ import annotations
 from click.testing import CliRunner
 
 from penstock.benchmarks import sglang_scheduler
-from penstock.benchmarks.sglang_scheduler import ADMISSION, BARE, DECODE, bench, claims_of, cost_of, row_of
+from penstock.benchmarks.sglang_scheduler import (
+    ADMISSION,
+    BARE,
+    DECODE,
+    SHUFFLED,
+    PassingClock,
+    bench,
+    claims_of,
+    cost_of,
+    row_of,
+)
 
 
 def test_passes_of_all_blocks_are_compared_by_kind_with_those_of_fcfs():
@@ -44,3 +54,26 @@ def test_a_call_more_with_penstock_loaded_and_nothing_asked_of_it_fails_the_clai
         plain = cost_of("fcfs", [{DECODE: [1.0], ADMISSION: []}], [(DECODE, 20)], {})
         bare = cost_of(BARE, [{DECODE: [1.0], ADMISSION: []}], [(DECODE, calls)], {})
         assert [claim.holds for claim in claims_of([plain, bare])] == [holds]
+
+
+def test_what_another_order_costs_stock_is_told_from_what_a_policy_costs():
+    plain, shuffled, ours = (
+        cost_of(policy, [{DECODE: [1.0], ADMISSION: [ms]}], [], {})
+        for policy, ms in (("fcfs", 2.0), (SHUFFLED, 2.4), ("vtc", 2.5))
+    )
+    found = {claim.name: (round(claim.value, 3), claim.holds) for claim in claims_of([plain, shuffled, ours])}
+    assert found["vtc: ms added, admission pass"] == (0.5, False)
+    assert found["vtc: ms added beyond a shuffled queue, admission pass"] == (0.1, True)
+    assert not any(name.startswith(SHUFFLED) for name in found)
+
+
+def test_the_clock_goes_on_in_a_turn_unless_it_stands():
+    going, standing = PassingClock(stands=False), PassingClock(stands=True)
+    began = going()
+    while going() == began:
+        pass
+    for clock in (going, standing):
+        before = clock()
+        clock.turn(0.5)
+        assert clock() - before >= 0.5
+    assert standing() == 0.5
