@@ -7,6 +7,7 @@ this is the other extreme, first come, first served, carried out by the adapter 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from penstock.schedulers.slo.config import SLOConfig
 from penstock.schedulers.slo.plan import PASSIVE, Plan
@@ -19,6 +20,9 @@ class PrefillFirst(Planner):
 
     def __init__(self) -> None:
         super().__init__(SLOConfig())
+
+    def lay_out(self, now_s: float, *state: Any) -> None:
+        """Decodes have no pace to look after: nothing is laid out."""
 
     def plan(self, now_s: float, running: Sequence[Running], free_kv_tokens: int, limits: Limits) -> Plan:
         """Prompts that run, then those that wait and fit, as far as the budget goes; else stock's step."""

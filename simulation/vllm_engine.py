@@ -260,6 +260,9 @@ class VllmEngine:
             for request_id, tokens in output.num_scheduled_tokens.items()
         ]
         token = (output, self._sampled(output))
+        if rows or not self._shape.async_scheduling:
+            # As vLLM's engine core does while the device computes the step; no request has a grammar.
+            self.scheduler.get_grammar_bitmask(output)
         passes = self._shape.passes(output.num_spec_tokens_to_schedule) if rows else 0
         return Batch(rows, tuple(sorted(output.preempted_req_ids or ())), token, passes)
 

@@ -53,6 +53,7 @@ class DecodeBatch:
         self._requests: list[Request] = []
         self._decodes.clear()
         self._steps = 0
+        self._output_s = float("nan")
         self._computed: int | None = None
 
     def left(self, request: Request) -> None:
@@ -80,16 +81,26 @@ class DecodeBatch:
         self._count_steps(output_s)
         return self._decodes.columns()
 
-    def join(self, others: list[Request], records: list[Running], output_s: float) -> None:
-        """Those who run behind them decode, too; ``records`` say how far they are."""
-        self._count_steps(output_s)
+    def join(
+        self,
+        others: list[Request],
+        records: list[Running],
+        output_s: float,
+        comes_back_s: float | None = None,
+    ) -> None:
+        """Those who run behind them decode, too; ``records`` say how far they are. With ``comes_back_s`` it
+        is the batch once the step in flight comes back then; without, the last one did at ``output_s``."""
+        self._count_steps(output_s if comes_back_s is None else comes_back_s)
         self._requests += others
-        self._decodes.join(records)
+        self._decodes.join(records, comes_back_s)
         if self._computed is not None:
             self._computed += sum([request.num_computed_tokens for request in others])
 
     def _count_steps(self, output_s: float) -> None:
         if self._steps:
             self._decodes.went_on(self._steps)
-            self._decodes.came_back(output_s)
             self._steps = 0
+        elif output_s == self._output_s:
+            return
+        self._decodes.came_back(output_s)
+        self._output_s = output_s

@@ -79,6 +79,8 @@ CACHE = (
 """How much of a waiting request's prompt is cached."""
 
 PLANS = (
+    # Without it what is done behind the model is done before the next step.
+    Seam(f"{_SCHEDULER}.get_grammar_bitmask", Use.OVERRIDE, "(self, *args, **kwargs)", optional=True),
     Seam(f"{_SCHEDULER}._handle_invalid_blocks", Use.OVERRIDE, "(self, *args, **kwargs)", optional=True),
     Seam(
         f"{_SCHEDULER}._preempt_request",

@@ -110,12 +110,14 @@ class Records:
             first_token_s=running.first_token_s,
         )
 
-    def running(self, requests: Iterable[Request], output_s: float) -> list[Running]:
+    def running(
+        self, requests: Iterable[Request], output_s: float, comes_back_s: float | None = None
+    ) -> list[Running]:
         """Requests of the running batch that can take part in the next step; the last one came back at
-        ``output_s``.
+        ``output_s``. With ``comes_back_s``, as they will be when the step in flight comes back then.
 
-        Tokens that a step in flight will sample count as generated (``num_output_placeholders``); a request
-        whose last token is in flight is left out, as vLLM does.
+        Tokens that a step in flight will sample count as generated; a request whose last token is in flight
+        is left out, as vLLM does.
         """
         found: list[Running] = []
         live, decoding, drafting = self._live, self._decoding, self._sampled > 1
@@ -125,24 +127,32 @@ class Records:
             name = request.request_id
             running = (live.get(name) or self.of(request)).running
             known, prompt = request.num_tokens, request.num_prompt_tokens
+            computed = request.num_computed_tokens
             in_flight = request.num_output_placeholders
+            if comes_back_s is not None and not in_flight:
+                # Without overlap vLLM keeps no count: the step that computes all tokens samples one.
+                in_flight = int(computed >= known)
             if in_flight:
-                if ends_in_flight(request):
+                last = known + in_flight - prompt >= request.max_tokens
+                if last if comes_back_s is not None else ends_in_flight(request):
                     continue
                 sampled = -(-in_flight // self._sampled) if drafting else in_flight
                 running.output_tokens = known + sampled - prompt
             else:
                 running.output_tokens = known - prompt
             running.tokens = known + in_flight
-            running.computed_tokens = computed = request.num_computed_tokens
+            running.computed_tokens = computed
             if drafting:
                 running.draft_tokens = len(request.spec_token_ids)
             if known - computed > 1:
                 prompts += 1
                 decoding.discard(name)
             else:
-                if all_served and running.first_token_s is not None:
-                    running.last_token_s = output_s
+                if running.first_token_s is not None:
+                    if in_flight and comes_back_s is not None:
+                        running.last_token_s = comes_back_s
+                    elif all_served:
+                        running.last_token_s = output_s
                 if name not in decoding and running.targets is not None and running.decodes:
                     decoding.add(name)
             found.append(running)
@@ -187,26 +197,31 @@ class Records:
             self._in_time_until_s = self._note(requests, now_s)
             self._noted = True
 
-    def ended(self, request: Request, now_s: float) -> Record | None:
-        """Note the last tokens of a request, forget it and return its record."""
-        self._note((request,), now_s)
-        return self.close(request.request_id)
+    def note_last(self, record: Record, request: Request, now_s: float) -> None:
+        """Note the last tokens of a request whose record is closed."""
+        self._note_one(record, request, now_s)
 
     def _note(self, requests: Iterable[Request], now_s: float) -> float:
         """Hold the first token that came at ``now_s`` to its deadline, for each of ``requests``. Returns the
         earliest deadline of a token that comes next."""
-        live, drafting = self._live, self._sampled > 1
+        live = self._live
         next_s = math.inf
         for request in requests:
             record = live.get(request.request_id)
-            if record is None or (index := request.num_output_tokens) <= (seen := record.seen):
-                continue
-            if record.running.first_token_s is None:
-                self._begun.add(request.request_id)
-            # Without drafts tokens come one by one: those before the last one came earlier, and in time.
-            due_s = record.note(index, now_s, TOLERANCE, first_new=seen if drafting else index - 1)
-            next_s = min(next_s, due_s)
+            if record is not None and request.num_output_tokens > record.seen:
+                if record.running.first_token_s is None:
+                    self._begun.add(request.request_id)
+                next_s = min(next_s, self._note_one(record, request, now_s))
         return next_s
+
+    def _note_one(self, record: Record, request: Request, now_s: float) -> float:
+        """Note the tokens that one got, if any; returns when the next is due."""
+        index, seen = request.num_output_tokens, record.seen
+        if index <= seen:
+            return math.inf
+        # Without drafts tokens come one by one: those before the last one came earlier, and in time.
+        first_new = seen if self._sampled > 1 else index - 1
+        return record.note(index, now_s, TOLERANCE, first_new=first_new)
 
     def check_integrity(self, live: Sequence[str]) -> None:
         """Assert that no record outlives its request and that the count of targets holds."""

@@ -19,16 +19,19 @@ from penstock.plugins.configuration import scheduler_config
 from penstock.plugins.vllm.askings import Askings
 from penstock.plugins.vllm.cached_prefix import CachedPrefix
 from penstock.plugins.vllm.decode_batch import DecodeBatch
-from penstock.plugins.vllm.draft_control import DraftControlling
+from penstock.plugins.vllm.laid_out import LaidOut
+from penstock.plugins.vllm.later import Later
 from penstock.plugins.vllm.slo_queue import PlannedQueue
 from penstock.plugins.vllm.slo_records import Records
 from penstock.plugins.vllm.slo_stats import SLOStats
-from penstock.schedulers.slo.decodes import RunningBatch
+from penstock.plugins.vllm.slo_steps import PlannedSteps
+from penstock.schedulers.slo.decodes import RunningBatch, foreseen
 from penstock.schedulers.slo.plan import PASSIVE, Plan
 from penstock.schedulers.slo.planner import Planner
+from penstock.schedulers.slo.records import Record
 from penstock.schedulers.slo.requests import Limits, Running, Waiting
 from penstock.schedulers.slo.step_time import StepFeatures
-from penstock.schedulers.slo.steps_in_flight import StepsInFlight
+from penstock.schedulers.slo.steps_in_flight import Flight, StepsInFlight
 from penstock.schedulers.waiting import Clock
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ PASSIVE_STEPS = 8
 ENDED_BY_ITSELF = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
-class SLOScheduling(DraftControlling):
+class SLOScheduling(PlannedSteps):
     """The part of a scheduler that is ours; mixed in before a scheduler of vLLM's.
 
     ``clock`` gives seconds and may be virtual; ``wall_clock`` is the one that stamps arrivals in the front
@@ -80,6 +83,14 @@ class SLOScheduling(DraftControlling):
         self._cuts_anywhere = self.num_prefill_lookahead <= 1
         self._was_empty = False
         self._output_s = clock()
+        self._later = Later()
+        self._scheduled: tuple[SchedulerOutput, float] | None = None
+        self._last: SchedulerOutput | None = None
+        self._serves_all = False
+        self._ahead: LaidOut | None = None
+        self._ended: set[str] = set()
+        # To let go of hundreds of objects takes time, too.
+        self._spent: tuple[object, ...] = ()
 
     def _job_of(self, request: Request) -> Waiting:
         record = self.records.of(request)
@@ -90,40 +101,107 @@ class SLOScheduling(DraftControlling):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step as planned; vLLM's own where nobody has targets, or where the last plan held nothing."""
         now_s = self.clock()
-        holding = self._holding() if self.records.with_targets else []
-        self.plan = self._make_plan(now_s, holding)
-        if self.plan.active:
-            self._carry_out(self.plan, holding)
+        self.plan = self._make_plan(now_s)
         try:
             output = super().schedule(*args, **kwargs)
         finally:
             self.max_num_scheduled_tokens = self._step_tokens
             self._cap_everybody()
         self._was_empty = not output.total_num_scheduled_tokens
-        if self.plan.whole and len(output.num_scheduled_tokens) != len(self.running):
+        self._last, self._serves_all = output, len(output.num_scheduled_tokens) == len(self.running)
+        if self.plan.whole and not self._serves_all:
             # One has its last token in flight, or was set back by a load that failed.
             self.records.look_again()
             self._decoding.forget()
         if self.records.with_targets or not self.planner.counters.plans % PASSIVE_STEPS:
-            features = self._features(output)
-            predicted_s = self.planner.model.seconds(features)
-            self._steps.begin(output, features, predicted_s, now_s)
+            self._scheduled = output, now_s
         return output
 
-    def _make_plan(self, now_s: float, holding: list[Request]) -> Plan:
-        planner = self.planner
-        if not self.records.with_targets:
-            return planner.plan(now_s, (), 0, NO_LIMITS)
-        if self._was_empty or self._pause_state != PauseState.UNPAUSED:
-            # A plan that serves nobody is never made twice in a row.
+    def get_grammar_bitmask(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM asks for it once the model computes the step: the time to prepare the next one."""
+        grammar = super().get_grammar_bitmask(*args, **kwargs)
+        self._catch_up()
+        self._ahead = self._lay_out()
+        return grammar
+
+    def _catch_up(self) -> None:
+        """Do all that was put off. Where vLLM leaves no time for it behind the model, the next step does."""
+        if self._later:
+            # Who ended leaves the columns that the layout was made from.
+            self._ahead = None
+            self._ended.clear()
+            self._later.do()
+        self.waiting.join()
+        if self._scheduled is not None:
+            (output, now_s), self._scheduled = self._scheduled, None
+            features = self._features(output)
+            self._steps.begin(output, features, self.planner.model.seconds(features), now_s)
+        self._stats.refresh()
+        self._spent = ()
+
+    def _lay_out(self) -> LaidOut | None:
+        """The next step as far as it can be known, and the batch as it will be when this one has come back.
+        None where the next plan has more to ask."""
+        if not self._can_plan() or self.num_spec_tokens or self.kv_holding_waiting:
+            return None
+        now_s = self.clock()
+        comes_back_s = self._steps.first_end_s(now_s)
+        limits = self._limits(now_s)
+        others = self._look_at_others(comes_back_s)
+        if not others and self.planner.closed(len(self.running), limits):
+            self.planner.lay_out_whole(now_s, self._decoding.names)
+        running = RunningBatch(self._decoding.columns(comes_back_s), others)
+        layout = self.planner.lay_out(now_s, running, self._free_kv_tokens(), limits)
+        return LaidOut(layout, self.running) if layout is not None else None
+
+    def _can_plan(self) -> bool:
+        # A plan that serves nobody is never made twice in a row.
+        paused = self._pause_state != PauseState.UNPAUSED
+        return self.records.with_targets > 0 and not self._was_empty and not paused
+
+    def _make_plan(self, now_s: float) -> Plan:
+        """Decide the step and tell vLLM's scheduler."""
+        ahead = self._take_layout()
+        if not self._can_plan():
+            if not self.records.with_targets:
+                return self.planner.plan(now_s, (), 0, NO_LIMITS)
             self._stats.yielded_steps += self._was_empty
             return PASSIVE
-        limits = Limits(
-            step_tokens=self._step_tokens,
-            running_requests=self.max_num_active_reqs - self.num_waiting_for_streaming_input,
-            in_flight_s=self._steps.left_s(now_s),
-            block_tokens=self.block_size,
-        )
+        holding = self._holding()
+        plan = self._complete(now_s, ahead) if ahead is not None and not holding else None
+        if plan is None:
+            self._catch_up()
+            plan = self._plan_anew(now_s, holding)
+        return self._carry_out(plan, holding) if plan.active else plan
+
+    def _take_layout(self) -> LaidOut | None:
+        """What was laid out for this step. Those who just arrived where few wait are decided on in it."""
+        ahead, self._ahead = self._ahead, None
+        self._spent = ahead, self.plan, self._last
+        arrivals = self.waiting.arrivals
+        if ahead is None or not self.records.with_targets or not self._ended.isdisjoint(arrivals):
+            # Who comes back under an id that was put off to be forgotten comes after that.
+            self._catch_up()
+            return None
+        if arrivals and len(arrivals) + self.planner.backlog.with_targets <= self.config.slo.replan_at_once:
+            self.waiting.join()
+        return ahead
+
+    def _complete(self, now_s: float, ahead: LaidOut) -> Plan | None:
+        """The plan that was laid out; None if the running batch is not that one but for those who ended."""
+        if not ahead.is_for(self.running, self._ended):
+            return None
+        planner, limits = self.planner, self._limits(now_s)
+        free_kv_tokens = self._free_kv_tokens()
+        closed = not self._ended and planner.closed(len(self.running), limits)
+        if closed and self._decoding.is_all_of(self.running):
+            whole = planner.whole(now_s, self._decoding.names, free_kv_tokens, limits)
+            if whole is not None:
+                return whole
+        return planner.complete(ahead.layout, now_s, self._ended, free_kv_tokens, limits)
+
+    def _plan_anew(self, now_s: float, holding: list[Request]) -> Plan:
+        planner, limits = self.planner, self._limits(now_s)
         free_kv_tokens = self._free_kv_tokens()
         others = self._look_at_others()
         closed = planner.closed(len(self.running), limits) and not holding
@@ -136,15 +214,23 @@ class SLOScheduling(DraftControlling):
         running = RunningBatch(self._decoding.columns(self._output_s), others)
         return planner.plan(now_s, running, free_kv_tokens, limits)
 
-    def _look_at_others(self) -> list[Running]:
+    def _limits(self, now_s: float) -> Limits:
+        return Limits(
+            step_tokens=self._step_tokens,
+            running_requests=self.max_num_active_reqs - self.num_waiting_for_streaming_input,
+            in_flight_s=self._steps.left_s(now_s),
+            block_tokens=self.block_size,
+        )
+
+    def _look_at_others(self, comes_back_s: float | None = None) -> list[Running]:
         """Requests that run and are not known to decode on, as the planner sees them; if all of them do, they
-        are known from now on."""
+        are known from now on. With ``comes_back_s`` as they will be when the step in flight comes back."""
         others = self._decoding.others(self.running)
-        found = self.records.running(others, self._output_s)
+        found = self.records.running(others, self._output_s, comes_back_s)
         decode = len(found) == len(others) and self.records.all_decode(others)
         if not decode or self.num_spec_tokens:
-            return found
-        self._decoding.join(others, found, self._output_s)
+            return found if comes_back_s is None else [foreseen(one, comes_back_s) for one in found]
+        self._decoding.join(others, found, self._output_s, comes_back_s)
         return []
 
     def _holding(self) -> list[Request]:
@@ -166,99 +252,18 @@ class SLOScheduling(DraftControlling):
         groups = max(1, len(self.kv_cache_config.kv_cache_groups))
         return int(manager.block_pool.get_num_free_blocks() * self.block_size // groups)
 
-    def _carry_out(self, plan: Plan, holding: list[Request]) -> None:
-        if plan.whole:
-            self.max_num_scheduled_tokens = plan.step_tokens
-            if not self.kv_holding_waiting:
-                self._leave_decodes()
-            return
-        if plan.preempt:
-            self._throw_out(plan.preempt)
-        adapted = self._adapted_beside(plan) if self.lora_config else {}
-        if adapted:
-            self.plan = msgspec.structs.replace(plan, caps={**plan.caps, **adapted})
-        if plan.reorders:
-            # Whom the plan leaves out has its last token in flight, and must not be the one to throw out.
-            places = {name: place for place, name in enumerate(plan.order)}
-            self.running.sort(key=lambda request: places.get(request.request_id, -1))
-        others = self.records.prompts or self.kv_holding_waiting or self.num_spec_tokens
-        if not others and len(plan.caps) - len(plan.waiting) == len(self.running):
-            self._leave_decodes()
-        beside = sum(request.request_id not in plan.caps for request in holding)
-        drafts = 0
-        if self.num_spec_tokens:
-            drafts = sum(plan.drafts.values())
-            if self.drafts is None:
-                drafts = sum(len(one.spec_token_ids) for one in self.running if one.request_id in plan.caps)
-            # vLLM pads whom it admits with one token left to a whole draft.
-            drafts += self.num_spec_tokens * (len(holding) + len(plan.waiting))
-        more = beside + drafts + len(adapted)
-        self.max_num_scheduled_tokens = min(self._step_tokens, plan.step_tokens + more)
-
-    def _adapted_beside(self, plan: Plan) -> dict[str, int]:
-        """A token for each running request with a LoRA adapter that ``plan`` passes over: vLLM admits by the
-        adapters of the requests that it schedules, and asserts later that those of all that run have room.
-        """
-        running = (request for request in self.running if request.lora_request)
-        return {one.request_id: 1 for one in running if one.request_id not in plan.caps}
-
-    def _leave_decodes(self) -> None:
-        """Where all that run decode in this step, vLLM's own hook says the same of each as the plan's caps;
-        from the first look at the queue on, those are asked."""
-        self._reserve_prefill_lookahead = super()._reserve_prefill_lookahead  # type: ignore[method-assign]
-        self.waiting.begin_step()
-
-    def _cap_everybody(self) -> None:
-        self.__dict__.pop("_reserve_prefill_lookahead", None)
-
-    def _throw_out(self, names: tuple[str, ...]) -> None:
-        """Preempt as vLLM does when blocks run out: what is in flight is delivered."""
-        now_s = time.monotonic()
-        for name in names:
-            request = self.requests[name]
-            if request.status == RequestStatus.RUNNING and self._request_blocks_can_be_freed(request):
-                self.running.remove(request)
-                self._preempt_request(request, now_s, drop_stale_output=self.requires_kv_delivery)
-
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self.records.preempted(request.request_id)
         self._decoding.forget()
+        self._ahead = None
         super()._preempt_request(request, *args, **kwargs)
 
     def _handle_invalid_blocks(self, *args: Any, **kwargs: Any) -> Any:
         # A load failed: requests that run may be set back, and have a prompt to compute again.
         self.records.look_again()
         self._decoding.forget()
+        self._ahead = None
         return super()._handle_invalid_blocks(*args, **kwargs)
-
-    def _reserve_prefill_lookahead(
-        self, request: Request, num_computed_tokens: int, num_new_tokens: int
-    ) -> int:
-        if self.plan.active:
-            if num_new_tokens == 1 and self._cuts_anywhere and request.status is RequestStatus.RUNNING:
-                return 1 if request.request_id in self.plan.caps else 0
-            num_new_tokens = self._cap(request, num_computed_tokens, num_new_tokens)
-            if not num_new_tokens:
-                return 0
-        tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        return tokens
-
-    def _cap(self, request: Request, computed: int, wanted: int) -> int:
-        """Tokens of a request in this step. 0 passes over a running one and ends the admission of others."""
-        planned = self.plan.caps.get(request.request_id, 0)
-        if request.status is not RequestStatus.RUNNING:
-            if not planned and request in self.kv_holding_waiting:
-                # It stands before all who wait; 0 would keep them out.
-                planned = 1
-            if request.num_tokens - computed <= 1:
-                # vLLM may have padded it to a whole draft, which must stay whole.
-                return wanted if planned else 0
-        elif request.spec_token_ids:
-            planned += len(request.spec_token_ids) if planned else 0
-        if request.has_encoder_inputs or self.need_mamba_block_aligned_split:
-            # Where a chunk may end is not ours to choose: the step's budget alone bounds it.
-            return wanted if planned else 0
-        return min(wanted, planned)
 
     def _features(self, output: SchedulerOutput) -> StepFeatures:
         """What a step holds. ``num_computed_tokens`` counts its tokens already."""
@@ -277,44 +282,72 @@ class SLOScheduling(DraftControlling):
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
         before_s, self._output_s = self._output_s, self.clock()
         output = args[0] if args else kwargs["scheduler_output"]
+        if self._scheduled is not None:
+            self._catch_up()
         ended = self._steps.end(output, self._output_s)
         if ended is not None:
-            flight, seconds = ended
-            self.planner.observe_step(flight.features, seconds)
-            self._stats.stepped(flight.predicted_s, seconds)
-        records = self.records
+            self._later.put(self._learn, *ended)
+        everyone = self._serves_all if output is self._last else self._served_all(output)
+        if not everyone:
+            self._catch_up()
+            self.records.catch_up(self.running, before_s)
+        outputs = super().update_from_output(*args, **kwargs)
+        if self.records.with_targets:
+            served = output.num_scheduled_tokens
+            self._later.put(self.records.produced, self.requests, served, self._output_s, everyone=everyone)
+        return outputs
+
+    def _served_all(self, output: SchedulerOutput) -> bool:
+        """Whether a step holds all that run now, after others were scheduled."""
+        self._catch_up()
         served = output.num_scheduled_tokens
         others = self._decoding.others(self.running)
-        everyone = self._decoding.are_in(served) and all(one.request_id in served for one in others)
-        if not everyone:
-            records.catch_up(self.running, before_s)
-        outputs = super().update_from_output(*args, **kwargs)
-        if records.with_targets:
-            records.produced(self.requests, served, self._output_s, everyone=everyone)
-        return outputs
+        return self._decoding.are_in(served) and all(one.request_id in served for one in others)
+
+    def _learn(self, flight: Flight, seconds: float) -> None:
+        self.planner.observe_step(flight.features, seconds)
+        self._stats.stepped(flight.predicted_s, seconds)
+
+    def _update_request_as_session(self, session: Request, *args: Any, **kwargs: Any) -> None:
+        # The output of a turn becomes prompt of the next one: count it while it is output.
+        self._catch_up()
+        super()._update_request_as_session(session, *args, **kwargs)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         # Every request ends here, whatever it was doing.
-        self._decoding.left(request)
+        if self._scheduled is not None:
+            self._catch_up()
         result = super()._free_request(request, *args, **kwargs)
-        record = self.records.ended(request, self._output_s)
+        record = self.records.close(request.request_id)
+        self._ended.add(request.request_id)
+        self._later.put(self._settle, request, record, self._output_s)
+        return result
+
+    def _settle(self, request: Request, record: Record | None, output_s: float) -> None:
+        """Count a request that ended; the last tokens of it came at ``output_s``."""
+        self._decoding.left(request)
+        if record is not None:
+            self.records.note_last(record, request, output_s)
         if record is not None and request.status in ENDED_BY_ITSELF:
             self._stats.ended(record, request.num_tokens)
             class_name = record.running.class_name
             self.planner.observe_finish(request.request_id, class_name, request.num_output_tokens)
         else:
             self.planner.leave(request.request_id)
-        return result
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            self._stats.add_to(stats, idle=not self.has_unfinished_requests())
+            idle = not self.running and not self.has_unfinished_requests()
+            if idle:
+                self._catch_up()
+            self._stats.add_to(stats, idle=idle)
             self.add_draft_counts(stats)
         return stats
 
     def check_integrity(self) -> None:
         """Assert that queue, planner, records and vLLM's own tables agree."""
+        self._catch_up()
         self.waiting.check_integrity()
         self.planner.check_integrity()
         self.records.check_integrity(list(self.requests))

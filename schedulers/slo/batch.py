@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from penstock.schedulers.slo.decodes import LAST, TPOT, Column, Columns, Mask, RunningBatch
+from penstock.schedulers.slo.decodes import COMPUTED, DRAFTED, LAST, TPOT, Column, Columns, Mask, RunningBatch
 from penstock.schedulers.slo.pacing import Pacing
 from penstock.schedulers.slo.requests import Running
 
@@ -101,6 +101,37 @@ class Needs:
         names = running.decodes.names + tuple([request.request_id for request in running.others])
         in_turn = Paced.of(columns, start_s, late_tpots, pacing)
         return cls(names, in_turn, running, prefills, best_decodes, best_prefills)
+
+    @property
+    def drafted(self) -> bool:
+        """Whether a decode holds a draft."""
+        under_targets = bool((self.paced.columns.values[DRAFTED] > 0).any())
+        return under_targets or any(request.draft_tokens for _, _, request in self.best_decodes)
+
+    def without(self, gone: Set[str]) -> Needs:
+        """The same but for those who are ``gone``."""
+        paced, running = self.paced, self.running
+        kept = np.array([name not in gone for name in paced.columns.names], np.bool_)
+        columns = paced.columns.where(kept)
+        decodes = running.decodes
+        run_on = np.array([name not in gone for name in decodes.names], np.bool_)
+        others = [request for request in running.others if request.request_id not in gone]
+        return Needs(
+            tuple([name for name in self.names if name not in gone]),
+            Paced(columns, paced.time_s[kept], paced.guarded[kept]),
+            RunningBatch(decodes.where(run_on), others),
+            *(
+                [entry for entry in entries if entry[1] not in gone]
+                for entries in (self.prefills, self.best_decodes, self.best_prefills)
+            ),
+        )
+
+    def computed_tokens(self, name: str) -> int:
+        """What one who runs has computed."""
+        columns = self.paced.columns
+        if name in columns.names:
+            return int(columns.values[COMPUTED, columns.names.index(name)])
+        return sum(request.computed_tokens for request in self.find({name}))
 
     def find(self, names: Container[str]) -> list[Running]:
         """Those of ``names`` that run, as they run."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, compress
 from typing import overload
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -92,12 +93,14 @@ class Decodes:
         self._values: Column = np.empty((LAST + 1, ROOM))
         self.names: tuple[str, ...] = ()
 
-    def join(self, requests: Sequence[Running]) -> None:
-        """Decodes with targets run behind the others."""
+    def join(self, requests: Sequence[Running], comes_back_s: float | None = None) -> None:
+        """Decodes with targets run behind the others. First tokens that have not come are expected at
+        ``comes_back_s``, if given."""
         for place, request in enumerate(requests, len(self._requests)):
             if place == self._values.shape[1]:
                 self._values = np.concatenate((self._values, np.empty_like(self._values)), axis=1)
-            self._values[:, place] = values_of(request, self._pace)
+            expected = request if comes_back_s is None else foreseen(request, comes_back_s)
+            self._values[:, place] = values_of(expected, self._pace)
         self._requests += requests
         self._awaited += [request for request in requests if request.first_token_s is None]
         self.names += tuple([request.request_id for request in requests])
@@ -179,6 +182,13 @@ class RunningBatch(Sequence[Running]):
 
     def __len__(self) -> int:
         return len(self.decodes) + len(self.others)
+
+
+def foreseen(request: Running, comes_back_s: float) -> Running:
+    """A request as it is once its first token, which is on the way, has come then; any other as it is."""
+    if not request.output_tokens or request.first_token_s is not None:
+        return request
+    return msgspec.structs.replace(request, first_token_s=comes_back_s, last_token_s=comes_back_s)
 
 
 def values_of(request: Running, pace: Pace) -> tuple[float, ...]:

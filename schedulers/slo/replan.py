@@ -81,8 +81,13 @@ class Replanner:
             now_s >= self._next_s
             or self._arrivals >= config.replan_arrivals
             or self._finishes >= config.replan_finishes
-            or (self._arrivals > 0 and self._backlog.with_targets <= config.replan_at_once)
+            or self.due_at_once
         )
+
+    @property
+    def due_at_once(self) -> bool:
+        """Whether somebody arrived where few wait: the step that comes next decides."""
+        return self._arrivals > 0 and self._backlog.with_targets <= self._config.replan_at_once
 
     def expire(self, now_s: float) -> None:
         """Demote a few whose deadline has passed, where nothing is decided: the next decision finds fewer."""

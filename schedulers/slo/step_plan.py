@@ -8,6 +8,7 @@ would end in the step keeps the step short enough for its own deadline.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -33,6 +34,9 @@ class Step:
         self.caps: dict[str, int] = {}
         self.tokens = self.context_tokens = self.prompt_tokens = self.draft_tokens = 0
         self.length_s = config.longest_step_s
+        self.serves_all = False
+        """Whether all decodes under targets have a token, as far as the step holds so many."""
+        self._tightest_s = math.inf
 
     @property
     def features(self) -> StepFeatures:
@@ -96,19 +100,33 @@ class Step:
         guarded, time_s = paced.guarded, paced.time_s
         all_guarded = guarded.all()
         if guarded.any():
-            tightest_s = (time_s if all_guarded else time_s[guarded]).min()
-            self.length_s = min(self.length_s, max(0.0, float(tightest_s)))
+            self._tightest_s = float((time_s if all_guarded else time_s[guarded]).min())
+            self.length_s = min(self.length_s, max(0.0, self._tightest_s))
         far_s = max(2 * self.length_s, self._config.longest_step_s)
         due = time_s <= (far_s if all_guarded else np.where(guarded, far_s, self.length_s))
         number = int(np.count_nonzero(due)) if prompts else len(due)
-        if number == len(due):
+        self.serves_all = number == len(due)
+        if self.serves_all:
             self._give_to_all(paced)
         elif self._pays_to_pass_over(paced, due, number):
             self._give_in_turn(paced, paced.by_turn(due))
         else:
             self._give_to_all(paced, first=due)
-        shortest = self._model.seconds(self.features)
-        self.length_s = max(self.length_s, shortest)
+        self._take_as_long_as_needed()
+
+    def begins_later(self, seconds: float) -> None:
+        """So much later than its decodes were told, or earlier if below 0; nothing but decodes is in it."""
+        self._tightest_s -= seconds
+        self.length_s = min(self._config.longest_step_s, max(0.0, self._tightest_s))
+        self._take_as_long_as_needed()
+
+    def take_back(self, name: str, computed_tokens: int) -> None:
+        """One that was given tokens, and has computed so many before, ended."""
+        self.tokens -= self.caps.pop(name)
+        self.context_tokens -= computed_tokens
+
+    def _take_as_long_as_needed(self) -> None:
+        self.length_s = max(self.length_s, self._model.seconds(self.features))
 
     def _pays_to_pass_over(self, paced: Paced, due: Mask, number: int) -> bool:
         """Whether a step with only the ``number`` decodes that are ``due`` is shorter by more than it costs

@@ -56,3 +56,10 @@ class StepsInFlight:
         first_s = max(self._flights[0].scheduled_s, self._ended_s)
         predicted_s = sum(flight.predicted_s for flight in self._flights)
         return min(predicted_s, max(0.0, first_s + predicted_s - now_s))
+
+    def first_end_s(self, now_s: float) -> float:
+        """When the first of them comes back, as predicted; now where none is in flight."""
+        if not self._flights:
+            return now_s
+        first = self._flights[0]
+        return max(now_s, max(first.scheduled_s, self._ended_s) + first.predicted_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -98,18 +99,25 @@ def token(request_id: str, position: int) -> int:
 
 
 class Stepper:
-    """Runs a scheduler; keeps up to ``depth`` steps in flight, as an engine with overlap does."""
+    """Runs a scheduler; keeps up to ``depth`` steps in flight, as an engine with overlap does.
 
-    def __init__(self, scheduler: Any, depth: int = 1) -> None:
+    While a step is in flight it asks for the grammar's bitmask, as an engine does, unless not ``asks``: an
+    engine with overlap asks later where a grammar waits for tokens, and never for a step without tokens.
+    """
+
+    def __init__(self, scheduler: Any, depth: int = 1, *, asks: Callable[[], bool] = lambda: True) -> None:
         self.scheduler = scheduler
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.depth = depth
+        self.asks = asks
         self.steps: list[tuple[Any, ...]] = []
 
     def step(self) -> SchedulerOutput:
         output = self.scheduler.schedule()
         self.steps.append(shape_of(output))
         self.in_flight.append((output, self._run(output)))
+        if (self.depth == 1 or output.total_num_scheduled_tokens) and self.asks():
+            self.scheduler.get_grammar_bitmask(output)
         while len(self.in_flight) >= self.depth:
             self.receive()
         return output

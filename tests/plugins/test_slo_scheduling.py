@@ -232,6 +232,7 @@ def test_targets_of_the_deployment_apply_to_requests_that_name_none():
     scheduler = ours(settings)
     scheduler.add_request(request("plain", [7] * 20))
     scheduler.add_request(request("own", [7] * 20, tpot_slo_ms=80.0))
+    scheduler.waiting.join()
     plain, own = (scheduler.planner.backlog.get(name).targets for name in ("plain", "own"))
     assert (plain.ttft_s, plain.tpot_s) == (0.5, 0.04)
     assert (own.ttft_s, own.tpot_s) == (float("inf"), 0.08)
@@ -244,6 +245,7 @@ def test_time_on_the_way_from_the_front_end_counts():
         sample = slo_request(name, 20)
         sample.arrival_time = arrival
         scheduler.add_request(sample)
+    scheduler.waiting.join()
     found = {job.request_id: job.arrival_s for job in scheduler.planner.backlog}
     assert found == {"near": 99.5, "other clock": 100.0, "future": 100.0}
 
