@@ -32,7 +32,9 @@ STOCK = {
 OVERLAP = "overlap"
 OURS = "penstock.plugins.vllm.request_scheduler.make_scheduler"
 SECTION = {"penstock": {"scheduler": {"policy": "dlpm", "quantum_tokens": 400}}}
-POLICIES: dict[str, dict[str, Any]] = {"fcfs": {}, "dlpm": SECTION}
+TARGETS = {"default_ttft_slo_ms": 60_000.0, "default_tpot_slo_ms": 2_000.0, "slo": {"longest_step_s": 60.0}}
+PLANNED = {"penstock": {"scheduler": {"policy": "slo", **TARGETS}}}
+POLICIES: dict[str, dict[str, Any]] = {"fcfs": {}, "dlpm": SECTION, "slo": PLANNED}
 """With the section that asks for ours, or without one."""
 
 Rows = list[tuple[str, int, int]]
@@ -40,10 +42,12 @@ Rows = list[tuple[str, int, int]]
 
 @dataclass
 class Record:
-    """What each step computed, as (request, first position, tokens), and whom it preempted."""
+    """What each step computed, as (request, first position, tokens), and whom it preempted; and how many were
+    laid out while the step before was computed."""
 
     steps: list[Rows] = field(default_factory=list)
     preempted: list[list[str]] = field(default_factory=list)
+    laid_out: int = 0
 
     def note(self, rows: Rows, preempted: list[str]) -> None:
         """One step; those that compute nothing are not written down."""
@@ -93,6 +97,23 @@ def shape(policy: str, overlap: bool) -> EngineShape:
     )
 
 
+def count_laid_out(scheduler: Any, record: Record) -> None:
+    """Count the plans of the SLO policy that were laid out before their step."""
+    planner = getattr(scheduler, "planner", None)
+    if planner is None:
+        return
+
+    def counting(method: Any) -> Any:
+        def counted(*args: Any) -> Any:
+            plan = method(*args)
+            record.laid_out += plan is not None
+            return plan
+
+        return counted
+
+    planner.complete = counting(planner.complete)
+
+
 class NotedEngine:
     """The simulated engine, its steps written down."""
 
@@ -127,7 +148,9 @@ def simulated(policy: str, overlap: bool) -> Record:
 
     clock, record = VirtualClock(), Record()
     made = scheduler_factory(policy, overlap, clock)
-    engine = NotedEngine(VllmEngine(shape(policy, overlap), made), record)
+    stepped = VllmEngine(shape(policy, overlap), made)
+    count_laid_out(stepped.scheduler, record)
+    engine = NotedEngine(stepped, record)
     Simulation(engine, Fixed(trace()), lambda _: 1.0, clock, overlap=overlap).run()
     return record
 
@@ -178,6 +201,7 @@ class RealEngine:
         GIVEN["vllm_config"].additional_config = POLICIES[policy]
         make = scheduler_factory(policy, self._overlap, clock)
         self._core.scheduler = scheduler = make(**GIVEN)
+        count_laid_out(scheduler, record)
         coming = trace()
         while coming or scheduler.has_requests() or self._core.batch_queue:
             while coming and coming[0].arrival_s <= clock():

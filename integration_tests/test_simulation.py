@@ -38,7 +38,11 @@ def real(model: str, overlap: bool, tmp_path_factory: pytest.TempPathFactory) ->
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(result.read_text(encoding="utf-8"))
     return {
-        policy: Record([[tuple(row) for row in rows] for rows in record["steps"]], record["preempted"])
+        policy: Record(
+            [[tuple(row) for row in rows] for rows in record["steps"]],
+            record["preempted"],
+            record["laid_out"],
+        )
         for policy, record in found.items()
     }
 
@@ -50,6 +54,12 @@ def test_a_real_engine_admits_in_the_same_order_and_computes_the_same_in_every_s
     for number, (one, other) in enumerate(zip(found.steps, expected.steps, strict=True)):
         assert one == other, f"step {number}"
     assert found.preempted == expected.preempted
+    assert found.laid_out == expected.laid_out
+
+
+def test_most_plans_are_laid_out_while_a_real_engine_computes_the_step_before(real):
+    assert real["slo"].laid_out > len(real["slo"].steps) / 2
+    assert real["fcfs"].laid_out == real["dlpm"].laid_out == 0
 
 
 def test_the_trace_tells_policies_apart_and_strains_the_engine(real):

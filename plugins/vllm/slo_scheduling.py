@@ -284,13 +284,13 @@ class SLOScheduling(PlannedSteps):
         output = args[0] if args else kwargs["scheduler_output"]
         if self._scheduled is not None:
             self._catch_up()
-        ended = self._steps.end(output, self._output_s)
-        if ended is not None:
-            self._later.put(self._learn, *ended)
         everyone = self._serves_all if output is self._last else self._served_all(output)
         if not everyone:
             self._catch_up()
             self.records.catch_up(self.running, before_s)
+        ended = self._steps.end(output, self._output_s)
+        if ended is not None:
+            self._later.put(self._learn, *ended)
         outputs = super().update_from_output(*args, **kwargs)
         if self.records.with_targets:
             served = output.num_scheduled_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from stepped_scheduler import Settings, Stepper, build, request
@@ -97,13 +98,16 @@ def traffic(
     targets: float,
     time: Time | None = None,
     jumps: bool = True,
+    asks: Callable[[], bool] = lambda: True,
 ) -> tuple[TimedStepper, list[Request]]:
     """Seeded arrivals, shared prefixes, aborts in any state, resets of the prefix cache, a clock that jumps
-    (back as well), and steps of up to ten times the prior's length. ``targets`` is the share that has some.
+    (back as well), and steps of up to ten times the prior's length. ``targets`` is the share that has some;
+    ``asks`` says whether the engine asks for the grammar of a step.
     """
     rng = random.Random(seed)
     time = time or Time()
     stepper = TimedStepper(scheduler, time, 1 + is_async, fixed_s=rng.choice((0.003, 0.03, 0.3)))
+    stepper.asks = asks
     prefixes = [[100 * i + j for j in range(rng.choice((0, 40, 90)))] for i in range(4)]
     sent: list[Request] = []
     while len(sent) < 40:
