@@ -48,12 +48,14 @@ class Layout:
         """How many run and have a token to come."""
         self._needs = needs
         self._beside_prompts = beside_prompts
+        self._late_s = 0.0
         self._ended: set[str] = set()
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of those, as they run."""
-        return self.needs.names
+        names, ended = self._needs.names, self._ended
+        return tuple([name for name in names if name not in ended]) if ended else names
 
     @property
     def needs(self) -> Needs:
@@ -67,6 +69,12 @@ class Layout:
         """Whether the step holds what one beside ``prompts``, or without, would, if some are thrown out."""
         alike = prompts == self._beside_prompts or self.step.serves_all
         return alike and self.overdue.isdisjoint(thrown_out)
+
+    def replace(self, step: Step) -> None:
+        """Another step of the same decodes, as they were told."""
+        self.step = step
+        if self._late_s:
+            step.begins_later(self._late_s)
 
     def leave(self, ended: Collection[str]) -> None:
         """These do not run any more; what the step gave to them is free."""
@@ -89,6 +97,7 @@ class Layout:
         late_s = start_s - self.start_s
         if late_s:
             self.start_s = start_s
+            self._late_s += late_s
             self.step.begins_later(late_s)
             self.prefills = [(slack - late_s, name, request) for slack, name, request in self.prefills]
 

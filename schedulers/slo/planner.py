@@ -247,7 +247,7 @@ class Planner:
         gone = set(seats.preempted)
         if not layout.fits(prompts=bool(prompts), thrown_out=gone):
             overdue = layout.overdue - gone
-            layout.step = self._with_decodes(layout.needs, overdue, limits, prompts=bool(prompts))
+            layout.replace(self._with_decodes(layout.needs, overdue, limits, prompts=bool(prompts)))
         step = layout.step
         best_decodes = [entry for entry in layout.best_decodes if entry[1] not in gone]
         # Where drafts are chosen and no prompt waits, best-effort decodes may have some, too.
