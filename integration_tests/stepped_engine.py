@@ -148,9 +148,7 @@ def simulated(policy: str, overlap: bool) -> Record:
 
     clock, record = VirtualClock(), Record()
     made = scheduler_factory(policy, overlap, clock)
-    stepped = VllmEngine(shape(policy, overlap), made)
-    count_laid_out(stepped.scheduler, record)
-    engine = NotedEngine(stepped, record)
+    engine = NotedEngine(VllmEngine(shape(policy, overlap), made), record)
     Simulation(engine, Fixed(trace()), lambda _: 1.0, clock, overlap=overlap).run()
     return record
 
