@@ -1,13 +1,16 @@
 """Runs of SGLang's real scheduler on a virtual clock, each in a process of its own.
 
-    python sglang_stepped.py < runs.json
+    python sglang_stepped.py [SEED] < runs.json
 
 A run is an object with ``section`` (what Penstock is asked for, or null), ``shape`` (fields of
 ``EngineShape``), perhaps ``retract_every`` (so many passes SGLang retracts a request, as if memory had run
 out), perhaps ``compare_plans`` (where nothing is planned a plan is made, and must hold nothing else), and
 ``asks`` (rows of id, arrival, prompt tokens, output tokens, time to first token and per token in milliseconds
-or null; what an id has before a dash is its client). Written is one object a run: ``requests`` by id, each
-with the times of its tokens since it came, and what the policy counted.
+or null; what an id has before a dash is its client). Prompts differ from the first token on; of ``families``
+there are so many ways in which they begin alike, with their first half. ``shared_clock`` gives the policy the
+clock that ranks share, told when a pass begins. With a SEED the clocks of the process itself run as no others
+do. Written is one object a run: ``requests`` by id, each with the times of its tokens since it came, a digest
+of each pass, and what the policy counted.
 """
 
 from __future__ import annotations
@@ -15,7 +18,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import sys
+import time
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 from penstock.simulation.engine import Simulation, VirtualClock
@@ -37,13 +44,16 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
         scheduler.TEST_RETRACT, scheduler.TEST_RETRACT_INTERVAL = True, every
     clock = VirtualClock()
     prepare = on_virtual_clock if given["section"] else None
+    if given.get("shared_clock"):
+        prepare = on_shared_clock
     engine = SglangEngine(EngineShape(**given["shape"]), clock=clock, prepare=prepare)
+    decided = watch(engine, clock)
     # Keys of workloads are larger than vocabularies.
     asks = [
         Ask(
             request_id=name,
             arrival_s=arrival,
-            prompt=(Piece(number, prompt),),
+            prompt=_prompt(number, prompt, given.get("families")),
             output_tokens=output,
             answer=number,
             client=name.partition("-")[0] if "-" in name else "",
@@ -69,6 +79,7 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
         },
         "makespan": result.makespan_s,
         "steps": result.steps,
+        "decided": decided,
     }
     if hasattr(policy, "totals"):
         policy.check_integrity(set())
@@ -78,16 +89,57 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _prompt(number: int, tokens: int, families: int | None) -> tuple[Piece, ...]:
+    if families is None:
+        return (Piece(number, tokens),)
+    return Piece(number % families, tokens // 2), Piece(number, tokens - tokens // 2)
+
+
+def on_shared_clock(scheduler: Any, clock: Callable[[], float]) -> None:
+    """Give the scheduler the policy that was asked for as one of several ranks has it."""
+    from penstock.plugins.sglang.scheduler_hooks import install_policy
+    from penstock.plugins.sglang.settings import inherited, scheduler_config
+    from penstock.plugins.sglang.shared_clock import SharedClock
+
+    config = scheduler_config(inherited())
+    assert config is not None
+    install_policy(scheduler, config, SharedClock())
+
+
+def watch(engine: Any, clock: Callable[[], float]) -> list[int]:
+    """A digest of each pass from now on: who computes what, who was thrown out, and which prefixes were
+    looked up for that. The policy's clock is told of a pass first if it is the one that ranks share."""
+    policy, schedule, idle, looked_up = engine.scheduler.policy, engine.schedule, engine.idle, []
+    begin_pass = getattr(getattr(policy, "clock", None), "begin_pass", None)
+    decided: list[int] = []
+    if match := getattr(policy, "_hit_tokens", None):
+        policy.passes.order._hit_tokens = lambda name: looked_up.append(name) or match(name)
+
+    def begun(what: Callable[[], Any]) -> Any:
+        if begin_pass is not None:
+            begin_pass(clock())
+        return what()
+
+    def scheduled() -> Any:
+        batch = begun(schedule)
+        decided.append(zlib.crc32(repr((batch.rows, batch.preempted, looked_up)).encode()))
+        looked_up.clear()
+        return batch
+
+    engine.schedule, engine.idle = scheduled, lambda: begun(idle)
+    return decided
+
+
 def check_each_pass(engine: Any) -> None:
-    """Have the policy assert after each pass that what it keeps is what SGLang's requests say."""
-    complete, policy = engine.complete, engine.scheduler.policy
+    """Have the policy assert when a pass begins that what it keeps is what SGLang's requests say."""
+    policy = engine.scheduler.policy
+    decide = policy.defers_prefill
 
-    def checked(batch: Any) -> Any:
-        progress = complete(batch)
+    def checked(running_batch: Any) -> Any:
         policy.check_integrity(set(policy.records.beside(())))
-        return progress
+        return decide(running_batch)
 
-    engine.complete = checked
+    policy.defers_prefill = checked
 
 
 def compare_plans(policy: Any) -> list[None]:
@@ -112,8 +164,29 @@ def compare_plans(policy: Any) -> list[None]:
     return stood
 
 
+def unsettle(seed: int) -> None:
+    """Make the clocks of this process begin elsewhere, run at another speed, and leap ahead when read."""
+    draw = random.Random(seed)
+
+    def unsettled(real: Callable[[], Any], second: float) -> Callable[[], Any]:
+        begin, speed, ahead = real(), draw.uniform(0.5, 2), draw.uniform(0, 1e4)
+
+        def read() -> Any:
+            nonlocal ahead
+            ahead += draw.expovariate(1000)
+            return type(begin)(begin + speed * (real() - begin) + second * ahead)
+
+        return read
+
+    for name in ("monotonic", "perf_counter", "time", "process_time", "thread_time"):
+        setattr(time, name, unsettled(getattr(time, name), 1))
+        setattr(time, f"{name}_ns", unsettled(getattr(time, f"{name}_ns"), 1e9))
+
+
 def main() -> None:
     """Run what standard input asks for."""
+    if len(sys.argv) > 1:
+        unsettle(int(sys.argv[1]))
     from penstock.benchmarks.sglang_dlpm import import_quietly
 
     runs = json.load(sys.stdin)

@@ -25,7 +25,8 @@ class Tabs(Generic[Billed]):
         self._cashier = cashier
         self._generated = generated
         self._tabs: dict[str, dict[Hashable, Billed]] = {}
-        self._due: set[str] = set()
+        self._due: dict[str, None] = {}
+        """In an order that every process has: that of a set of strings is another in each."""
         order.settle_by(self.settle)
 
     def open(self, name: Hashable, bill: Billed) -> None:
@@ -43,15 +44,15 @@ class Tabs(Generic[Billed]):
 
     def begin_step(self) -> None:
         """Tokens may have come."""
-        self._due = set(self._tabs)
+        self._due = dict.fromkeys(self._tabs)
 
     def settle(self, client: str | None) -> bool:
         """Charge what came before the step for a client, or for everybody; whether there was anything due."""
         if client is None:
-            due, self._due = self._due, set()
+            due, self._due = self._due, {}
         elif client in self._due:
-            self._due.discard(client)
-            due = {client}
+            del self._due[client]
+            due = {client: None}
         else:
             return False
         running = chain.from_iterable(self._tabs[name].values() for name in due if name in self._tabs)

@@ -46,6 +46,7 @@ SGLANG_RUN = (SGLANG + "0.5.22",)
 SGLANG_FEATURES = (
     "request-scheduler",
     "slo-scheduler",
+    "shared-clock",
     "request-identity",
     "sparse-attention",
     "suffix-drafter",
@@ -60,6 +61,8 @@ SGLANG_TESTS = tuple(
         "passes",
         "request_scheduler",
         "slo",
+        "ranks",
+        "ranks_served",
         "plain_caches",
         "sparse_backend",
         "sparse_pages",

@@ -23,6 +23,7 @@ from penstock.plugins.sglang.scheduler_seams import (
     PASSES,
     PLANS,
     POLICY,
+    RANKS,
     REQUESTS,
     RESULTS,
     RETRACTION,
@@ -160,6 +161,16 @@ SLO_SCHEDULER = Feature(
     ),
 )
 
+SHARED_CLOCK = Feature(
+    name="shared-clock",
+    summary="--schedule-policy dlpm, vtc and slo on several ranks, which go by one clock",
+    seams=RANKS,
+    hooks=(
+        _around(RANKS[0].name, "scheduler_hooks", "broadcast_requests"),
+        _around(RANKS[1].name, "scheduler_hooks", "send_to_next_stage"),
+    ),
+)
+
 REQUEST_IDENTITY = Feature(
     name="request-identity",
     summary="headers of a gateway and API keys say who asks",
@@ -173,6 +184,7 @@ FEATURES = {
         COMMAND_LINE,
         REQUEST_SCHEDULER,
         SLO_SCHEDULER,
+        SHARED_CLOCK,
         REQUEST_IDENTITY,
         FLOWKV,
         SUFFIX_DRAFTER,

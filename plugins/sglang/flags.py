@@ -17,6 +17,7 @@ from penstock.plugins.sglang.settings import (
     POLICIES,
     VARIABLE,
     hand_on,
+    has_ranks,
     inherited,
     parse,
     require_supported,
@@ -127,17 +128,27 @@ def join(args: Namespace) -> None:
     if config is None and not transfers and not drafts and sparse is None:
         return
     hand_on(given)
-    _apply(config, transfers=transfers, drafts=drafts, sparse=sparse is not None)
+    ranks = config is not None and has_ranks(args)
+    _apply(config, ranks=ranks, transfers=transfers, drafts=drafts, sparse=sparse is not None)
 
 
-def _apply(config: SchedulerConfig | None, *, transfers: bool, drafts: bool, sparse: bool) -> None:
+def _apply(
+    config: SchedulerConfig | None, *, ranks: bool, transfers: bool, drafts: bool, sparse: bool
+) -> None:
     from penstock.plugins.features import require
-    from penstock.plugins.sglang.features import FLOWKV, SPARSE_ATTENTION, SUFFIX_DRAFTER, server_features
+    from penstock.plugins.sglang.features import (
+        FLOWKV,
+        SHARED_CLOCK,
+        SPARSE_ATTENTION,
+        SUFFIX_DRAFTER,
+        server_features,
+    )
     from penstock.plugins.sglang.hooks import apply_now, confirm
     from penstock.plugins.sglang.installation import upstream
 
     asked = [
         *(server_features(config) if config is not None else ()),
+        *((SHARED_CLOCK,) if ranks else ()),
         *((FLOWKV,) if transfers else ()),
         *((SUFFIX_DRAFTER,) if drafts else ()),
         *((SPARSE_ATTENTION,) if sparse else ()),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_policy import SchedulePolicy
+from sglang.srt.runtime_context import get_parallel
 
 from penstock.plugins.askings import ForgivingReader
 from penstock.plugins.sglang import runtime_changes
@@ -48,9 +49,15 @@ class PassPolicy(SchedulePolicy):
 
     def publish(self, source: Source, make_gauges: MakeGauges) -> None:
         """Show what ``source`` counts, from now on."""
-        collector = self.scheduler.metrics_collector
-        labels = None if collector is None else collector.labels
-        self._publisher = Publisher(source, make_gauges, labels, self.clock, upstream().logger)
+        context, collector = self.scheduler.metrics_collector_context, self.scheduler.metrics_collector
+        labels = collector.labels if context.current_scheduler_metrics_enabled else None
+        leads = context.is_stats_logging_rank and get_parallel().pp_rank == 0
+        self._publisher = Publisher(
+            source, make_gauges, labels, self.clock, upstream().logger, leads=leads, settle=self.settle
+        )
+
+    def settle(self) -> None:
+        """What is shown is about to be read."""
 
     @abstractmethod
     def begin(self, waiting: list[Req]) -> Callable[[], Iterator[Req]] | None:

@@ -41,7 +41,10 @@ MakeGauges = Callable[..., Gauges]
 class Publisher:
     """Publishes at most once a second while passes are made, and when the engine falls idle.
 
-    ``labels`` are SGLang's; None where metrics are off, and only the log has a line every ten seconds.
+    ``labels`` are SGLang's; None where metrics are off, and only the log has a line every ten seconds. Of
+    several ranks one ``leads``: it writes to the log, and the series that do not say of which rank they are.
+    ``settle`` counts what is due, before each time and also where nothing is shown: it may change what is
+    counted later, and ranks must not come to differ.
     """
 
     def __init__(
@@ -51,17 +54,21 @@ class Publisher:
         labels: Mapping[str, Any] | None,
         clock: Clock,
         logger: logging.Logger,
+        *,
+        leads: bool = True,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         self._source = source
+        self._leads = leads
+        self._settle = settle
         self._clock = clock
         self._logger = logger
         self._shown: list[tuple[Gauges, tuple[str, ...]]] = []
         if labels is not None:
             named = tuple(str(value) for value in labels.values())
-            self._shown = [
-                (make_gauges(), (str(labels.get("dp_rank", 0)),)),
-                (make_gauges(PREFIX, tuple(labels)), named),
-            ]
+            self._shown = [(make_gauges(PREFIX, tuple(labels)), named)]
+            if leads:
+                self._shown.append((make_gauges(), (str(labels.get("dp_rank", 0)),)))
         self._published_s = self._logged_s = clock()
         self._unpublished = False
 
@@ -79,11 +86,12 @@ class Publisher:
     def _publish(self) -> None:
         now = self._clock()
         self._published_s, self._unpublished = now, False
+        self._settle()
         if self._shown:
             payload = self._source.payload()
             for gauges, engine in self._shown:
                 gauges.show(payload, *engine)
-        if now - self._logged_s >= LOG_INTERVAL_S:
+        if self._leads and now - self._logged_s >= LOG_INTERVAL_S:
             self._logged_s = now
             if line := self._source.line():
                 self._logger.info("penstock: %s", line)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.mem_cache.common import match_kv_cache
 
@@ -19,6 +20,7 @@ from penstock.plugins.sglang.decode_side import DecodeSide
 from penstock.plugins.sglang.passes import Passes
 from penstock.plugins.sglang.policy import PassPolicy
 from penstock.plugins.sglang.runtime_changes import QUANTUM, weights_in
+from penstock.plugins.sglang.shared_clock import LOOK_UPS, SharedClock
 from penstock.schedulers.client_service import snapshot
 from penstock.schedulers.config import SchedulerConfig
 from penstock.schedulers.policies import waiting_order
@@ -33,6 +35,9 @@ class OrderedPolicy(PassPolicy):
 
     def __init__(self, scheduler: Any, config: SchedulerConfig, clock: Clock = time.monotonic) -> None:
         super().__init__(scheduler, config, clock)
+        if isinstance(clock, SharedClock):
+            most = min(LOOK_UPS, config.hit_refreshes_per_step)
+            config = msgspec.structs.replace(config, hit_refreshes_per_step=most)
         order = waiting_order(config, clock, self._hit_tokens)
         self.passes = Passes(order, clock, self.asking, self._generates)
         self.decode_side = DecodeSide(scheduler, self.passes)
@@ -52,9 +57,12 @@ class OrderedPolicy(PassPolicy):
         """The client that holds the most by its share gives first, until another one holds more."""
         return self.passes.held(requests)
 
+    def settle(self) -> None:
+        """Charge what was generated up to now."""
+        self.passes.settle()
+
     def payload(self) -> dict[str, Any]:
         """What each client has had, as the series show it."""
-        self.passes.settle()
         return snapshot(self.passes.order, self.config.shown_clients).as_dict(self.config.policy)
 
     def line(self) -> str:

@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
 from penstock.plugins.configuration import ConfigurationError
-from penstock.plugins.sglang.features import scheduler_feature
-from penstock.plugins.sglang.hooks import confirm
+from penstock.plugins.features import require
+from penstock.plugins.sglang.features import SHARED_CLOCK, scheduler_feature
+from penstock.plugins.sglang.hooks import apply_now, confirm
 from penstock.plugins.sglang.installation import upstream
 from penstock.plugins.sglang.policy import PassPolicy
 from penstock.plugins.sglang.request_scheduler import OrderedPolicy
 from penstock.plugins.sglang.runtime_changes import PREFIX
 from penstock.plugins.sglang.settings import (
     STOCK_POLICY,
+    has_ranks,
     inherited,
     require_supported,
     scheduler_config,
 )
+from penstock.plugins.sglang.shared_clock import SharedClock
 from penstock.plugins.sglang.slo_policy import PlannedPolicy
 from penstock.schedulers.config import SchedulerConfig
 from penstock.schedulers.waiting import Clock
@@ -38,15 +41,16 @@ def init_schedule_policy(original: Callable[[Any], None], scheduler: Any) -> Non
 
     Raises:
         ConfigurationError: settings that were given from Python contradict the policy.
-        FeatureError: SGLang did not apply the other hooks.
+        FeatureError: SGLang did not apply the other hooks, or ranks cannot share a clock.
     """
     config = scheduler_config(inherited())
     assert config is not None
     confirm(scheduler_feature(config).hooks)
     require_supported(scheduler.server_args, config)
+    clock = _shared_clock() if has_ranks(scheduler.server_args) else time.monotonic
     scheduler.schedule_policy = STOCK_POLICY
     original(scheduler)
-    install_policy(scheduler, config)
+    install_policy(scheduler, config, clock)
     upstream().logger.info("penstock: waiting requests are ordered by %s", config.policy)
 
 
@@ -56,6 +60,34 @@ def install_policy(scheduler: Any, config: SchedulerConfig, clock: Clock = time.
     scheduler.schedule_policy = config.policy
     scheduler.policy = kind(scheduler, config, clock)
     _policies[:] = [scheduler.policy]
+
+
+def _shared_clock() -> SharedClock:
+    require(SHARED_CLOCK, upstream())
+    apply_now()
+    confirm(SHARED_CLOCK.hooks)
+    return SharedClock()
+
+
+def broadcast_requests(
+    original: Callable[..., list[Any]], receiver: Any, requests: list[Any] | None, *args: Any
+) -> list[Any]:
+    """Around ``SchedulerRequestReceiver._broadcast_reqs_across_ranks``, where there are several."""
+    return _clock_of_ranks().send_along(lambda sent: original(receiver, sent, *args), requests)
+
+
+def send_to_next_stage(
+    original: Callable[..., Any], scheduler: Any, requests: list[Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Around ``SchedulerPPMixin._pp_send_pyobj_to_next_stage``, which a server that does everything calls for
+    the requests of a pass alone."""
+    return original(scheduler, _clock_of_ranks().stamped(requests), *args, **kwargs)
+
+
+def _clock_of_ranks() -> SharedClock:
+    (policy,) = _policies
+    assert isinstance(policy.clock, SharedClock)
+    return policy.clock
 
 
 def get_prefill_adder_class(original: Callable[[Any], type], scheduler: Any) -> type:

@@ -11,6 +11,7 @@ _REQUEST = "sglang.srt.managers.schedule_batch:Req"
 _BATCH = "sglang.srt.managers.schedule_batch:ScheduleBatch"
 _DECODE = "sglang.srt.disaggregation.decode"
 _PREALLOC = f"{_DECODE}:DecodePreallocQueue"
+_METRICS = "sglang.srt.observability.metrics_collector:SchedulerMetricsCollectorContext"
 _STATE = "sglang.srt.managers.scheduler_components.internal_state:SchedulerInternalStateController"
 
 
@@ -94,6 +95,9 @@ RESULTS = (
     Seam(f"{_SCHEDULER}.on_idle", Use.PATCH, "(self)", wraps=True),
     *read(_SCHEDULER, "metrics_collector"),
     *read("sglang.srt.observability.metrics_collector:SchedulerMetricsCollector", "labels"),
+    *read(_SCHEDULER, "metrics_collector_context"),
+    Seam("sglang.srt.runtime_context:get_parallel", Use.CALL, "()"),
+    *read(_METRICS, "current_scheduler_metrics_enabled", "is_stats_logging_rank"),
 )
 """Where tokens come back, and where a scheduler has nothing to do."""
 
@@ -181,6 +185,33 @@ PLANS = (
     *read("sglang.srt.mem_cache.base_prefix_cache:BasePrefixCache", "evictable_size"),
 )
 """What a plan is made of, and carried out with."""
+
+RANKS = (
+    # All that a pass hears goes through it, in one list, and comes out of it on every rank.
+    Seam(
+        "sglang.srt.managers.scheduler_components.request_receiver"
+        ":SchedulerRequestReceiver._broadcast_reqs_across_ranks",
+        Use.PATCH,
+        "(self, recv_reqs, local_reqs=...)",
+        fingerprints=("454ec15bc71c",),
+        wraps=True,
+    ),
+    # Its loop sends what a pass heard, once, and nothing else that way.
+    Seam(
+        "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin._pp_send_pyobj_to_next_stage",
+        Use.PATCH,
+        "(self, data, async_send=...)",
+        wraps=True,
+    ),
+    Seam(
+        "sglang.srt.managers.scheduler_pp_mixin:SchedulerPPMixin.event_loop_pp",
+        Use.READ,
+        "(self)",
+        fingerprints=("d5d32db53dd9",),
+        wraps=True,
+    ),
+)
+"""Where one rank tells the others what it heard."""
 
 EDGE = (
     Seam(

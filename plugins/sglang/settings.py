@@ -108,6 +108,11 @@ def hand_on(given: Mapping[str, Any]) -> None:
     os.environ[VARIABLE] = msgspec.json.encode(given).decode()
 
 
+def has_ranks(settings: Any) -> bool:
+    """Whether several ranks schedule the same requests, or may. ``settings`` as in ``require_supported``."""
+    return bool(settings.tp_size * settings.pp_size > 1)
+
+
 def require_supported(settings: Any, config: SchedulerConfig) -> None:
     """Refuse settings of SGLang's that contradict a policy of ours. ``settings`` are the parsed arguments or
     the ``ServerArgs``.
@@ -131,11 +136,21 @@ def require_supported(settings: Any, config: SchedulerConfig) -> None:
         _require_planned(settings, policy)
     if judges_at_the_edge(config):
         _require_python_server(settings)
-    for name, flag in (("tp_size", "--tp-size"), ("pp_size", "--pp-size")):
-        if (size := getattr(settings, name)) != 1:
-            raise ConfigurationError(
-                f"{flag}: given {size} beside {policy}, allowed: 1, as every rank keeps a clock of its own"
-            )
+    if settings.pp_size != 1:
+        _require_one_pipeline(settings, config, policy)
+
+
+def _require_one_pipeline(settings: Any, config: SchedulerConfig, policy: str) -> None:
+    """Refuse a pipeline whose stages cannot go by one clock, or by one plan."""
+    apart = settings.disaggregation_mode != "null" or settings.enable_pd_role_switch
+    if config.policy == "slo" or apart:
+        reason = (
+            "its stages send each other more than requests there"
+            if apart
+            else "it plans one batch at a time, and a pipeline holds several"
+        )
+        given = settings.pp_size
+        raise ConfigurationError(f"--pp-size: given {given} beside {policy}, allowed: 1, as {reason}")
 
 
 def _require_planned(settings: Any, policy: str) -> None:
@@ -153,6 +168,18 @@ def _require_planned(settings: Any, policy: str) -> None:
         raise ConfigurationError(
             f"{policy} contradicts --speculative-algorithm; it plans a token a step for each request"
         )
+    if has_ranks(settings):
+        _require_common_step_times(settings, policy)
+
+
+def _require_common_step_times(settings: Any, policy: str) -> None:
+    """Refuse ranks that would measure steps, or learn from them, each in another way."""
+    for name, flag, reason in (
+        ("scheduler_recv_interval", "--scheduler-recv-interval", "ranks hear the time along with requests"),
+        ("nnodes", "--nnodes", "processors of other kinds may round differently what step times teach"),
+    ):
+        if (given := getattr(settings, name)) > 1:
+            raise ConfigurationError(f"{flag}: given {given} beside {policy}, allowed: 1, as {reason}")
 
 
 def _require_python_server(settings: Any) -> None:

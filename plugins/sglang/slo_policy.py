@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,6 +24,7 @@ from penstock.patches.slo_gauges import slo_gauges
 from penstock.plugins.sglang.decode_batch import DecodeBatch
 from penstock.plugins.sglang.policy import PassPolicy
 from penstock.plugins.sglang.queue_watch import QueueWatch
+from penstock.plugins.sglang.shared_clock import SharedClock
 from penstock.plugins.sglang.slo_adder import planned
 from penstock.plugins.sglang.slo_records import Records
 from penstock.schedulers.config import SchedulerConfig
@@ -31,7 +33,7 @@ from penstock.schedulers.slo.plan import PASSIVE, Plan
 from penstock.schedulers.slo.planner import Planner
 from penstock.schedulers.slo.requests import Limits, Running
 from penstock.schedulers.slo.step_time import StepFeatures
-from penstock.schedulers.slo.steps_in_flight import Flight, StepsInFlight
+from penstock.schedulers.slo.steps_in_flight import StepsInFlight
 from penstock.schedulers.slo.totals import SLOTotals
 from penstock.schedulers.waiting import Clock
 
@@ -56,7 +58,8 @@ class PlannedPolicy(PassPolicy):
         super().__init__(scheduler, config, clock)
         # A pass over the decodes serves all of them, and none is sent again.
         self.planner = planner or Planner(msgspec.structs.replace(config.slo, resumed_token_s=0.0))
-        self.records = Records(config, self.asking, clock)
+        shared = clock if isinstance(clock, SharedClock) else None
+        self.records = Records(config, self.asking, clock, None if shared else time.perf_counter)
         self._decoding = DecodeBatch(self.planner.config.pace, self.records)
         self.totals = SLOTotals(self.planner, config.slo.tiers_s)
         self.plan: Plan = PASSIVE
@@ -67,7 +70,10 @@ class PlannedPolicy(PassPolicy):
         self._steps = StepsInFlight()
         self._owes_decodes = self._awaits_launch = False
         # On a CPU the model has run when SGLang has launched it; on a virtual clock no time passed.
-        self._launch_is_run = scheduler.device == "cpu" and clock is time.monotonic
+        real = shared is not None or clock is time.monotonic
+        self._launch_is_run = scheduler.device == "cpu" and real
+        self._at_end = shared.at_next if shared is not None else _at_once
+        """Makes a call when the clock shows when what just ended did."""
         self.publish(self.totals, slo_gauges)
 
     def defers_prefill(self, running_batch: ScheduleBatch) -> bool:
@@ -222,11 +228,16 @@ class PlannedPolicy(PassPolicy):
             features = features_of(batch)
             self._steps.begin(result, features, self.planner.model.seconds(features), began_s)
             if self._launch_is_run:
-                self._learn(self._steps.end(result, self.clock()))
+                self._at_end(partial(self._learn, result))
 
     def came_back(self, batch: ScheduleBatch, result: Any) -> None:
+        self._at_end(partial(self._settle, batch, result))
+        super().came_back(batch, result)
+
+    def _settle(self, batch: ScheduleBatch, result: Any) -> None:
+        """Note what a batch that came back gave to whom."""
         now_s = self.clock()
-        self._learn(self._steps.end(result, now_s))
+        self._learn(result)
         requests, decodes = batch.reqs, _decodes(batch)
         everyone = decodes and self._decoding.is_all_of(requests)
         self._decoding.came_back(requests, now_s, prompts_alone=not decodes)
@@ -237,9 +248,10 @@ class PlannedPolicy(PassPolicy):
         ended = [one for one in requests if one.finished_reason or (prefills and one.output_ids)]
         for request in ended:
             self._ended(request)
-        super().came_back(batch, result)
 
-    def _learn(self, ended: tuple[Flight, float] | None) -> None:
+    def _learn(self, result: Any) -> None:
+        """The step that ``result`` came of is over, if it was not before."""
+        ended = self._steps.end(result, self.clock())
         if ended is not None:
             flight, seconds = ended
             self.planner.observe_step(flight.features, seconds)
@@ -307,6 +319,10 @@ class PlannedPolicy(PassPolicy):
         self.planner.check_integrity()
         self.records.check_integrity(live)
         self._decoding.check_integrity(self._in_flight())
+
+
+def _at_once(call: Callable[[], None]) -> None:
+    call()
 
 
 def _decodes(batch: ScheduleBatch) -> bool:

@@ -24,7 +24,8 @@ LONGEST_ON_THE_WAY_S = 60.0
 class Records:
     """Opens a record when a request is first seen and brings it up to date when it is planned.
 
-    ``clock`` is the planner's; ``front_clock`` the one that SGLang's front end stamps arrivals with.
+    ``clock`` is the planner's; ``front_clock`` the one that SGLang's front end stamps arrivals with, None
+    where ranks must agree: each process converts those stamps by a reckoning of its own.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class Records:
         config: SchedulerConfig,
         asking_of: Callable[[Req], Asking],
         clock: Clock,
-        front_clock: Clock = time.perf_counter,
+        front_clock: Clock | None = time.perf_counter,
     ) -> None:
         self._config = config
         self._asking_of = asking_of
@@ -55,7 +56,8 @@ class Records:
     def _open(self, request: Req) -> Record:
         asking = self._asking_of(request)
         targets = targets_of(asking, self._config)
-        on_the_way = self._front_clock() - request.time_stats.created_time
+        front_clock = self._front_clock
+        on_the_way = front_clock() - request.time_stats.created_time if front_clock else 0.0
         if not 0 <= on_the_way <= LONGEST_ON_THE_WAY_S:
             on_the_way = 0.0
         running = Running(

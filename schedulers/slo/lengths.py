@@ -161,7 +161,7 @@ class OutputLengths:
         if len(self._places) > 2 * MOST_CLASSES:
             self._places.clear()
         self._whole.clear()
-        first, missing = len(self._places), class_names - self._places.keys()
+        first, missing = len(self._places), sorted(class_names - self._places.keys())
         end = first + len(missing)
         if end > len(self._cumulative):
             self._make_room(2 * end)

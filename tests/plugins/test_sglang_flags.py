@@ -56,8 +56,14 @@ def clean(monkeypatch):
 def applied(monkeypatch) -> list[str]:
     calls: list[str] = []
 
-    def apply(config, *, transfers: bool, drafts: bool, sparse: bool) -> None:
-        asked = {"applied": config is not None, "flowkv": transfers, "suffix": drafts, "sparse": sparse}
+    def apply(config, *, ranks: bool, transfers: bool, drafts: bool, sparse: bool) -> None:
+        asked = {
+            "applied": config is not None,
+            "ranks": ranks,
+            "flowkv": transfers,
+            "suffix": drafts,
+            "sparse": sparse,
+        }
         calls.extend(name for name, wanted in asked.items() if wanted)
 
     monkeypatch.setattr(flags, "_apply", apply)
@@ -93,8 +99,8 @@ def parsed(*words: str) -> Namespace:
             parser.add_argument(f"--{name}", action="store_true")
         parser.add_argument("--chunked-prefill-size", type=int)
         parser.add_argument("--tokenizer-worker-num", type=int, default=1)
-        parser.add_argument("--tp-size", type=int, default=1)
-        parser.add_argument("--pp-size", type=int, default=1)
+        for name in ("tp-size", "pp-size", "nnodes", "scheduler-recv-interval"):
+            parser.add_argument(f"--{name}", type=int, default=1)
 
     parser = ArgumentParser()
     flags.add_cli_args(stock, parser)
@@ -121,6 +127,24 @@ def test_the_flag_alone_is_enough_and_reaches_children(applied):
     found = scheduler_config(inherited())
     assert found is not None
     assert found.policy == "vtc"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--schedule-policy", "dlpm", "--tp-size", "2", "--nnodes", "2", "--scheduler-recv-interval", "4"),
+        ("--schedule-policy", "vtc", "--pp-size", "2"),
+        ("--schedule-policy", "slo", "--tp-size", "4"),
+    ],
+)
+def test_several_ranks_share_a_clock(applied, words):
+    flags.join(parsed(*words))
+    assert applied == ["applied", "ranks"]
+
+
+def test_ranks_alone_ask_for_nothing(applied):
+    flags.join(parsed("--tp-size", "2"))
+    assert applied == []
 
 
 def test_the_section_alone_chooses_the_policy(applied):
@@ -180,8 +204,17 @@ def test_a_file_says_the_same_as_its_text(applied, tmp_path):
             "--tokenizer-worker-num: given 2",
         ),
         (["--penstock-config", config(policy="slo", slo={"pace": "slow"})], "scheduler.slo.pace"),
-        (["--schedule-policy", "dlpm", "--tp-size", "2"], "--tp-size: given 2"),
-        (["--schedule-policy", "dlpm", "--pp-size", "2"], "--pp-size: given 2"),
+        (["--schedule-policy", "slo", "--pp-size", "2"], "--pp-size: given 2"),
+        (
+            ["--schedule-policy", "vtc", "--pp-size", "2", "--disaggregation-mode", "decode"],
+            "--pp-size: given 2",
+        ),
+        (["--schedule-policy", "dlpm", "--pp-size", "2", "--enable-pd-role-switch"], "--pp-size: given 2"),
+        (["--schedule-policy", "slo", "--tp-size", "2", "--nnodes", "2"], "--nnodes: given 2"),
+        (
+            ["--schedule-policy", "slo", "--tp-size", "2", "--scheduler-recv-interval", "4"],
+            "--scheduler-recv-interval: given 4",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(applied, words, reason):

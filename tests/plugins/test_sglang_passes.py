@@ -137,6 +137,17 @@ def requests(client: str, number: int, prompt: int = 60) -> list[Request]:
     return [Request(f"{client or 'x'}{index}", client, prompt) for index in range(number)]
 
 
+def test_who_left_is_forgotten_in_an_order_that_every_process_has():
+    """Sets of requests have another order in each, and what is learned of clients depends on it."""
+    engine, gone = Engine(), []
+    engine.come(*requests("left", 40))
+    engine.passes.begin(engine.waiting)
+    remove = engine.passes.order.remove
+    engine.passes.order.remove = lambda name: gone.append(name) or remove(name)
+    engine.passes.begin([])
+    assert gone == sorted(f"left{number}" for number in range(40))
+
+
 @pytest.mark.parametrize("policy", ["dlpm", "vtc"])
 def test_a_flood_does_not_keep_another_client_waiting(policy):
     engine = Engine(policy, quantum_tokens=100)

@@ -20,11 +20,12 @@ from penstock.schedulers.config import SchedulerConfig
 class Shown:
     """Gauges, the clock and the source of a publisher, which note what happens."""
 
-    def __init__(self, labels: dict[str, Any] | None) -> None:
+    def __init__(self, labels: dict[str, Any] | None, **ranks: Any) -> None:
         self.now = 100.0
         self.made: list[tuple[Any, ...]] = []
         self.seen: list[tuple[Any, ...]] = []
-        self.publisher = Publisher(self, self.make, labels, lambda: self.now, logging.getLogger("test"))
+        logger = logging.getLogger("test")
+        self.publisher = Publisher(self, self.make, labels, lambda: self.now, logger, **ranks)
 
     def make(self, *names: Any) -> Shown:
         self.made.append(names)
@@ -42,12 +43,12 @@ class Shown:
 
 def test_it_is_shown_twice_once_a_second_and_when_the_engine_falls_idle():
     shown = Shown({"model_name": "m", "dp_rank": 3})
-    assert shown.made == [(), ("sglang:", ("model_name", "dp_rank"))]
+    assert shown.made == [("sglang:", ("model_name", "dp_rank")), ()]
     for _ in range(5):
         shown.now += 0.3
         shown.publisher.passed()
     assert [value for value, *_ in shown.seen] == pytest.approx([101.2, 101.2])
-    assert [engine for _, *engine in shown.seen] == [["3"], ["m", "3"]]
+    assert [engine for _, *engine in shown.seen] == [["m", "3"], ["3"]]
     shown.publisher.idle()
     assert [value for value, *_ in shown.seen[2:]] == pytest.approx([101.5, 101.5])
     shown.publisher.idle()
@@ -62,6 +63,28 @@ def test_without_metrics_the_log_has_a_line_now_and_then(caplog):
         shown.publisher.passed()
     assert shown.seen == shown.made == []
     assert [record.getMessage() for record in caplog.records] == ["penstock: at 110", "penstock: at 120"]
+
+
+def test_ranks_that_show_nothing_settle_when_the_one_that_leads_does(caplog):
+    caplog.set_level(logging.INFO, logger="test")
+    settled: dict[str, list[float]] = {"first": [], "second": [], "third": []}
+    leads = {"dp_rank": 0, "tp_rank": 0}
+    ranks = {
+        "first": Shown(leads, settle=lambda: settled["first"].append(ranks["first"].now)),
+        "second": Shown(None, leads=False, settle=lambda: settled["second"].append(ranks["second"].now)),
+        "third": Shown(leads, leads=False, settle=lambda: settled["third"].append(ranks["third"].now)),
+    }
+    for shown in ranks.values():
+        for _ in range(31):
+            shown.now += 0.4
+            shown.publisher.passed()
+        shown.publisher.idle()
+    assert settled["first"] == settled["second"] == settled["third"]
+    assert len(settled["first"]) == 11
+    # Series that say nothing of ranks are the first one's, and so is the log.
+    assert ranks["first"].made == [("sglang:", ("dp_rank", "tp_rank")), ()]
+    assert ranks["third"].made == [("sglang:", ("dp_rank", "tp_rank"))]
+    assert len(caplog.records) == 1
 
 
 def test_names_that_come_and_go_are_bounded_where_series_cannot_be_removed(monkeypatch):
