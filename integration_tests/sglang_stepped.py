@@ -191,6 +191,10 @@ def main() -> None:
 
     runs = json.load(sys.stdin)
     import_quietly()
+    # Else each run does, for a second and more.
+    from sglang.srt.models.registry import ModelRegistry
+
+    ModelRegistry.get_supported_archs()
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         print(json.dumps(pool.map(run, runs, chunksize=1)))
 

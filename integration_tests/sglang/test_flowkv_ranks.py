@@ -1,4 +1,5 @@
-"""FlowKV between servers of two ranks: each rank reads the heads that its half of the model wrote."""
+"""FlowKV between servers of two ranks: each rank reads the heads that its half of the model wrote, for requests
+that ranks take in one order."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def pair(model: str, logs: Path) -> Iterator[SglangPair]:
     cores = sorted(os.sched_getaffinity(0))
     # SGLang gives each rank a NUMA node of its own, unless it is told cores.
     bound = f"{cores[0]}|{cores[-1]}"
-    ranks = ("--tp-size", str(RANKS), "--enable-metrics")
+    ranks = ("--tp-size", str(RANKS), "--enable-metrics", "--schedule-policy", "dlpm")
     with serving_sglang_pair(model, logs, *ranks, name="ranks", SGLANG_CPU_OMP_THREADS_BIND=bound) as pair:
         yield pair
 

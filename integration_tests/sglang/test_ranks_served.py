@@ -79,6 +79,11 @@ def expect_ranks_to_agree(server: Server, beginning: str) -> None:
     eventually("both ranks have counted the same", agree)
 
 
+def name_of(number: int) -> str:
+    """None begins another: an abort is of all names that begin so."""
+    return f"crowd {number:03}"
+
+
 def stand_a_crowd(server: Server, greedy: Any, said: Any) -> None:
     """Everybody is answered as transformers answers, but for those whose clients left."""
     prompts = crowd()
@@ -87,7 +92,7 @@ def stand_a_crowd(server: Server, greedy: Any, said: Any) -> None:
 
     def answered(number: int) -> list[int] | None:
         try:
-            row, rid = prompts[number], f"crowd {number}"
+            row, rid = prompts[number], name_of(number)
             answer = generate(server, row, tokens[number], rid=rid, custom_params=said(number))
         except Refused:
             return None
@@ -97,7 +102,7 @@ def stand_a_crowd(server: Server, greedy: Any, said: Any) -> None:
     with ThreadPoolExecutor(CROWD) as pool:
         answers: list[Future[list[int] | None]] = [pool.submit(answered, n) for n in range(CROWD)]
         for number in gone:
-            ask(server, "/abort_request", {"rid": f"crowd {number}"})
+            ask(server, "/abort_request", {"rid": name_of(number)})
     for number, future in enumerate(answers):
         found = future.result()
         assert found is not None or number in gone

@@ -24,7 +24,7 @@ from penstock.plugins.sglang.settings import (
     require_supported,
     scheduler_config,
 )
-from penstock.plugins.sglang.shared_clock import SharedClock
+from penstock.plugins.sglang.shared_clock import SELDOM_S, SharedClock
 from penstock.plugins.sglang.slo_policy import PlannedPolicy
 from penstock.schedulers.config import SchedulerConfig
 from penstock.schedulers.waiting import Clock
@@ -47,7 +47,7 @@ def init_schedule_policy(original: Callable[[Any], None], scheduler: Any) -> Non
     assert config is not None
     confirm(scheduler_feature(config).hooks)
     require_supported(scheduler.server_args, config)
-    clock = _shared_clock() if has_ranks(scheduler.server_args) else time.monotonic
+    clock = _shared_clock(config) if has_ranks(scheduler.server_args) else time.monotonic
     scheduler.schedule_policy = STOCK_POLICY
     original(scheduler)
     install_policy(scheduler, config, clock)
@@ -62,11 +62,12 @@ def install_policy(scheduler: Any, config: SchedulerConfig, clock: Clock = time.
     _policies[:] = [scheduler.policy]
 
 
-def _shared_clock() -> SharedClock:
+def _shared_clock(config: SchedulerConfig) -> SharedClock:
     require(SHARED_CLOCK, upstream())
     apply_now()
     confirm(SHARED_CLOCK.hooks)
-    return SharedClock()
+    # An order wants to know when requests come, a plan when each step ends.
+    return SharedClock(0.0 if config.policy == "slo" else SELDOM_S)
 
 
 def broadcast_requests(

@@ -36,6 +36,23 @@ def test_ranks_have_the_first_one_s_time_and_the_requests_as_they_were():
         before = first()
 
 
+def test_where_time_may_come_seldom_it_comes_with_requests_and_once_in_a_while():
+    group, first, second = Group(), SharedClock(1e6), SharedClock(1e6)
+
+    def passed(*requests: str) -> float:
+        assert first.send_along(group.send, list(requests)) == list(requests)
+        assert second.send_along(group.hear, None) == list(requests)
+        assert first() == second()
+        return first()
+
+    came = passed("a")
+    assert passed() == passed() == came
+    assert pickle.loads(group.sent) == []
+    assert passed("b") > came
+    first.begin_pass(time.monotonic() - 2e6)
+    assert passed() > came
+
+
 def test_it_stands_still_until_the_next_pass_begins():
     clock = SharedClock()
     clock.begin_pass(5.0)
