@@ -1,5 +1,5 @@
-"""FlowKV between servers of two ranks: each rank reads the heads that its half of the model wrote, for requests
-that ranks take in one order."""
+"""FlowKV between servers of two ranks: each rank reads the heads that its half of the model wrote, and both
+take requests in one order."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ class Stamp:
 
 
 class SharedClock:
-    """Seconds on the first rank's clock as of the beginning of the last pass that heard of the time; 0 before.
+    """Seconds on the first rank's clock, as of the beginning of the last pass that heard of the time; before
+    that 0.
 
     It stands still while a pass is made. A pass that hears of requests hears of the time, which costs nothing
     then; another one does ``every_s`` after the last that did, which costs a collective of SGLang's more.
