@@ -10,7 +10,7 @@ or null; what an id has before a dash is its client). Prompts differ from the fi
 there are so many ways in which they begin alike, with their first half. ``shared_clock`` gives the policy the
 clock that ranks share, told when a pass begins. With a SEED the clocks of the process itself run as no others
 do. Written is one object a run: ``requests`` by id, each with the times of its tokens since it came, a digest
-of each pass, and what the policy counted.
+of each pass, and what the policy counted, of its ``clients`` or in all.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
         "steps": result.steps,
         "decided": decided,
     }
+    if hasattr(policy, "passes"):
+        found["clients"] = [repr(client) for client in policy.passes.order.clients()]
     if hasattr(policy, "totals"):
         policy.check_integrity(set())
         found["stood"] = len(stood)
@@ -173,7 +175,7 @@ def unsettle(seed: int) -> None:
 
         def read() -> Any:
             nonlocal ahead
-            ahead += draw.expovariate(1000)
+            ahead += draw.expovariate(50_000) if draw.random() < 0.99 else draw.uniform(0, 0.1)
             return type(begin)(begin + speed * (real() - begin) + second * ahead)
 
         return read

@@ -36,8 +36,9 @@ SLO = {"policy": "slo", "slo": {"profile": "a100-7b"}}
 RUNS = {
     name: {"section": section, "shape": shape, "asks": crowd(3), "families": 5, "shared_clock": True}
     for name, section, shape in (
-        ("dlpm", {"policy": "dlpm", "quantum_tokens": 500}, SHAPE),
-        ("vtc", {"policy": "vtc", "client_idle_s": 0.1, "newcomers_per_refill": 2}, SHAPE),
+        # Ageing that outweighs most prefixes, and clients that are soon forgotten: time decides much.
+        ("dlpm", {"policy": "dlpm", "quantum_tokens": 500, "ageing_tokens_per_s": 3000}, SHAPE),
+        ("vtc", {"policy": "vtc", "client_idle_s": 0.05, "newcomers_per_refill": 2}, SHAPE),
         ("slo", SLO, {**SHAPE, "mixed_chunk": True}),
     )
 }

@@ -10,25 +10,25 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import pytest
 from engine_pair import eventually
+from sglang_order import change, order_of_service, prompt
 from sglang_server import CHUNK, POOL_TOKENS, Refused, Serve, ask, generate, series
 
 from penstock.benchmarks.processes import Server
 
 CLIENTS = 5
 CROWD = 150
-SEATS = 8
+SEATS = 16
 
 
 def serving(serve: Serve, ranks: str, policy: str, **section: Any) -> Any:
     cores = sorted(os.sched_getaffinity(0))
     return serve(
         *(ranks, "2", "--penstock-config", json.dumps({"scheduler": {"policy": policy, **section}})),
-        *("--max-total-tokens", str(POOL_TOKENS // 5), "--max-running-requests", str(2 * SEATS)),
+        *("--max-total-tokens", str(POOL_TOKENS // 5), "--max-running-requests", str(SEATS)),
         *("--enable-metrics", "--enable-metrics-for-all-schedulers"),
         name=f"sglang-{policy}-ranks",
         # SGLang gives each rank a NUMA node of its own, unless it is told cores.
@@ -43,10 +43,6 @@ def serving(serve: Serve, ranks: str, policy: str, **section: Any) -> Any:
 def fair(serve: Serve) -> Iterator[Server]:
     with serving(serve, "--tp-size", "dlpm", quantum_tokens=100) as server:
         yield server
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    return [10 + seed, *(10 + (seed * 131 + i * 7) % 500 for i in range(length - 1))]
 
 
 def crowd() -> list[list[int]]:
@@ -121,25 +117,15 @@ def test_a_crowd_of_clients_is_answered_and_charged_alike_on_both_ranks(fair: Se
     assert all(value > 0 for value in extend.values())
 
 
-def test_who_comes_late_with_little_is_served_before_who_floods(fair: Server):
-    def ended(client: str, number: int, tokens: int) -> float:
-        answer = generate(fair, prompt(number, 20), tokens, custom_params={"client_id": client})
-        return float(answer["meta_info"]["request_finished_ts"])
-
-    with ThreadPoolExecutor(64) as pool:
-        flood = [pool.submit(partial(ended, "flood", number, 40)) for number in range(60)]
-        eventually(
-            "a flood waits", lambda: ask(fair, "/v1/loads")["loads"][0]["num_waiting_reqs"] > 2 * SEATS
-        )
-        light = [pool.submit(partial(ended, "light", 200 + number, 8)) for number in range(4)]
-        last = max(future.result() for future in light)
-        after = sum(future.result() > last for future in flood)
-    assert after > 20
+def test_who_floods_waits_behind_who_does_not(fair: Server):
+    assert change(fair, pp_max_micro_batch_size=1)
+    # A quantum pays for two prompts of the flood; both of the other's are served before its third.
+    assert order_of_service(fair, [*["flood"] * 6, *["light"] * 2], 3500) == [0, 1, 6, 7, 2, 3, 4, 5]
+    assert change(fair, pp_max_micro_batch_size=SEATS)
 
 
 def test_a_change_at_run_time_reaches_both_ranks(fair: Server):
-    values = {"penstock.quantum_tokens": 5000, "penstock.weights.client 0": 3}
-    assert ask(fair, "/set_internal_state", {"server_args": values}) == [True]
+    assert change(fair, **{"penstock.quantum_tokens": 5000, "penstock.weights.client 0": 3})
     said = [{"client_id": f"client {number % 2}"} for number in range(12)]
     for number, one in enumerate(said):
         assert len(generate(fair, prompt(300 + number, 30), 4, custom_params=one)["output_ids"]) == 4

@@ -10,19 +10,18 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 from engine_pair import eventually
+from sglang_order import PROMPT, change, order_of_service, prompt
 from sglang_server import CHUNK, Refused, Serve, all_at_once, ask, command, generate, queried, series
 
 from penstock.benchmarks.processes import Server
 from penstock.plugins.ledger import METRIC
 
 QUANTUM = 100
-PROMPT = 60
 NOBODY = ""
 RUNNING = 64
 QUANTUM_KEY = "penstock.quantum_tokens"
@@ -42,49 +41,11 @@ def server(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         yield server
 
 
-def change(server: Server, **values: float) -> bool:
-    (updated,) = ask(server, "/set_internal_state", {"server_args": values})
-    return bool(updated)
-
-
 @pytest.fixture
 def one_at_a_time(server: Server) -> Iterator[None]:
     assert change(server, pp_max_micro_batch_size=1)
     yield
     assert change(server, pp_max_micro_batch_size=RUNNING)
-
-
-def prompt(seed: int, length: int = PROMPT) -> list[int]:
-    """Prompts of different seeds differ from the first token on."""
-    return [10 + seed, *(10 + (seed * 131 + i * 7) % 500 for i in range(length - 1))]
-
-
-def waiting(server: Server) -> int:
-    return sum(load["num_waiting_reqs"] for load in ask(server, "/v1/loads")["loads"])
-
-
-def order_of_service(server: Server, clients: Sequence[str]) -> list[int]:
-    """Requests of ``clients`` arrive one after the other behind one that runs; in which order they end."""
-
-    def ended(index: int, client: str) -> float:
-        named = {"custom_params": {"client_id": client}} if client else {}
-        answer = generate(server, prompt(index), 1, **named)
-        return answer["meta_info"]["request_finished_ts"]
-
-    with ThreadPoolExecutor(len(clients) + 1) as pool:
-        holder = pool.submit(partial(generate, server, prompt(400, CHUNK), 15000, rid="holder"))
-        eventually(
-            "the first one runs", lambda: ask(server, "/v1/loads")["loads"][0]["num_running_reqs"] == 1
-        )
-        futures = []
-        for index, client in enumerate(clients):
-            futures.append(pool.submit(partial(ended, index, client)))
-            eventually("it waits", lambda: waiting(server) == len(futures))
-        ask(server, "/abort_request", {"rid": "holder"})
-        holder.result()
-        at = [future.result() for future in futures]
-    ask(server, "/flush_cache", {})
-    return sorted(range(len(clients)), key=at.__getitem__)
 
 
 def of_client(server: Server, name: str, client: str) -> float | None:

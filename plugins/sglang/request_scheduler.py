@@ -20,7 +20,7 @@ from penstock.plugins.sglang.decode_side import DecodeSide
 from penstock.plugins.sglang.passes import Passes
 from penstock.plugins.sglang.policy import PassPolicy
 from penstock.plugins.sglang.runtime_changes import QUANTUM, weights_in
-from penstock.plugins.sglang.shared_clock import LOOK_UPS, SharedClock
+from penstock.plugins.sglang.shared_clock import SharedClock
 from penstock.schedulers.client_service import snapshot
 from penstock.schedulers.config import SchedulerConfig
 from penstock.schedulers.policies import waiting_order
@@ -30,13 +30,18 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
 
+RANKS_LOOK_UPS = 4
+"""Waiting requests whose cached prefix ranks look up anew in a pass, at most. One that is alone bounds the
+time for that, which each of them would measure differently."""
+
+
 class OrderedPolicy(PassPolicy):
     """A ``PassPolicy`` over a ``WaitingOrder``."""
 
     def __init__(self, scheduler: Any, config: SchedulerConfig, clock: Clock = time.monotonic) -> None:
         super().__init__(scheduler, config, clock)
         if isinstance(clock, SharedClock):
-            most = min(LOOK_UPS, config.hit_refreshes_per_step)
+            most = min(RANKS_LOOK_UPS, config.hit_refreshes_per_step)
             config = msgspec.structs.replace(config, hit_refreshes_per_step=most)
         order = waiting_order(config, clock, self._hit_tokens)
         self.passes = Passes(order, clock, self.asking, self._generates)

@@ -14,9 +14,6 @@ from typing import Any
 
 SELDOM_S = 0.1
 """Often enough for what is shown once a second."""
-LOOK_UPS = 4
-"""Waiting requests whose cached prefix is looked up anew in a pass, at most. One rank bounds the time for it,
-which would be another one on each."""
 
 
 @dataclass(frozen=True, slots=True)
