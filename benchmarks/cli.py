@@ -14,6 +14,7 @@ BENCHES = {
     "sglang-dlpm": "penstock.benchmarks.sglang_dlpm:bench",
     "sglang-scheduler": "penstock.benchmarks.sglang_scheduler:bench",
     "sglang-flowkv": "penstock.benchmarks.sglang_flowkv:bench",
+    "sglang-slo": "penstock.benchmarks.sglang_slo:bench",
     "sglang-sparse": "penstock.benchmarks.sglang_sparse:bench",
     "sglang-suffix": "penstock.benchmarks.sglang_suffix:bench",
     "shared-prefix": "penstock.benchmarks.shared_prefix:bench",

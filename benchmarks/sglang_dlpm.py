@@ -114,6 +114,9 @@ def import_quietly() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Model classes, which an engine asks for, take most of the time to make one.
+    import sglang.srt.models.registry  # noqa: F401
+
     import penstock.simulation.sglang_engine  # noqa: F401
 
 

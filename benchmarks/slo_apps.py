@@ -152,6 +152,7 @@ def window(
                 ttft_slo_ms=1e3 * tier.slowdown * alone_s,
                 tpot_slo_ms=1e3 * tier.tpot_s,
                 tier=tier.name,
+                most_output_tokens=max(app.output.most, output),
             )
         )
     return asks

@@ -1,29 +1,24 @@
-"""Windows of one application under one scheduler, and the search for the rate that it sustains."""
+"""Windows of one application under one scheduler, and the search for the rate that it sustains.
+
+What steps a window is an engine's: ``slo_vllm.py`` and ``slo_sglang.py``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from penstock.benchmarks.slo_apps import APPS, App, window
-from penstock.benchmarks.slo_prefill_first import PrefillFirst
 from penstock.schedulers.slo.config import SLOConfig
-from penstock.schedulers.slo.planner import Planner
 from penstock.schedulers.slo.profiles import Profile, find_profile
 from penstock.schedulers.slo.step_time import StepTimeModel
-from penstock.simulation.engine import Simulation, VirtualClock
 from penstock.simulation.measures import TPOT_RULES, TpotRule, attains
-from penstock.simulation.records import Served
+from penstock.simulation.records import Ask, Served
 from penstock.simulation.step_time import StepTime
-from penstock.simulation.workloads import Fixed
 
-PREFILL_FIRST = "prefill-first"
-PLANNED = ("slo", PREFILL_FIRST)
-"""Kinds of settings that a planner carries out."""
 ATTAINED = 0.9
 """Share of requests that must meet their targets at the capacity."""
 STEP = 1.3
@@ -36,11 +31,13 @@ MAX_MODEL_LEN = 32_768
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
-    """A scheduler and its knobs. ``prior`` multiplies what the step-time prior says."""
+    """A scheduler and its knobs. ``budget`` is the most tokens of a step, ``engine`` other settings of the
+    engine; ``prior`` multiplies what the step-time prior says."""
 
     name: str
     kind: str
     budget: int = 8192
+    engine: dict[str, Any] = {}
     slo: dict[str, Any] = {}
     prior: float = 1.0
 
@@ -80,30 +77,33 @@ Curve = dict[float, list[Score]]
 """Scores of all windows by rate."""
 
 
-def measure(task: Task) -> Curve:
+RunWindow = Callable[[Task, int, float], Score]
+"""Runs one window to its end: of a task, with a seed, at a rate."""
+
+
+def measure_with(run_window: RunWindow, task: Task) -> Curve:
     """Search the capacity under each rule; or run the rates that are given."""
     curve: Curve = {}
+
+    def probe(rate: float) -> list[Score]:
+        rate = round(rate, 6)
+        if rate not in curve:
+            curve[rate] = [run_window(task, seed, rate) for seed in task.seeds]
+        return curve[rate]
+
     for rate in task.rates:
-        probe(task, rate, curve)
+        probe(rate)
     if not task.rates:
         for rule in task.rules:
-            search(task, rule, curve)
+            search(task, rule, probe)
     return curve
 
 
-def probe(task: Task, rate: float, curve: Curve) -> list[Score]:
-    """All windows at one rate, once."""
-    rate = round(rate, 6)
-    if rate not in curve:
-        curve[rate] = [run_window(task, seed, rate) for seed in task.seeds]
-    return curve[rate]
-
-
-def search(task: Task, rule: TpotRule, curve: Curve) -> None:
+def search(task: Task, rule: TpotRule, probe: Callable[[float], list[Score]]) -> None:
     """Probe rates until the capacity lies between two that are close."""
 
     def holds(rate: float) -> bool:
-        return mean_share(probe(task, rate, curve), rule) >= ATTAINED
+        return mean_share(probe(rate), rule) >= ATTAINED
 
     rate, factor = APPS[task.app].rate, STEP
     up = holds(rate)
@@ -118,7 +118,7 @@ def search(task: Task, rule: TpotRule, curve: Curve) -> None:
     # Where the mean holds some windows may not, and the interval needs a rate at which they do.
     well_below = low
     for _ in range(FURTHER_BELOW):
-        if min(score.share(rule) for score in probe(task, well_below, curve)) >= ATTAINED:
+        if min(score.share(rule) for score in probe(well_below)) >= ATTAINED:
             break
         well_below /= factor
     for _ in range(task.refinements):
@@ -131,46 +131,21 @@ def mean_share(scores: Sequence[Score], rule: TpotRule) -> float:
     return sum(score.attained[rule] for score in scores) / sum(score.requests for score in scores)
 
 
-def run_window(task: Task, seed: int, rate: float) -> Score:
-    """One window to its end."""
-    from penstock.simulation.vllm_engine import EngineShape, VllmEngine, resolve
-
-    setting, app = task.setting, APPS[task.app]
-    asks = window(app, seed, rate, app.window * task.requests, task.step_time, task.traces)
-    clock = VirtualClock()
-    shape = EngineShape(
-        kv_tokens=KV_TOKENS,
-        max_model_len=MAX_MODEL_LEN,
-        max_num_batched_tokens=setting.budget,
-        prefix_caching=False,
-        policy="priority" if setting.kind == "priority" else "fcfs",
-        additional_config=(
-            {"penstock": {"scheduler": {"policy": "slo", "slo": setting.slo}}}
-            if setting.kind in PLANNED
-            else {}
-        ),
-    )
-    make = resolve("vllm.v1.core.sched.scheduler.Scheduler")
-    if setting.kind in PLANNED:
-        ours = resolve("penstock.plugins.vllm.request_scheduler.make_scheduler")
-        make = partial(ours, clock=clock, wall_clock=clock, planner=planner_of(setting))
-    engine = VllmEngine(shape, make)
-    result = Simulation(engine, Fixed(asks), task.step_time, clock).run()
-    return score_of(result.served, app)
+def asks_of(task: Task, seed: int, rate: float) -> list[Ask]:
+    """The requests of one window."""
+    app = APPS[task.app]
+    return window(app, seed, rate, app.window * task.requests, task.step_time, task.traces)
 
 
-def planner_of(setting: Setting) -> Planner:
-    """A planner that starts from a shipped profile, as a user would, made wrong on purpose by ``prior``."""
-    if setting.kind == PREFILL_FIRST:
-        return PrefillFirst()
-    config = msgspec.convert(setting.slo, SLOConfig)
-    profile = find_profile(config.profile)
+def model_of(setting: Setting) -> StepTimeModel:
+    """What a planner begins with: a shipped profile, as users have it, made wrong on purpose by ``prior``."""
+    profile = find_profile(msgspec.convert(setting.slo, SLOConfig).profile)
     costs = {
         name: getattr(profile, name) * setting.prior
         for name in ("base_s", "token_s", "request_s", "context_s")
     }
     scaled: Profile = msgspec.structs.replace(profile, **costs)
-    return Planner(config, StepTimeModel(scaled))
+    return StepTimeModel(scaled)
 
 
 def score_of(served: Iterable[Served], app: App) -> Score:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from penstock.benchmarks.slo_capacity import capacity
-from penstock.benchmarks.slo_run import PREFILL_FIRST, Curve, Setting, Task
+from penstock.benchmarks.slo_run import Curve, Setting, Task
 from penstock.simulation.measures import TpotRule
 from penstock.simulation.step_time import StepTime
 
@@ -32,36 +33,35 @@ FIRST_TUNING_SEED, FIRST_SCORING_SEED = 1, 500_001
 
 Families = Mapping[str, tuple[Setting, ...]]
 RunAll = Callable[[Sequence[Task]], Sequence[Curve]]
+RunEach = Callable[[Sequence[Task]], Iterable[Curve]]
+"""Runs tasks side by side, and yields their curves in the order of the tasks."""
 
 
-def families(*, quick: bool) -> Families:
-    """Settings by family, four each; ``quick`` keeps those that win most often."""
-    budgets = (2048, 8192) if quick else (512, 1024, 2048, 8192)
+def our_families(*, quick: bool, **engine: Any) -> Families:
+    """The SLO policy at each pace, with four choices of knobs; ``engine`` is the same for all."""
     knobs: tuple[dict[str, float | str], ...] = (
         {},
         {"rule": "sustained"},
         {"longest_step_s": 0.4},
         {"long_prompt_weight": 0.0},
     )
-    found = {STOCK: _budgets(STOCK, STOCK, budgets), PRIORITY: _budgets(PRIORITY, "priority", budgets[-1:])}
-    if not quick:
-        found[PRIORITY] = _budgets(PRIORITY, "priority", budgets)
-        found[PREFILL_FIRST] = _budgets(PREFILL_FIRST, PREFILL_FIRST, budgets)
-    paces = ((SLO, "cumulative"), (SLO_MEAN, "mean"), (SLO_GAP, "gap"))
-    for family, pace in paces:
-        chosen = knobs[: 1 if quick else None]
-        found[family] = tuple(slo_setting(family, {**knob, "pace": pace}) for knob in chosen)
-    return found
+    return {
+        family: tuple(
+            slo_setting(family, {**knob, "pace": pace}, engine) for knob in knobs[: 1 if quick else None]
+        )
+        for family, pace in ((SLO, "cumulative"), (SLO_MEAN, "mean"), (SLO_GAP, "gap"))
+    }
 
 
-def _budgets(family: str, kind: str, budgets: Iterable[int]) -> tuple[Setting, ...]:
-    return tuple(Setting(name=f"{family} {budget}", kind=kind, budget=budget) for budget in budgets)
-
-
-def slo_setting(name: str, knobs: Mapping[str, float | str]) -> Setting:
+def slo_setting(name: str, knobs: Mapping[str, float | str], engine: Mapping[str, Any]) -> Setting:
     """The SLO policy with some knobs; they are in its name."""
     shown = ", ".join(f"{key} {value}" for key, value in knobs.items() if key != "pace")
-    return Setting(name=f"{name}, {shown}" if shown else name, kind="slo", slo={"profile": PROFILE, **knobs})
+    return Setting(
+        name=f"{name}, {shown}" if shown else name,
+        kind="slo",
+        slo={"profile": PROFILE, **knobs},
+        engine=dict(engine),
+    )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -46,15 +46,28 @@ class Ask:
     workflow: tuple[int, ...] = ()
     predictable: float = 0.0
     """Share of its output tokens that a draft foresees."""
+    most_output_tokens: int | None = None
+    """What the client allows. The answer then ends by a stop token, and no scheduler can know when; without,
+    it is as long as was allowed."""
 
     def __post_init__(self) -> None:
         if self.output_tokens < 1 or tokens_of(self.prompt) < 1:
             raise ValueError(f"request {self.request_id!r} needs a prompt and at least one output token")
+        if self.most_output_tokens is not None and self.most_output_tokens < self.output_tokens:
+            raise ValueError(
+                f"most_output_tokens of request {self.request_id!r}: given {self.most_output_tokens}, "
+                f"allowed: at least its {self.output_tokens} tokens"
+            )
 
     @property
     def prompt_tokens(self) -> int:
         """Length of the prompt in tokens."""
         return tokens_of(self.prompt)
+
+    @property
+    def allowed_tokens(self) -> int:
+        """Length that the answer may have at most, as the engine is told."""
+        return self.output_tokens if self.most_output_tokens is None else self.most_output_tokens
 
 
 @dataclass(slots=True, eq=False)

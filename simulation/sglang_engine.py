@@ -24,7 +24,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from penstock.simulation.records import Ask, Batch, Progress, Row
-from penstock.simulation.unloaded_model import VOCABULARY, unloaded_model
+from penstock.simulation.unloaded_model import STOP, VOCABULARY, unloaded_model
 
 CONTEXT_TOKENS = 131_072
 
@@ -102,21 +102,22 @@ class SglangEngine:
             ValueError: prompt and output are longer than the KV cache, or answers differ in more ways than
                 there are tokens.
         """
-        if ask.prompt_tokens + ask.output_tokens >= self._shape.kv_tokens:
+        if ask.prompt_tokens + ask.allowed_tokens >= self._shape.kv_tokens:
             raise ValueError(
-                f"request {ask.request_id!r} has {ask.prompt_tokens} + {ask.output_tokens} tokens, "
+                f"request {ask.request_id!r} has {ask.prompt_tokens} + {ask.allowed_tokens} tokens, "
                 f"allowed: fewer than {self._shape.kv_tokens}"
             )
         # SGLang ends a request at a token beyond its vocabulary, and has its prompts of any numbers.
         self._answers.setdefault(ask.answer, len(self._answers))
-        if len(self._answers) > VOCABULARY:
-            raise ValueError(f"{len(self._answers)} different answers, allowed: {VOCABULARY}")
+        if len(self._answers) > STOP:
+            raise ValueError(f"{len(self._answers)} different answers, allowed: {STOP}")
         tokens = array("q")
         for piece in ask.prompt:
             tokens.extend([self._answers.get(piece.key, piece.key + VOCABULARY)] * piece.tokens)
         sampling = SamplingParams(
-            max_new_tokens=ask.output_tokens,
-            ignore_eos=True,
+            max_new_tokens=ask.allowed_tokens,
+            stop_token_ids=[STOP],
+            ignore_eos=ask.most_output_tokens is None,
             temperature=0.0,
             custom_params=custom_params(ask),
         )
@@ -137,8 +138,11 @@ class SglangEngine:
                 top_logprobs_num=0,
                 token_ids_logprob=None,
                 stream=False,
+                priority=ask.priority,
             )
         )
+        # SGLang's front end stamps when it saw a request first, on its own clock.
+        self.scheduler.waiting_queue[-1].time_stats.created_time = ask.arrival_s
 
     def schedule(self) -> Batch:
         """One turn of the scheduler's loop, up to the launch of its batch."""
@@ -190,12 +194,16 @@ class SglangEngine:
         scheduler.on_idle()
 
     def _sampled(self, batch: Any, *_: Any, **__: Any) -> GenerationBatchResult:
-        answers = [self._answers[self._asks[request.rid].answer] for request in batch.reqs]
         return GenerationBatchResult(
             logits_output=LogitsProcessorOutput(next_token_logits=None),
-            next_token_ids=torch.tensor(answers, dtype=torch.int64),
+            next_token_ids=torch.tensor([self._next_token(one) for one in batch.reqs], dtype=torch.int64),
             can_run_cuda_graph=False,
         )
+
+    def _next_token(self, request: Any) -> int:
+        ask = self._asks[request.rid]
+        ends = ask.most_output_tokens is not None and len(request.output_ids) + 1 >= ask.output_tokens
+        return STOP if ends else self._answers[ask.answer]
 
     def describe(self) -> str:
         """What waits, what runs, and how much memory is free."""

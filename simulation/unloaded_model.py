@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 VOCABULARY = 32_000
+STOP = VOCABULARY - 1
+"""The token that ends an answer before it is as long as was allowed."""
 
 
 @contextmanager

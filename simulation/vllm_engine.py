@@ -30,7 +30,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from penstock.simulation.records import Ask, Batch, Piece, Progress, Prompt, Row
-from penstock.simulation.unloaded_model import unloaded_model
+from penstock.simulation.unloaded_model import STOP, unloaded_model
 
 DRAFTERS = ("ngram", "draft_model")
 
@@ -227,12 +227,17 @@ class VllmEngine:
         """Queue a request.
 
         Raises:
-            ValueError: prompt and output are longer than the model's context or the whole KV cache.
+            ValueError: prompt and output are longer than the model's context or the whole KV cache, or the
+                answer ends by a stop token and steps are scheduled before its tokens are known.
         """
-        room = min(self._shape.max_model_len, (self._shape.num_blocks - 1) * self._shape.block_size)
-        if ask.prompt_tokens + ask.output_tokens > room:
+        if ask.most_output_tokens is not None and self._shape.async_scheduling:
             raise ValueError(
-                f"request {ask.request_id!r} has {ask.prompt_tokens} + {ask.output_tokens} tokens, "
+                f"request {ask.request_id!r}: most_output_tokens given beside async_scheduling, allowed: one"
+            )
+        room = min(self._shape.max_model_len, (self._shape.num_blocks - 1) * self._shape.block_size)
+        if ask.prompt_tokens + ask.allowed_tokens > room:
+            raise ValueError(
+                f"request {ask.request_id!r} has {ask.prompt_tokens} + {ask.allowed_tokens} tokens, "
                 f"allowed: {room}"
             )
         tokens: list[int] = []
@@ -241,7 +246,12 @@ class VllmEngine:
         request = Request(
             ask.request_id,
             tokens,
-            SamplingParams(max_tokens=ask.output_tokens, ignore_eos=True, extra_args=extra_args(ask)),
+            SamplingParams(
+                max_tokens=ask.allowed_tokens,
+                ignore_eos=True,
+                stop_token_ids=[] if ask.most_output_tokens is None else [STOP],
+                extra_args=extra_args(ask),
+            ),
             None,
             arrival_time=ask.arrival_s,
             priority=ask.priority,
@@ -275,12 +285,19 @@ class VllmEngine:
             request = self._requests[request_id]
             complete = request.num_computed_tokens >= request.num_tokens
             foreseen = self._foreseen(request, len(drafts.get(request_id, ())))
-            sampled.append([self._asks[request_id].answer] * (1 + foreseen) if complete else [])
+            sampled.append(self._next_tokens(request, 1 + foreseen) if complete else [])
         return ModelRunnerOutput(
             req_ids=ids,
             req_id_to_index={request_id: index for index, request_id in enumerate(ids)},
             sampled_token_ids=sampled,
         )
+
+    def _next_tokens(self, request: Request, number: int) -> list[int]:
+        ask = self._asks[request.request_id]
+        left = ask.output_tokens - request.num_output_tokens
+        if ask.most_output_tokens is None or number < left:
+            return [ask.answer] * number
+        return [*[ask.answer] * (left - 1), STOP]
 
     def complete(self, batch: Batch) -> list[Progress]:
         """Give the scheduler what the step's requests sampled."""

@@ -27,6 +27,7 @@ from penstock.plugins.sglang.settings import (
 from penstock.plugins.sglang.shared_clock import SELDOM_S, SharedClock
 from penstock.plugins.sglang.slo_policy import PlannedPolicy
 from penstock.schedulers.config import SchedulerConfig
+from penstock.schedulers.slo.step_time import StepTimeModel
 from penstock.schedulers.waiting import Clock
 
 if TYPE_CHECKING:
@@ -54,11 +55,19 @@ def init_schedule_policy(original: Callable[[Any], None], scheduler: Any) -> Non
     upstream().logger.info("penstock: waiting requests are ordered by %s", config.policy)
 
 
-def install_policy(scheduler: Any, config: SchedulerConfig, clock: Clock = time.monotonic) -> None:
-    """Give a scheduler the policy of ``config``; a simulation passes its own ``clock``."""
-    kind: type[PlannedPolicy | OrderedPolicy] = PlannedPolicy if config.policy == "slo" else OrderedPolicy
+def install_policy(
+    scheduler: Any,
+    config: SchedulerConfig,
+    clock: Clock = time.monotonic,
+    model: StepTimeModel | None = None,
+) -> None:
+    """Give a scheduler the policy of ``config``. A simulation passes its own ``clock``, and perhaps the
+    ``model`` of step times that ``slo`` begins with."""
     scheduler.schedule_policy = config.policy
-    scheduler.policy = kind(scheduler, config, clock)
+    if config.policy == "slo":
+        scheduler.policy = PlannedPolicy(scheduler, config, clock, model)
+    else:
+        scheduler.policy = OrderedPolicy(scheduler, config, clock)
     _policies[:] = [scheduler.policy]
 
 

@@ -32,7 +32,7 @@ from penstock.schedulers.slo.decodes import COMPUTED, RunningBatch
 from penstock.schedulers.slo.plan import PASSIVE, Plan
 from penstock.schedulers.slo.planner import Planner
 from penstock.schedulers.slo.requests import Limits, Running
-from penstock.schedulers.slo.step_time import StepFeatures
+from penstock.schedulers.slo.step_time import StepFeatures, StepTimeModel
 from penstock.schedulers.slo.steps_in_flight import StepsInFlight
 from penstock.schedulers.slo.totals import SLOTotals
 from penstock.schedulers.waiting import Clock
@@ -53,13 +53,13 @@ class PlannedPolicy(PassPolicy):
         scheduler: Any,
         config: SchedulerConfig,
         clock: Clock = time.monotonic,
-        planner: Planner | None = None,
+        model: StepTimeModel | None = None,
     ) -> None:
         super().__init__(scheduler, config, clock)
         # A pass over the decodes serves all of them, and none is sent again.
-        self.planner = planner or Planner(msgspec.structs.replace(config.slo, resumed_token_s=0.0))
+        self.planner = Planner(msgspec.structs.replace(config.slo, resumed_token_s=0.0), model)
         shared = clock if isinstance(clock, SharedClock) else None
-        self.records = Records(config, self.asking, clock, None if shared else time.perf_counter)
+        self.records = Records(config, self.asking, clock, _front_clock(clock))
         self._decoding = DecodeBatch(self.planner.config.pace, self.records)
         self.totals = SLOTotals(self.planner, config.slo.tiers_s)
         self.plan: Plan = PASSIVE
@@ -319,6 +319,13 @@ class PlannedPolicy(PassPolicy):
         self.planner.check_integrity()
         self.records.check_integrity(live)
         self._decoding.check_integrity(self._in_flight())
+
+
+def _front_clock(clock: Clock) -> Clock | None:
+    if isinstance(clock, SharedClock):
+        return None
+    # On a virtual clock there is one clock for all.
+    return time.perf_counter if clock is time.monotonic else clock
 
 
 def _at_once(call: Callable[[], None]) -> None:

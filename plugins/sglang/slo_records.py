@@ -56,8 +56,9 @@ class Records:
     def _open(self, request: Req) -> Record:
         asking = self._asking_of(request)
         targets = targets_of(asking, self._config)
-        front_clock = self._front_clock
-        on_the_way = front_clock() - request.time_stats.created_time if front_clock else 0.0
+        stamp_s, on_the_way = request.time_stats.created_time, 0.0
+        if stamp_s and self._front_clock is not None:
+            on_the_way = self._front_clock() - stamp_s
         if not 0 <= on_the_way <= LONGEST_ON_THE_WAY_S:
             on_the_way = 0.0
         running = Running(

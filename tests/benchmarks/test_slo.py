@@ -11,7 +11,8 @@ from penstock.benchmarks.slo_apps import APPS, window
 from penstock.benchmarks.slo_capacity import capacity, capacity_interval, geometric_mean, ratio_interval
 from penstock.benchmarks.slo_claims import claims, overload_rows, rows
 from penstock.benchmarks.slo_run import Score, Task
-from penstock.benchmarks.slo_stages import SLO, STOCK, Scale, families, run_stages
+from penstock.benchmarks.slo_stages import SLO, STOCK, Scale, run_stages
+from penstock.benchmarks.slo_vllm import families
 from penstock.simulation.step_time import Load, load_step_time
 
 STEP_TIME = load_step_time("opt-6.7b-a100")
