@@ -37,8 +37,8 @@ RunEach = Callable[[Sequence[Task]], Iterable[Curve]]
 """Runs tasks side by side, and yields their curves in the order of the tasks."""
 
 
-def our_families(*, quick: bool, **engine: Any) -> Families:
-    """The SLO policy at each pace, with four choices of knobs; ``engine`` is the same for all."""
+def our_families(choices: int, **engine: Any) -> Families:
+    """The SLO policy at each pace, with up to four choices of knobs; ``engine`` is the same for all."""
     knobs: tuple[dict[str, float | str], ...] = (
         {},
         {"rule": "sustained"},
@@ -46,9 +46,7 @@ def our_families(*, quick: bool, **engine: Any) -> Families:
         {"long_prompt_weight": 0.0},
     )
     return {
-        family: tuple(
-            slo_setting(family, {**knob, "pace": pace}, engine) for knob in knobs[: 1 if quick else None]
-        )
+        family: tuple(slo_setting(family, {**knob, "pace": pace}, engine) for knob in knobs[:choices])
         for family, pace in ((SLO, "cumulative"), (SLO_MEAN, "mean"), (SLO_GAP, "gap"))
     }
 

@@ -31,7 +31,7 @@ def planned(adder: type, policy: PlannedPolicy) -> type:
                 self.rem_chunk_tokens = min(self.rem_chunk_tokens, policy.prompt_tokens)
 
         def add_chunked_req(self, req: Req) -> Any:
-            limit = policy.chunk_limit(req)
+            limit = policy.chunk_limit()
             if limit is None:
                 return super().add_chunked_req(req)
             room = int(self.cur_rem_tokens) - self.per_req_token_overhead

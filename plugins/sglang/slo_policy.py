@@ -26,9 +26,10 @@ from penstock.plugins.sglang.policy import PassPolicy
 from penstock.plugins.sglang.queue_watch import QueueWatch
 from penstock.plugins.sglang.shared_clock import SharedClock
 from penstock.plugins.sglang.slo_adder import planned
+from penstock.plugins.sglang.slo_prompts import share_out, worth_a_pass
 from penstock.plugins.sglang.slo_records import Records
 from penstock.schedulers.config import SchedulerConfig
-from penstock.schedulers.slo.decodes import COMPUTED, RunningBatch
+from penstock.schedulers.slo.decodes import COMPUTED, TPOT, Columns, RunningBatch
 from penstock.schedulers.slo.plan import PASSIVE, Plan
 from penstock.schedulers.slo.planner import Planner
 from penstock.schedulers.slo.requests import Limits, Running
@@ -56,8 +57,10 @@ class PlannedPolicy(PassPolicy):
         model: StepTimeModel | None = None,
     ) -> None:
         super().__init__(scheduler, config, clock)
-        # A pass over the decodes serves all of them, and none is sent again.
-        self.planner = Planner(msgspec.structs.replace(config.slo, resumed_token_s=0.0), model)
+        # A pass over the decodes serves all of them, and none is sent again; a mixed pass is one, so that
+        # nothing is saved by passing some over.
+        resumed_s = math.inf if scheduler.is_mixed_chunk else 0.0
+        self.planner = Planner(msgspec.structs.replace(config.slo, resumed_token_s=resumed_s), model)
         shared = clock if isinstance(clock, SharedClock) else None
         self.records = Records(config, self.asking, clock, _front_clock(clock))
         self._decoding = DecodeBatch(self.planner.config.pace, self.records)
@@ -65,10 +68,14 @@ class PlannedPolicy(PassPolicy):
         self.plan: Plan = PASSIVE
         self.prompt_tokens: int | None = None
         """What the prompts of the pass may have; None leaves it to SGLang."""
+        self._chunk_tokens = 0
+        """What the one that goes on in chunks may have of that."""
         self._waiting: dict[str, Req] = {}
         self._queue = QueueWatch()
         self._steps = StepsInFlight()
         self._owes_decodes = self._awaits_launch = False
+        self._alone = 0
+        """Passes in a row in which decodes went on without the prompts that were planned."""
         # On a CPU the model has run when SGLang has launched it; on a virtual clock no time passed.
         real = shared is not None or clock is time.monotonic
         self._launch_is_run = scheduler.device == "cpu" and real
@@ -108,21 +115,46 @@ class PlannedPolicy(PassPolicy):
         decodes = len(columns) + len(others)
         context = int(columns.values[COMPUTED].sum()) + sum(request.computed_tokens for request in others)
         limits = self._limits(now_s, decodes, context)
-        if chunked is not None:
-            others.append(self.records.chunked(chunked))
-        plan = self.planner.plan(now_s, RunningBatch(columns, others), self._free_kv_tokens(), limits)
+        part = None if chunked is None else self.records.chunked(chunked)
+        if part is not None:
+            others.append(part)
+        planner = self.planner
+        plan = planner.plan(now_s, RunningBatch(columns, others), self._free_kv_tokens(), limits)
         if plan.preempt:
             self._throw_out(frozenset(plan.preempt), running_batch)
-        names = {*plan.waiting, *(() if chunked is None else (chunked.rid,))} & plan.caps.keys()
-        prompt_tokens = sum(plan.caps[name] for name in names)
         self._awaits_launch = True
-        if not prompt_tokens and decodes:
+        prompts = len(plan.waiting) + (part is not None and part.request_id in plan.caps)
+        decodes_s = planner.model.seconds(StepFeatures(decodes, decodes, context))
+        gains = self._gains_slack(columns, decodes_s)
+        longest = self._longest(decodes, context, limits) if gains else 0
+        page = self.scheduler.page_size
+        share = share_out(plan, planner.backlog.get, part, longest=longest, page=page)
+        if gains and share.tokens and not self.scheduler.is_mixed_chunk:
+            worth = worth_a_pass(share, planner.model, decodes_s, planner.config.longest_step_s)
+        else:
+            worth = share.tokens > 0
+        if decodes and not worth:
+            self._alone += prompts > 0
             return True
-        if prompt_tokens:
-            page = self.scheduler.page_size
-            self.plan, self.prompt_tokens = plan, -(-prompt_tokens // page) * page
-            self._owes_decodes = not self.scheduler.is_mixed_chunk and len(plan.caps) > len(names)
+        self._alone = 0
+        if share.tokens:
+            self.plan, self.prompt_tokens, self._chunk_tokens = plan, share.tokens, share.chunk_tokens
+            self._owes_decodes = not self.scheduler.is_mixed_chunk and len(plan.caps) > prompts
         return False
+
+    def _gains_slack(self, columns: Columns, decodes_s: float) -> bool:
+        """Whether decodes gain time for prompts by passes of ``decodes_s`` without any; only so many in a row
+        that prompts do not starve. By the pace of gaps an early token gains nothing."""
+        config = self.planner.config
+        if config.pace == "gap" or not len(columns) or self._alone >= config.most_skipped_steps:
+            return False
+        return bool(decodes_s < columns.values[TPOT].min())
+
+    def _longest(self, decodes: int, context: int, limits: Limits) -> int:
+        """The most prompt tokens that a pass may come to hold beside the decodes."""
+        model = self.planner.model
+        longest_s = self.planner.config.longest_step_s / model.margin
+        return model.tokens_within(longest_s, decodes + 1, context, limits.step_tokens) - decodes
 
     def _look_at_others(self, running: list[Req], in_flight: set[Req]) -> list[Running]:
         """Requests that run and are not known to decode under targets, as the planner sees them; if all of
@@ -207,13 +239,9 @@ class PlannedPolicy(PassPolicy):
             self._queue.took(request)
             self.planner.backlog.remove(name)
 
-    def chunk_limit(self, request: Req) -> int | None:
-        """Tokens that the request that goes on in chunks may have, a page at least: SGLang never passes it
-        over. None leaves it to SGLang."""
-        if not self.plan.active:
-            return None
-        page = self.scheduler.page_size
-        return max(1, -(-self.plan.caps.get(request.rid, 0) // page)) * page
+    def chunk_limit(self) -> int | None:
+        """Tokens that the request that goes on in chunks may have. None leaves it to SGLang."""
+        return self._chunk_tokens if self.plan.active else None
 
     def launched(self, batch: ScheduleBatch, result: Any, began_s: float) -> None:
         self._awaits_launch = False
