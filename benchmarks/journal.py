@@ -45,6 +45,8 @@ class Journal:
             except msgspec.DecodeError as error:
                 raise ValueError(f"{file}, line {number}: {error}; allowed: a journal of results") from error
             self._results[line.key] = line.result
+        if rest and not rest.startswith(b"{"):
+            raise ValueError(f"{file}, last line: no JSON object; allowed: a journal of results")
         if rest:
             # A line that was being written when the run ended.
             file.write_bytes(b"".join(text + b"\n" for text in lines))

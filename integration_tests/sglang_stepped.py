@@ -6,11 +6,12 @@ A run is an object with ``section`` (what Penstock is asked for, or null), ``sha
 ``EngineShape``), perhaps ``retract_every`` (so many passes SGLang retracts a request, as if memory had run
 out), perhaps ``compare_plans`` (where nothing is planned a plan is made, and must hold nothing else), and
 ``asks`` (rows of id, arrival, prompt tokens, output tokens, time to first token and per token in milliseconds
-or null; what an id has before a dash is its client). Prompts differ from the first token on; of ``families``
-there are so many ways in which they begin alike, with their first half. ``shared_clock`` gives the policy the
-clock that ranks share, told when a pass begins. With a SEED the clocks of the process itself run as no others
-do. Written is one object a run: ``requests`` by id, each with the times of its tokens since it came, a digest
-of each pass, and what the policy counted, of its ``clients`` or in all.
+or null; what an id has before a dash is its client), perhaps ``most_output_tokens`` that every client allows;
+answers end by a stop token then. Prompts differ from the first token on; of ``families`` there are so many ways
+in which they begin alike, with their first half. ``shared_clock`` gives the policy the clock that ranks share,
+told when a pass begins. With a SEED the clocks of the process itself run as no others do. Written is one object
+a run: ``requests`` by id, each with the times of its tokens since it came, a digest of each pass, and what the
+policy counted, of its ``clients`` or in all.
 """
 
 from __future__ import annotations
@@ -59,11 +60,12 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
             client=name.partition("-")[0] if "-" in name else "",
             ttft_slo_ms=ttft,
             tpot_slo_ms=tpot,
+            most_output_tokens=given.get("most_output_tokens"),
         )
         for number, (name, arrival, prompt, output, ttft, tpot) in enumerate(given["asks"], start=10**6)
     ]
     if hasattr(engine.scheduler.policy, "records"):
-        check_each_pass(engine)
+        check_each_pass(engine, {ask.request_id: ask for ask in asks})
     stood = compare_plans(engine.scheduler.policy) if given.get("compare_plans") else []
     result = Simulation(engine, Fixed(asks), load_step_time("opt-6.7b-a100"), clock).run()
     engine.idle()
@@ -132,13 +134,20 @@ def watch(engine: Any, clock: Callable[[], float]) -> list[int]:
     return decided
 
 
-def check_each_pass(engine: Any) -> None:
-    """Have the policy assert when a pass begins that what it keeps is what SGLang's requests say."""
+def check_each_pass(engine: Any, asks: dict[str, Ask]) -> None:
+    """Have the policy assert when a pass begins that what it keeps is what SGLang's requests say, that it knows
+    no more of their length than clients allow and, where a clock shows it, that it counts from when they came."""
     policy = engine.scheduler.policy
     decide = policy.defers_prefill
+    shares_clock = hasattr(policy.clock, "begin_pass")
 
     def checked(running_batch: Any) -> Any:
-        policy.check_integrity(set(policy.records.beside(())))
+        live = policy.records.beside(())
+        policy.check_integrity(set(live))
+        for request in live:
+            known, ask = policy.records.of(request).running, asks[request.rid]
+            assert shares_clock or abs(known.arrival_s - ask.arrival_s) < 1e-6
+            assert known.max_output_tokens == ask.allowed_tokens
         return decide(running_batch)
 
     policy.defers_prefill = checked

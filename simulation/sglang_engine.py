@@ -116,7 +116,6 @@ class SglangEngine:
             tokens.extend([self._answers.get(piece.key, piece.key + VOCABULARY)] * piece.tokens)
         sampling = SamplingParams(
             max_new_tokens=ask.allowed_tokens,
-            stop_token_ids=[STOP],
             ignore_eos=ask.most_output_tokens is None,
             temperature=0.0,
             custom_params=custom_params(ask),

@@ -28,6 +28,7 @@ def unloaded_model(context_tokens: int, dtype: str) -> Iterator[str]:
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
         "vocab_size": VOCABULARY,
+        "eos_token_id": STOP,
         "max_position_embeddings": context_tokens,
         "torch_dtype": dtype,
     }

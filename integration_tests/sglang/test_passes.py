@@ -71,6 +71,24 @@ RUNS["slo, tight"] = {
     "shape": {"kv_tokens": 9000, "chunked_prefill_size": 1024},
     "asks": crowding(2),
 }
+# Answers end by a stop token, long before they are as long as was allowed.
+RUNS["slo, unknown lengths"] = {
+    "section": SLO,
+    "shape": {**ROOMY, "mixed_chunk": True},
+    "asks": ASKS,
+    "most_output_tokens": 1000,
+}
+# Prompts of a second and more, of which one at a time is in chunks, come with targets of their own.
+LONG_AND_SHORT = [
+    row
+    for n in range(16)
+    for row in (
+        [f"long{n}", 0.4 * n, 3000 + 500 * (n % 3), 10, 2500.0, 1e3 * TPOT_S],
+        [f"chat{n}", 0.4 * n + 0.1, PROMPT, OUTPUT, 1e3 * TTFT_S, 1e3 * TPOT_S],
+    )
+]
+for name, mixed in (("slo, long and short", True), ("slo, long and short, apart", False)):
+    RUNS[name] = {"section": SLO, "shape": {**ROOMY, "mixed_chunk": mixed}, "asks": LONG_AND_SHORT}
 PLANNED = [name for name in RUNS if name.startswith("slo")]
 
 

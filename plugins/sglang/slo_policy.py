@@ -26,10 +26,10 @@ from penstock.plugins.sglang.policy import PassPolicy
 from penstock.plugins.sglang.queue_watch import QueueWatch
 from penstock.plugins.sglang.shared_clock import SharedClock
 from penstock.plugins.sglang.slo_adder import planned
-from penstock.plugins.sglang.slo_prompts import share_out, worth_a_pass
+from penstock.plugins.sglang.slo_prompts import PromptPasses
 from penstock.plugins.sglang.slo_records import Records
 from penstock.schedulers.config import SchedulerConfig
-from penstock.schedulers.slo.decodes import COMPUTED, TPOT, Columns, RunningBatch
+from penstock.schedulers.slo.decodes import COMPUTED, TPOT, RunningBatch
 from penstock.schedulers.slo.plan import PASSIVE, Plan
 from penstock.schedulers.slo.planner import Planner
 from penstock.schedulers.slo.requests import Limits, Running
@@ -59,8 +59,10 @@ class PlannedPolicy(PassPolicy):
         super().__init__(scheduler, config, clock)
         # A pass over the decodes serves all of them, and none is sent again; a mixed pass is one, so that
         # nothing is saved by passing some over.
-        resumed_s = math.inf if scheduler.is_mixed_chunk else 0.0
+        mixed = scheduler.is_mixed_chunk
+        resumed_s = math.inf if mixed else 0.0
         self.planner = Planner(msgspec.structs.replace(config.slo, resumed_token_s=resumed_s), model)
+        self._passes = PromptPasses(self.planner, mixed=mixed, page=scheduler.page_size)
         shared = clock if isinstance(clock, SharedClock) else None
         self.records = Records(config, self.asking, clock, _front_clock(clock))
         self._decoding = DecodeBatch(self.planner.config.pace, self.records)
@@ -74,8 +76,6 @@ class PlannedPolicy(PassPolicy):
         self._queue = QueueWatch()
         self._steps = StepsInFlight()
         self._owes_decodes = self._awaits_launch = False
-        self._alone = 0
-        """Passes in a row in which decodes went on without the prompts that were planned."""
         # On a CPU the model has run when SGLang has launched it; on a virtual clock no time passed.
         real = shared is not None or clock is time.monotonic
         self._launch_is_run = scheduler.device == "cpu" and real
@@ -118,43 +118,20 @@ class PlannedPolicy(PassPolicy):
         part = None if chunked is None else self.records.chunked(chunked)
         if part is not None:
             others.append(part)
-        planner = self.planner
-        plan = planner.plan(now_s, RunningBatch(columns, others), self._free_kv_tokens(), limits)
+        plan = self.planner.plan(now_s, RunningBatch(columns, others), self._free_kv_tokens(), limits)
         if plan.preempt:
             self._throw_out(frozenset(plan.preempt), running_batch)
         self._awaits_launch = True
-        prompts = len(plan.waiting) + (part is not None and part.request_id in plan.caps)
-        decodes_s = planner.model.seconds(StepFeatures(decodes, decodes, context))
-        gains = self._gains_slack(columns, decodes_s)
-        longest = self._longest(decodes, context, limits) if gains else 0
-        page = self.scheduler.page_size
-        share = share_out(plan, planner.backlog.get, part, longest=longest, page=page)
-        if gains and share.tokens and not self.scheduler.is_mixed_chunk:
-            worth = worth_a_pass(share, planner.model, decodes_s, planner.config.longest_step_s)
-        else:
-            worth = share.tokens > 0
-        if decodes and not worth:
-            self._alone += prompts > 0
+        decoding = StepFeatures(decodes, decodes, context)
+        tpot_s = float(columns.values[TPOT].min()) if len(columns) else 0.0
+        share = self._passes.share(plan, part, decoding, tpot_s, limits.step_tokens)
+        if decodes and not share.tokens:
             return True
-        self._alone = 0
         if share.tokens:
             self.plan, self.prompt_tokens, self._chunk_tokens = plan, share.tokens, share.chunk_tokens
+            prompts = len(plan.waiting) + (part is not None and part.request_id in plan.caps)
             self._owes_decodes = not self.scheduler.is_mixed_chunk and len(plan.caps) > prompts
         return False
-
-    def _gains_slack(self, columns: Columns, decodes_s: float) -> bool:
-        """Whether decodes gain time for prompts by passes of ``decodes_s`` without any; only so many in a row
-        that prompts do not starve. By the pace of gaps an early token gains nothing."""
-        config = self.planner.config
-        if config.pace == "gap" or not len(columns) or self._alone >= config.most_skipped_steps:
-            return False
-        return bool(decodes_s < columns.values[TPOT].min())
-
-    def _longest(self, decodes: int, context: int, limits: Limits) -> int:
-        """The most prompt tokens that a pass may come to hold beside the decodes."""
-        model = self.planner.model
-        longest_s = self.planner.config.longest_step_s / model.margin
-        return model.tokens_within(longest_s, decodes + 1, context, limits.step_tokens) - decodes
 
     def _look_at_others(self, running: list[Req], in_flight: set[Req]) -> list[Running]:
         """Requests that run and are not known to decode under targets, as the planner sees them; if all of

@@ -245,3 +245,27 @@ def test_a_draft_model_makes_its_first_pass_even_where_nothing_is_drafted():
     assert engine.schedule().draft_steps == 0
     with pytest.raises(ValueError, match="drafter"):
         replace(SMALL, drafter="oracle")
+
+
+def test_an_answer_that_ends_by_a_stop_token_is_as_long_as_was_asked_and_nobody_is_told():
+    asks = [replace(asked(number, 5 + number, 0.5), most_output_tokens=400) for number in range(3)]
+    for shape in (SMALL, replace(SMALL, draft_tokens=4)):
+        engine = VllmEngine(shape, Scheduler)
+        seen = []
+        add = engine.scheduler.add_request
+        engine.scheduler.add_request = lambda request, add=add, seen=seen: (
+            seen.append(request.max_tokens),
+            add(request),
+        )
+        served = Simulation(engine, Fixed(asks), STEP_TIME).run().served
+        assert [one.output_tokens for one in served] == [5, 6, 7]
+        assert seen == [400] * 3
+
+
+def test_a_stop_token_and_a_limit_below_the_answer_are_refused_where_they_cannot_be():
+    ask = replace(asked(1, 5, 0.0), most_output_tokens=400)
+    engine = VllmEngine(replace(SMALL, async_scheduling=True))
+    with pytest.raises(ValueError, match="async_scheduling"):
+        engine.add(ask)
+    with pytest.raises(ValueError, match=r"most_output_tokens of request .* given 4"):
+        replace(ask, most_output_tokens=4)
