@@ -17,6 +17,8 @@ BENCH = Bench(
     missing="this bench steps SGLang's own scheduler: install penstock[sglang]",
     families=slo_sglang.families,
     workers=slo_sglang.workers,
+    quick_apps=("chat",),
+    quick_requests=40,
 )
 
 

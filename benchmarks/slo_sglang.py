@@ -9,6 +9,7 @@ import gc
 import json
 import multiprocessing
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -132,8 +133,6 @@ def in_a_fork(make: Callable[[], Made]) -> Made:
             status = 0
         finally:
             if status:
-                import traceback
-
                 traceback.print_exc()
             os._exit(status)
     writer.close()
