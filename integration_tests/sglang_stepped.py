@@ -5,13 +5,13 @@
 A run is an object with ``section`` (what Penstock is asked for, or null), ``shape`` (fields of
 ``EngineShape``), perhaps ``retract_every`` (so many passes SGLang retracts a request, as if memory had run
 out), perhaps ``compare_plans`` (where nothing is planned a plan is made, and must hold nothing else), and
-``asks`` (rows of id, arrival, prompt tokens, output tokens, time to first token and per token in milliseconds
-or null; what an id has before a dash is its client), perhaps ``most_output_tokens`` that every client allows;
-answers end by a stop token then. Prompts differ from the first token on; of ``families`` there are so many ways
-in which they begin alike, with their first half. ``shared_clock`` gives the policy the clock that ranks share,
-told when a pass begins. With a SEED the clocks of the process itself run as no others do. Written is one object
-a run: ``requests`` by id, each with the times of its tokens since it came, a digest of each pass, and what the
-policy counted, of its ``clients`` or in all.
+``asks`` (rows of id, arrival, prompt tokens, output tokens, time to first token and per token in
+milliseconds or null; what an id has before a dash is its client), perhaps ``most_output_tokens`` that every
+client allows; answers end by a stop token then. Prompts differ from the first token on; of ``families`` there
+are so many ways in which they begin alike, with their first half. ``shared_clock`` gives the policy the clock
+that ranks share, told when a pass begins. With a SEED the clocks of the process itself run as no others do.
+Written is one object a run: ``requests`` by id, each with the times of its tokens since it came, a digest of
+each pass, and what the policy counted, of its ``clients`` or in all.
 """
 
 from __future__ import annotations
@@ -135,8 +135,9 @@ def watch(engine: Any, clock: Callable[[], float]) -> list[int]:
 
 
 def check_each_pass(engine: Any, asks: dict[str, Ask]) -> None:
-    """Have the policy assert when a pass begins that what it keeps is what SGLang's requests say, that it knows
-    no more of their length than clients allow and, where a clock shows it, that it counts from when they came."""
+    """Have the policy assert when a pass begins that what it keeps is what SGLang's requests say, that it
+    knows no more of their length than clients allow and, where a clock shows it, that it counts from when
+    they came."""
     policy = engine.scheduler.policy
     decide = policy.defers_prefill
     shares_clock = hasattr(policy.clock, "begin_pass")
