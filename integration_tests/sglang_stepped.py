@@ -9,9 +9,9 @@ out), perhaps ``compare_plans`` (where nothing is planned a plan is made, and mu
 milliseconds or null; what an id has before a dash is its client), perhaps ``most_output_tokens`` that every
 client allows; answers end by a stop token then. Prompts differ from the first token on; of ``families`` there
 are so many ways in which they begin alike, with their first half. ``shared_clock`` gives the policy the clock
-that ranks share, told when a pass begins. With a SEED the clocks of the process itself run as no others do.
-Written is one object a run: ``requests`` by id, each with the times of its tokens since it came, a digest of
-each pass, and what the policy counted, of its ``clients`` or in all.
+that ranks share, told when a pass begins; ``unstamped`` keeps from it when requests came. With a SEED the clocks of the
+process itself run as no others do. Written is one object a run: ``requests`` by id, each with the times of its
+tokens since it came, a digest of each pass, and what the policy counted, of its ``clients`` or in all.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
         for number, (name, arrival, prompt, output, ttft, tpot) in enumerate(given["asks"], start=10**6)
     ]
     if hasattr(engine.scheduler.policy, "records"):
+        if given.get("unstamped"):
+            engine.scheduler.policy.records._front_clock = None
         check_each_pass(engine, {ask.request_id: ask for ask in asks})
     stood = compare_plans(engine.scheduler.policy) if given.get("compare_plans") else []
     result = Simulation(engine, Fixed(asks), load_step_time("opt-6.7b-a100"), clock).run()
@@ -136,18 +138,18 @@ def watch(engine: Any, clock: Callable[[], float]) -> list[int]:
 
 def check_each_pass(engine: Any, asks: dict[str, Ask]) -> None:
     """Have the policy assert when a pass begins that what it keeps is what SGLang's requests say, that it
-    knows no more of their length than clients allow and, where a clock shows it, that it counts from when
+    knows no more of their length than clients allow and, where they have stamps, that it counts from when
     they came."""
     policy = engine.scheduler.policy
     decide = policy.defers_prefill
-    shares_clock = hasattr(policy.clock, "begin_pass")
+    stamped = policy.records._front_clock is not None
 
     def checked(running_batch: Any) -> Any:
         live = policy.records.beside(())
         policy.check_integrity(set(live))
         for request in live:
             known, ask = policy.records.of(request).running, asks[request.rid]
-            assert shares_clock or abs(known.arrival_s - ask.arrival_s) < 1e-6
+            assert not stamped or abs(known.arrival_s - ask.arrival_s) < 1e-6
             assert known.max_output_tokens == ask.allowed_tokens
         return decide(running_batch)
 

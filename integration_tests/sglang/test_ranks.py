@@ -45,7 +45,7 @@ RUNS = {
 for name in ("dlpm", "vtc"):
     RUNS[name]["retract_every"] = 10
 # What one rank decides that reads the time whenever it wants to know.
-ALONE = {"slo, alone": {**RUNS["slo"], "shared_clock": False}}
+ALONE = {"slo, alone": {**RUNS["slo"], "shared_clock": False, "unstamped": True}}
 
 
 @pytest.fixture(scope="module")
