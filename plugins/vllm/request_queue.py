@@ -49,8 +49,10 @@ class OrderedQueue(RequestQueue):
         return self._requests[request_id]
 
     def add_request(self, request: Request) -> None:
-        """A request arrives."""
-        self.order.add(self._job_of(request))
+        """A request arrives, or the next turn of a session. One that was preempted with the last token of its
+        turn in flight waits here already when that token comes."""
+        self.remove_requests((request,))
+        self._arrive(request)
         self._requests[request.request_id] = request
 
     def peek_request(self) -> Request:
@@ -87,6 +89,9 @@ class OrderedQueue(RequestQueue):
         for request in requests:
             if self._requests.pop(request.request_id, None) is not None:
                 self.order.remove(request.request_id)
+
+    def _arrive(self, request: Request) -> None:
+        self.order.add(self._job_of(request))
 
     def _put_back(self, request: Request, *, preempted: bool) -> None:
         self.order.put_back(self._job_of(request), preempted=preempted)

@@ -28,10 +28,6 @@ class PlannedQueue(OrderedQueue):
         self.arrivals: dict[str, Request] = {}
         """Those that the planner has not heard of yet, by id."""
 
-    def add_request(self, request: Request) -> None:
-        """A request arrives."""
-        self._requests[request.request_id] = self.arrivals[request.request_id] = request
-
     def join(self) -> None:
         """The planner hears of all arrivals."""
         while self.arrivals:
@@ -49,6 +45,9 @@ class PlannedQueue(OrderedQueue):
             del self._requests[request.request_id]
         else:
             super().remove_request(request)
+
+    def _arrive(self, request: Request) -> None:
+        self.arrivals[request.request_id] = request
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
         """Take out those of ``requests`` that wait here. One that was preempted with its last token in flight

@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 from loading_connector import LoadingConnector
 from request_scheduler_kit import PASSES_OVER
 from slo_traffic import Time, TimedStepper
-from stepped_scheduler import HASHER, Settings, build, token
+from stepped_scheduler import HASHER, Settings, Stepper, build, request, token
 from vllm.config.lora import LoRAConfig
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -186,3 +186,28 @@ def test_adapters_grammars_and_loaded_caches_go_together(policy, is_async):
     assert preemptions > 0
     assert ends[RequestStatus.FINISHED_ERROR] > 0
     assert ends[RequestStatus.FINISHED_LENGTH_CAPPED] > REQUESTS
+
+
+@pytest.mark.parametrize("policy", ["dlpm", "vtc", "lpm", "fcfs", "slo"])
+def test_a_session_preempted_with_the_last_token_of_a_turn_in_flight_ends_nobody_else(policy):
+    """vLLM queues it for its next turn, though it waits already, and then takes it from its queue."""
+    scheduler = build(Settings(is_async=True, ours={"policy": policy}), make_scheduler)
+    stepper = Stepper(scheduler, depth=3)
+    session = request("session", [7] * 40, output=2, ttft_slo_ms=1000.0, client_id="a")
+    session.resumable = True
+    scheduler.add_request(session)
+    stepper.step()
+    stepper.step()
+    stepper.receive()
+    scheduler.running.remove(session)
+    scheduler._preempt_request(session, 0.0)
+    stepper.receive()
+    assert session.num_output_tokens == 2
+    scheduler.check_integrity()
+    stepper.abort("session")
+    other = request("other", [8] * 40, ttft_slo_ms=1000.0, client_id="b")
+    scheduler.add_request(other)
+    stepper.drain()
+    assert other.status == RequestStatus.FINISHED_LENGTH_CAPPED
+    assert not scheduler.requests
+    scheduler.check_integrity()
