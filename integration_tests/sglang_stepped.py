@@ -9,9 +9,10 @@ out), perhaps ``compare_plans`` (where nothing is planned a plan is made, and mu
 milliseconds or null; what an id has before a dash is its client), perhaps ``most_output_tokens`` that every
 client allows; answers end by a stop token then. Prompts differ from the first token on; of ``families`` there
 are so many ways in which they begin alike, with their first half. ``shared_clock`` gives the policy the clock
-that ranks share, told when a pass begins; ``unstamped`` keeps from it when requests came. With a SEED the clocks of the
-process itself run as no others do. Written is one object a run: ``requests`` by id, each with the times of its
-tokens since it came, a digest of each pass, and what the policy counted, of its ``clients`` or in all.
+that ranks share, told when a pass begins; ``unstamped`` keeps from it when requests came. With a SEED the
+clocks of the process itself run as no others do. Written is one object a run: ``requests`` by id, each with
+the times of its tokens since it came, a digest of each pass, and what the policy counted, of its ``clients``
+or in all. A run with ``storm`` is ``sglang_storm``'s.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ def run(given: dict[str, Any]) -> dict[str, Any]:
     if every := given.get("retract_every"):
         # What SGLang's own variables for tests set, for all runs of a process and its children.
         scheduler.TEST_RETRACT, scheduler.TEST_RETRACT_INTERVAL = True, every
+    if "storm" in given:
+        from sglang_storm import storm
+
+        return dict(storm(given))
     clock = VirtualClock()
     prepare = on_virtual_clock if given["section"] else None
     if given.get("shared_clock"):
@@ -164,7 +169,7 @@ def compare_plans(policy: Any) -> list[None]:
         on: bool = decode_on(now_s, running)
         if on:
             stood.append(None)
-            decodes = policy.records.decoding(running, policy._in_flight())
+            decodes = policy.records.decoding(running, policy.in_flight())
             context = sum(request.computed_tokens for request in decodes)
             limits = policy._limits(now_s, len(decodes), context)
             plan = policy.planner.plan(now_s, decodes, policy._free_kv_tokens(), limits)

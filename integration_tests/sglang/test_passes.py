@@ -89,6 +89,21 @@ LONG_AND_SHORT = [
 ]
 for name, mixed in (("slo, long and short", True), ("slo, long and short, apart", False)):
     RUNS[name] = {"section": SLO, "shape": {**ROOMY, "mixed_chunk": mixed}, "asks": LONG_AND_SHORT}
+CROWDED = {"kv_tokens": 500, "chunked_prefill_size": 64, "max_running_requests": 6}
+STORMS = {
+    policy: {
+        "storm": policy,
+        "section": {"policy": policy},
+        "shape": {**CROWDED, **shape},
+        "requests": 150,
+        "retract_every": 7,
+    }
+    for policy, shape in (
+        ("dlpm", {"mixed_chunk": True}),
+        ("vtc", {}),
+        ("slo", {"more": {"page_size": 16}}),
+    )
+}
 PLANNED = [name for name in RUNS if name.startswith("slo")]
 
 
@@ -96,14 +111,14 @@ PLANNED = [name for name in RUNS if name.startswith("slo")]
 def runs() -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],
-        input=json.dumps(list(RUNS.values())),
+        input=json.dumps([*RUNS.values(), *STORMS.values()]),
         capture_output=True,
         text=True,
         timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(RUNS, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    return dict(zip([*RUNS, *STORMS], json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 def chats(run: dict[str, Any]) -> list[list[float]]:
@@ -177,3 +192,12 @@ def test_memory_that_a_prompt_was_admitted_for_is_there_when_its_chunks_come(run
 def test_where_all_decode_and_nobody_can_come_in_a_plan_would_hold_nothing_else(runs):
     """The run itself compares; this says that there was something to compare."""
     assert runs["slo, full"]["stood"] > runs["slo, full"]["steps"] / 3
+
+
+@pytest.mark.parametrize("name", STORMS)
+def test_after_a_storm_everybody_ended_and_is_forgotten(runs, name):
+    """The run itself asserts that answers are whole and that no memory leaked."""
+    found = runs[name]
+    assert found["ended"] + found["aborted"] == STORMS[name]["requests"] + 1
+    assert min(found[kind] for kind in ("ended", "aborted", "thrown out", "flushed")) > 2
+    assert found["left"] == 0
