@@ -92,7 +92,7 @@ for name, mixed in (("slo, long and short", True), ("slo, long and short, apart"
 CROWDED = {"kv_tokens": 500, "chunked_prefill_size": 64, "max_running_requests": 6}
 STORMS = {
     policy: {
-        "storm": policy,
+        "storm": f"{policy} 1",
         "section": {"policy": policy},
         "shape": {**CROWDED, **shape},
         "requests": 150,

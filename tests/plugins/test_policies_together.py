@@ -13,10 +13,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import stepped_scheduler
 from loading_connector import LoadingConnector
 from request_scheduler_kit import PASSES_OVER
 from slo_traffic import Time, TimedStepper
-from stepped_scheduler import HASHER, Settings, Stepper, build, request, token
+from stepped_scheduler import HASHER, Settings, Stepper, build, token
 from vllm.config.lora import LoRAConfig
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -193,7 +194,7 @@ def test_a_session_preempted_with_the_last_token_of_a_turn_in_flight_ends_nobody
     """vLLM queues it for its next turn, though it waits already, and then takes it from its queue."""
     scheduler = build(Settings(is_async=True, ours={"policy": policy}), make_scheduler)
     stepper = Stepper(scheduler, depth=3)
-    session = request("session", [7] * 40, output=2, ttft_slo_ms=1000.0, client_id="a")
+    session = stepped_scheduler.request("session", [7] * 40, output=2, ttft_slo_ms=1000.0, client_id="a")
     session.resumable = True
     scheduler.add_request(session)
     stepper.step()
@@ -205,7 +206,7 @@ def test_a_session_preempted_with_the_last_token_of_a_turn_in_flight_ends_nobody
     assert session.num_output_tokens == 2
     scheduler.check_integrity()
     stepper.abort("session")
-    other = request("other", [8] * 40, ttft_slo_ms=1000.0, client_id="b")
+    other = stepped_scheduler.request("other", [8] * 40, ttft_slo_ms=1000.0, client_id="b")
     scheduler.add_request(other)
     stepper.drain()
     assert other.status == RequestStatus.FINISHED_LENGTH_CAPPED
