@@ -91,7 +91,7 @@ for name, mixed in (("slo, long and short", True), ("slo, long and short, apart"
     RUNS[name] = {"section": SLO, "shape": {**ROOMY, "mixed_chunk": mixed}, "asks": LONG_AND_SHORT}
 CROWDED = {"kv_tokens": 500, "chunked_prefill_size": 64, "max_running_requests": 6}
 STORMS = {
-    policy: {
+    f"storm, {policy}": {
         "storm": f"{policy} 1",
         "section": {"policy": policy},
         "shape": {**CROWDED, **shape},

@@ -164,6 +164,13 @@ class Passes:
         for bill in [bill for bill in self._bills.values() if bill.request not in live]:
             self._forget(bill)
 
+    def forget_lost(self) -> None:
+        """Forget, after ``begin``, those that hold no memory and do not wait for any: SGLang aborted them
+        after they were thrown out, before a pass saw them wait. Where a request may wait for memory
+        elsewhere, as on a decode server, ``keep`` says who lives."""
+        for bill in [bill for bill in self._running.values() if not bill.request.kv.holds_kv]:
+            self._forget(bill)
+
     def _reserve(self, bill: Bill) -> None:
         if self._answers():
             self._cashier.reserve(bill, bill.request.sampling_params.max_new_tokens)

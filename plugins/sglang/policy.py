@@ -92,11 +92,6 @@ class PassPolicy(SchedulePolicy):
         """Whether the pass that begins leaves all prompts alone."""
         return False
 
-    def in_flight(self) -> set[Req]:
-        """Requests of batches that were launched and have not come back."""
-        queue = getattr(self.scheduler, "result_queue", ())
-        return {request for batch, _ in queue for request in batch.reqs}
-
     def launched(self, batch: ScheduleBatch, result: Any, began_s: float) -> None:
         """A batch was handed to the model; ``result`` comes back with it."""
 

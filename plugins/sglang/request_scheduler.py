@@ -27,7 +27,7 @@ from penstock.schedulers.policies import waiting_order
 from penstock.schedulers.waiting import Clock
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.schedule_batch import Req
 
 
 RANKS_LOOK_UPS = 4
@@ -46,29 +46,15 @@ class OrderedPolicy(PassPolicy):
         order = waiting_order(config, clock, self._hit_tokens)
         self.passes = Passes(order, clock, self.asking, self._generates)
         self.decode_side = DecodeSide(scheduler, self.passes)
-        self._running: list[Req] = []
         # As SGLang asks it: not every kind of cache has the attribute.
         self._caches = not getattr(self.tree_cache, "disable", True)
         self.publish(self, client_gauges)
 
-    def defers_prefill(self, running_batch: ScheduleBatch) -> bool:
-        # Those of the last prompts are among them, which the scheduler's own batch does not have yet.
-        self._running = running_batch.reqs
-        return super().defers_prefill(running_batch)
-
     def begin(self, waiting: list[Req]) -> Callable[[], Iterator[Req]]:
         self.passes.begin(waiting)
-        self._forget_lost(waiting)
+        if self.scheduler.disaggregation_mode == DisaggregationMode.NULL:
+            self.passes.forget_lost()
         return self.passes.picks
-
-    def _forget_lost(self, waiting: list[Req]) -> None:
-        """Requests that SGLang gave up without ending them: one that is aborted right after it was thrown out
-        of the running batch, for example. Prefill and decode servers have more places for requests."""
-        scheduler = self.scheduler
-        chunked = [] if scheduler.chunked_req is None else [scheduler.chunked_req]
-        known = len(waiting) + len(self._running) + len(chunked)
-        if scheduler.disaggregation_mode == DisaggregationMode.NULL and len(self.passes) > known:
-            self.passes.keep({*waiting, *self._running, *chunked, *self.in_flight()})
 
     def adding(self, adder: type) -> type:
         """``adder``, with every chunk that it takes on charged to its client."""

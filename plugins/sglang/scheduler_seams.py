@@ -85,7 +85,9 @@ REQUESTS = (
         "finished",
         "finished_reason",
         "routing_key",
+        "kv",
     ),
+    *read("sglang.srt.managers.schedule_batch:ReqKvInfo", "holds_kv"),
     *read("sglang.srt.sampling.sampling_params:SamplingParams", "custom_params", "max_new_tokens"),
 )
 """What is read of a request."""

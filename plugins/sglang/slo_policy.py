@@ -104,7 +104,7 @@ class PlannedPolicy(PassPolicy):
     def _decide(self, now_s: float, running_batch: ScheduleBatch) -> bool:
         """Make a plan; True if it has no prompts."""
         chunked = self.scheduler.chunked_req
-        in_flight = self.in_flight()
+        in_flight = self._in_flight()
         others = self._look_at_others(running_batch.reqs, in_flight)
         if chunked is None and self._all_decode_on(now_s, running_batch.reqs):
             self._awaits_launch = True
@@ -170,6 +170,11 @@ class PlannedPolicy(PassPolicy):
             tokens += decodes
         seats = self.scheduler.max_running_requests
         return Limits(step_tokens=tokens, running_requests=seats, in_flight_s=left_s)
+
+    def _in_flight(self) -> set[Req]:
+        """Requests of batches that were launched and have not come back."""
+        queue = getattr(self.scheduler, "result_queue", ())
+        return {request for batch, _ in queue for request in batch.reqs}
 
     def _free_kv_tokens(self) -> int:
         allocator = self.scheduler.token_to_kv_pool_allocator
@@ -261,7 +266,7 @@ class PlannedPolicy(PassPolicy):
         scheduler = self.scheduler
         if not scheduler.waiting_queue and not scheduler.running_batch.reqs:
             self._meet([])
-            self._forget_beside({scheduler.chunked_req, *self.in_flight()})
+            self._forget_beside({scheduler.chunked_req, *self._in_flight()})
         super().idle()
 
     def _meet(self, queue: list[Req]) -> None:
@@ -318,7 +323,7 @@ class PlannedPolicy(PassPolicy):
         assert all(name in self.planner.backlog for name in self._waiting)
         self.planner.check_integrity()
         self.records.check_integrity(live)
-        self._decoding.check_integrity(self.in_flight())
+        self._decoding.check_integrity(self._in_flight())
 
 
 def _front_clock(clock: Clock) -> Clock | None:

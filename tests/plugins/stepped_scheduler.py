@@ -84,10 +84,13 @@ def build(settings: Settings, make: Any = None, **arguments: Any) -> Any:
     """A scheduler of ``make``, or vLLM's own."""
     config = arguments.pop("vllm_config", None) or settings.config()
     make = make or (AsyncScheduler if settings.is_async else Scheduler)
+    manager = StructuredOutputManager(config)
+    # Tests' grammars are nobody's that could fill one in, and no model samples by it.
+    manager.grammar_bitmask = lambda *args: None
     return make(
         vllm_config=config,
         kv_cache_config=cache_config(settings.blocks),
-        structured_output_manager=StructuredOutputManager(config),
+        structured_output_manager=manager,
         block_size=BLOCK,
         log_stats=True,
         **arguments,
