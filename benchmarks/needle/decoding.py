@@ -25,7 +25,7 @@ from penstock.kernels.sparse.serving import ServingConfig
 from penstock.kernels.sparse.serving_stats import ServingStats
 
 BLOCK_TOKENS = 32
-"""As ``penstock.benchmarks.servers`` starts engines with."""
+"""As ``penstock.benchmarks.servers`` starts engines with; other sizes must divide it."""
 
 
 class Attention(Protocol):
@@ -132,11 +132,13 @@ class Readings:
 
 
 class TacticPages:
-    """The pages that a server with ``--sparse-attention tactic`` would read of this context."""
+    """The pages that a server with ``--sparse-attention tactic`` and such blocks would read of a context."""
 
-    def __init__(self, config: ServingConfig, calibration: Calibration) -> None:
+    def __init__(
+        self, config: ServingConfig, calibration: Calibration, block_tokens: int = BLOCK_TOKENS
+    ) -> None:
         self.readings = Readings()
-        self._config, self._calibration = config, calibration
+        self._config, self._calibration, self._block_tokens = config, calibration, block_tokens
         self._stats = ServingStats()
         self._layers: list[PagedDecode] = []
         self._context: Context | None = None
@@ -147,26 +149,28 @@ class TacticPages:
             self._context = context
             self._layers = [self._decode(layer, keys) for layer, keys in enumerate(context.keys)]
         for decode in self._layers:
-            decode.index.forget(torch.arange(context.shared // BLOCK_TOKENS, decode.index.blocks))
+            decode.index.forget(torch.arange(context.shared // self._block_tokens, decode.index.blocks))
 
     def _decode(self, layer: int, keys: Tensor) -> PagedDecode:
         heads, size, width = keys.shape
         index = BlockIndex(
-            blocks=size // BLOCK_TOKENS,
+            blocks=size // self._block_tokens,
             heads=heads,
-            block_tokens=BLOCK_TOKENS,
+            block_tokens=self._block_tokens,
             head_size=width,
             summary_tokens=self._config.summary_tokens,
             rounds=self._config.summary_rounds,
         )
-        return PagedDecode(self._config, layer, index, _Paged(keys), self._calibration, self._stats)
+        return PagedDecode(
+            self._config, layer, index, _Paged(keys, self._block_tokens), self._calibration, self._stats
+        )
 
     def __call__(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """``Attention``."""
         count = keys.shape[1]
-        blocks = torch.arange(-(-count // BLOCK_TOKENS))
-        pages = self._layers[layer].pages(query, blocks, count, BLOCK_TOKENS)
-        tokens = None if pages is None else pages.repeat_interleave(BLOCK_TOKENS, 1)[:, :count]
+        blocks = torch.arange(-(-count // self._block_tokens))
+        pages = self._layers[layer].pages(query, blocks, count, self._block_tokens)
+        tokens = None if pages is None else pages.repeat_interleave(self._block_tokens, 1)[:, :count]
         self.readings.note(layer, query, keys, tokens)
         return attend(query, keys, values, tokens).output
 
@@ -174,8 +178,8 @@ class TacticPages:
 class _Paged(Keys):
     """Keys of one layer whose block n is the n-th run of tokens."""
 
-    def __init__(self, keys: Tensor) -> None:
-        self._pages = keys.unflatten(1, (-1, BLOCK_TOKENS))
+    def __init__(self, keys: Tensor, block_tokens: int) -> None:
+        self._pages = keys.unflatten(1, (-1, block_tokens))
 
     def read(self, blocks: Tensor, heads: slice = slice(None)) -> Tensor:
         """``penstock.kernels.sparse.paged_keys.Keys.read``."""
@@ -183,11 +187,11 @@ class _Paged(Keys):
 
 
 class QuestPages:
-    """Quest with one budget for all layers, a share of the tokens."""
+    """Quest with one budget for all layers, a share of the tokens, and pages of so many."""
 
-    def __init__(self, config: SparseConfig, budget: float) -> None:
+    def __init__(self, config: SparseConfig, budget: float, page_tokens: int) -> None:
         self.readings = Readings()
-        self._quest, self._budget = Quest(config), budget
+        self._quest, self._budget = Quest(config, page_tokens), budget
         self._indexes: list[QuestIndex] = []
         self._context: Context | None = None
 

@@ -1,5 +1,7 @@
-"""The needle's answers and exact masses with the pages of ``tactic``, and with Quest at the same budget.
+"""The needle's answers and exact masses with the pages of ``tactic``, and with peers that read as much.
 
+A share of the mass says how much ``tactic`` reads. Quest and ``tactic`` with a ``budget`` read as much, in
+pages of the engine's blocks and of 16 tokens, as in Quest's paper: smaller pages find more with less.
 In this process, in torch, one context for all ways (``decoding.py``); the engine has no Quest.
 """
 
@@ -13,7 +15,15 @@ import msgspec
 from penstock.benchmarks.flowkv_part import Finding, Tell, percentile
 from penstock.benchmarks.needle.answers import contexts
 from penstock.benchmarks.needle.checkpoint import load
-from penstock.benchmarks.needle.decoding import DENSE, Attention, Context, QuestPages, Readings, TacticPages
+from penstock.benchmarks.needle.decoding import (
+    BLOCK_TOKENS,
+    DENSE,
+    Attention,
+    Context,
+    QuestPages,
+    Readings,
+    TacticPages,
+)
 from penstock.benchmarks.needle.pairs import Pairs, together
 from penstock.benchmarks.needle.part import MASS, MOST_LOST, SERVING, NeedleOptions
 from penstock.benchmarks.needle.task import TASKS, Prompt, Task, shared_tokens
@@ -27,8 +37,25 @@ if TYPE_CHECKING:
 MASSES = (MASS, 0.6, 0.3)
 """Lower ones than what is promised: where answers begin to be lost."""
 ATTAINED = 0.95
+PAPER_TOKENS = 16
+"""Of Quest's pages in its paper."""
 ROOM = 64
 """Tokens of a question and its answer, at most."""
+
+
+class Way(msgspec.Struct):
+    """What one way of attention answered, and what it read for that."""
+
+    scores: list[float] = msgspec.field(default_factory=list)
+    readings: Readings = msgspec.field(default_factory=Readings)
+
+    def score(self) -> float:
+        """Mean over prompts."""
+        return sum(self.scores) / len(self.scores)
+
+    def mass(self) -> float | None:
+        """P10 of the attained masses; None where everything was read."""
+        return percentile(self.readings.masses, 0.1) if self.readings.masses else None
 
 
 class Case(msgspec.Struct):
@@ -37,32 +64,30 @@ class Case(msgspec.Struct):
     task: Task
     tokens: int
     mass: float
-    dense: list[float]
-    tactic: list[float]
-    quest: list[float]
-    read: Readings
-    quest_read: Readings
+    dense: list[float] = msgspec.field(default_factory=list)
+    tactic: Way = msgspec.field(default_factory=Way)
+    peers: dict[str, Way] = {}
+    """By their names in tables."""
 
     def attained(self) -> float:
         """Share of query heads and steps with the mass, of those that did not read everything; 1 of none."""
-        masses = self.read.masses
+        masses = self.tactic.readings.masses
         return sum(had >= self.mass - 1e-5 for had in masses) / len(masses) if masses else 1.0
 
     def row(self) -> dict[str, Cell]:
         """For tables."""
-        layers = {f"layer {layer}": self.read.share(layer) for layer in sorted(self.read.shares)}
+        read = self.tactic.readings
         return {
             "task": self.task,
             "tokens": self.tokens,
             "P": self.mass,
-            **Pairs(self.dense, self.tactic).cells(),
-            "quest": sum(self.quest) / len(self.quest),
-            "read": self.read.share(),
-            "quest read": self.quest_read.share(),
-            **layers,
+            **Pairs(self.dense, self.tactic.scores).cells(),
+            **{name: way.score() for name, way in self.peers.items()},
+            "read": read.share(),
+            **{f"layer {layer}": read.share(layer) for layer in sorted(read.shares)},
             "attained": self.attained(),
-            "mass P10": _low(self.read.masses),
-            "quest P10": _low(self.quest_read.masses),
+            "mass P10": self.tactic.mass(),
+            "quest P10": self.peers["quest"].mass(),
         }
 
 
@@ -74,13 +99,13 @@ def measure(options: NeedleOptions, tell: Tell) -> Finding:
     for length in options.lengths:
         for task in TASKS:
             tell(f"{task} at {length:,} tokens")
-            mine = [Case(task, length, mass, [], [], [], Readings(), Readings()) for mass in MASSES]
+            mine = [Case(task, length, mass) for mass in MASSES]
             for prompts in contexts(task, length, options.prompts, options.seed):
                 context = Context(model, prompts[0].tokens[: shared_tokens(prompts)], ROOM)
                 dense = _scores(context, prompts, DENSE)
                 for case in mine:
                     case.dense += dense
-                    _answer(case, context, prompts, calibrations[case.mass])
+                    answer(case, context, prompts, calibrations[case.mass])
             cases += mine
     return Finding(
         rows=[case.row() for case in cases],
@@ -93,28 +118,44 @@ def _config(mass: float) -> ServingConfig:
     return msgspec.structs.replace(SERVING, mass=mass)
 
 
-def _answer(case: Case, context: Context, prompts: Sequence[Prompt], calibration: Calibration) -> None:
-    tactic = TacticPages(_config(case.mass), calibration)
-    case.tactic += _scores(context, prompts, tactic)
-    quest = QuestPages(_config(case.mass).core(), tactic.readings.share())
-    case.quest += _scores(context, prompts, quest)
-    case.read.add(tactic.readings)
-    case.quest_read.add(quest.readings)
+def answer(case: Case, context: Context, prompts: Sequence[Prompt], calibration: Calibration) -> None:
+    """Add what all ways answer to ``prompts``, and read for that, to ``case``."""
+    config = _config(case.mass)
+    tactic = TacticPages(config, calibration)
+    _take(case.tactic, context, prompts, tactic)
+    for name, peer in _peers(config, tactic.readings.share(), calibration).items():
+        _take(case.peers.setdefault(name, Way()), context, prompts, peer)
+
+
+def _peers(
+    config: ServingConfig, budget: float, calibration: Calibration
+) -> dict[str, TacticPages | QuestPages]:
+    """Those that read so large a share of every KV head's tokens."""
+    # What they attain must not teach the margin by which ``tactic`` is judged.
+    fixed = msgspec.structs.replace(config, budget=budget, calibration_share=0)
+    core = config.core()
+    return {
+        "budget": TacticPages(fixed, calibration),
+        "quest": QuestPages(core, budget, BLOCK_TOKENS),
+        f"budget, {PAPER_TOKENS}": TacticPages(fixed, calibration, PAPER_TOKENS),
+        f"quest, {PAPER_TOKENS}": QuestPages(core, budget, PAPER_TOKENS),
+    }
+
+
+def _take(way: Way, context: Context, prompts: Sequence[Prompt], attention: TacticPages | QuestPages) -> None:
+    way.scores += _scores(context, prompts, attention)
+    way.readings.add(attention.readings)
 
 
 def _scores(context: Context, prompts: Sequence[Prompt], attention: Attention) -> list[float]:
     return [prompt.score(context.answer(prompt, attention)) for prompt in prompts]
 
 
-def _low(masses: Sequence[float]) -> float | None:
-    return percentile(masses, 0.1) if masses else None
-
-
 def _claims(cases: Sequence[Case]) -> list[Claim]:
     promised = [case for case in cases if case.mass == MASS]
     claims = []
     for task in TASKS:
-        pairs = together([Pairs(case.dense, case.tactic) for case in promised if case.task == task])
+        pairs = together([Pairs(case.dense, case.tactic.scores) for case in promised if case.task == task])
         claims.append(Claim.of(f"{task}, P = {MASS}: share of answers lost", pairs.lost, "<=", MOST_LOST))
     for mass in MASSES:
         worst = min(case.attained() for case in cases if case.mass == mass)
@@ -126,9 +167,11 @@ def _draw(axes: Axes, cases: Sequence[Case]) -> None:
     """Answers by budget: what each way finds with what it reads on average."""
     for number, task in enumerate(TASKS):
         mine = [case for case in cases if case.task == task]
-        for name, marker in (("tactic", "o"), ("quest", "x")):
-            reads = [(case.read if name == "tactic" else case.quest_read).share() for case in mine]
-            scores = [sum(found) / len(found) for found in (getattr(case, name) for case in mine)]
+        ways = {"tactic": [case.tactic for case in mine]}
+        ways |= {name: [case.peers[name] for case in mine] for name in ("budget", "quest")}
+        for (name, found), marker in zip(ways.items(), "o+x", strict=True):
+            reads = [way.readings.share() for way in found]
+            scores = [way.score() for way in found]
             axes.scatter(reads, scores, marker=marker, color=f"C{number}", label=f"{task}, {name}")
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("share of the tokens read, mean of layers, KV heads and steps")

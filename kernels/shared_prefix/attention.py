@@ -12,7 +12,7 @@ import torch
 
 from penstock.kernels.numba_support import HAS_NUMBA
 from penstock.kernels.shared_prefix.layout import Layout
-from penstock.kernels.shared_prefix.threads import run_all
+from penstock.kernels.threads import run_all
 
 DTYPES = (torch.bfloat16, torch.float32)
 HEAD_SIZES = 16
@@ -80,14 +80,15 @@ class SharedAttention:
             )
             for work in layout.work
         ]
-        run_all(jobs)
+        run_all(jobs, len(jobs))
         bounds = [layout.requests * k // len(jobs) for k in range(len(jobs) + 1)]
         run_all(
             [
                 partial(fused.merge, parts, lse, layout.starts, layout.slots, first, last, answer)
                 for first, last in pairwise(bounds)
                 if first < last
-            ]
+            ],
+            len(jobs),
         )
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from penstock.kernels.numba_support import HAS_NUMBA
 from penstock.kernels.sparse.attention import Partial, attend
 from penstock.kernels.sparse.head_rows import Read
 from penstock.kernels.sparse.paged_keys import Keys
+from penstock.kernels.threads import run_all
 
 
 class TokenPages(Keys):
@@ -86,12 +86,7 @@ class TokenPages(Keys):
         lse = queries.new_empty(queries.shape[:3])
         threads = torch.get_num_threads()
         jobs = self._jobs(queries, reads, output, lse, _shares(queries.shape[1], -(-threads // len(reads))))
-        if threads == 1:
-            for job in jobs:
-                job()
-        else:
-            for done in [_workers(threads).submit(job) for job in jobs]:
-                done.result()
+        run_all(jobs, threads)
         return Partial(output, lse)
 
     def _jobs(
@@ -167,8 +162,3 @@ def _shares(heads: int, parts: int) -> list[tuple[int, int]]:
     """``heads`` in about so many parts, none empty."""
     size = -(-heads // max(1, parts))
     return [(first, min(first + size, heads)) for first in range(0, heads, size)]
-
-
-@cache
-def _workers(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="penstock-attention")

@@ -17,7 +17,7 @@ from penstock.benchmarks.needle.decoding import (  # noqa: E402
 )
 from penstock.benchmarks.needle.pairs import Pairs, together  # noqa: E402
 from penstock.benchmarks.needle.part import SERVING, NeedleOptions  # noqa: E402
-from penstock.benchmarks.needle.peers import measure  # noqa: E402
+from penstock.benchmarks.needle.peers import Case, answer, measure  # noqa: E402
 from penstock.benchmarks.needle.task import make_prompts, shared_tokens  # noqa: E402
 from penstock.kernels.sparse.attention import attained, logits  # noqa: E402
 from penstock.kernels.sparse.calibration import Calibration  # noqa: E402
@@ -89,7 +89,7 @@ def test_a_question_s_blocks_are_summarised_again_for_the_next_one(prompts, cont
 
 
 def test_readings_are_of_what_was_read(prompts, context):
-    quest = QuestPages(ACTIVE.core(), 0.25)
+    quest = QuestPages(ACTIVE.core(), 0.25, 16)
     seen = []
 
     def watched(layer, query, keys, values):
@@ -117,6 +117,20 @@ def test_pairs_count_both_directions_and_bound_what_is_lost():
     assert together([pairs, none]).cells()["prompts"] == 63
 
 
+def test_peers_read_what_tactic_reads_and_teach_it_nothing(monkeypatch, prompts, context):
+    monkeypatch.setattr("penstock.benchmarks.needle.peers.SERVING", ACTIVE)
+    calibration, alone = (Calibration(ACTIVE.core()) for _ in range(2))
+    case = Case("tracking", LENGTH, ACTIVE.mass)
+    answer(case, context, prompts[:1], calibration)
+    assert sorted(case.peers) == ["budget", "budget, 16", "quest", "quest, 16"]
+    for way in case.peers.values():
+        assert len(way.scores) == 1
+        assert way.readings.share() == pytest.approx(case.tactic.readings.share(), abs=0.05)
+    tactic = TacticPages(ACTIVE, alone)
+    context.answer(prompts[0], tactic)
+    assert [alone.ask(layer) for layer in range(3)] == [calibration.ask(layer) for layer in range(3)]
+
+
 def test_the_part_has_a_row_for_each_task_and_mass_and_claims_what_was_lost(monkeypatch):
     monkeypatch.setattr("penstock.benchmarks.needle.peers.TASKS", ("multikey",))
     monkeypatch.setattr("penstock.benchmarks.needle.peers.MASSES", (0.9, 0.3))
@@ -124,8 +138,6 @@ def test_the_part_has_a_row_for_each_task_and_mass_and_claims_what_was_lost(monk
     assert [(row["task"], row["P"]) for row in found.rows] == [("multikey", 0.9), ("multikey", 0.3)]
     most, least = found.rows
     assert most["read"] > least["read"]
-    for row in found.rows:
-        assert row["quest read"] == pytest.approx(row["read"], abs=0.05)
     claims = {claim.name: claim for claim in found.claims}
     assert claims["multikey, P = 0.9: share of answers lost"].value <= 0
     assert len(claims) == 1 + 2
