@@ -169,7 +169,7 @@ def compare_plans(policy: Any) -> list[None]:
         on: bool = decode_on(now_s, running)
         if on:
             stood.append(None)
-            decodes = policy.records.decoding(running, policy.in_flight())
+            decodes = policy.records.decoding(running, policy._in_flight())
             context = sum(request.computed_tokens for request in decodes)
             limits = policy._limits(now_s, len(decodes), context)
             plan = policy.planner.plan(now_s, decodes, policy._free_kv_tokens(), limits)

@@ -140,8 +140,11 @@ class SglangEngine:
                 priority=ask.priority,
             )
         )
-        # SGLang's front end stamps when it saw a request first, on its own clock.
-        self.scheduler.waiting_queue[-1].time_stats.created_time = ask.arrival_s
+        queue = self.scheduler.waiting_queue
+        if queue and queue[-1].rid == ask.request_id:
+            # SGLang's front end stamps when it saw a request first, on its own clock. On prefill and decode
+            # servers a request waits elsewhere first.
+            queue[-1].time_stats.created_time = ask.arrival_s
 
     def schedule(self) -> Batch:
         """One turn of the scheduler's loop, up to the launch of its batch."""
