@@ -83,18 +83,31 @@ class RunKeeper:
         """How often runs were looked for."""
 
     def runs(self, tables: Tables, full: Counts) -> list[Run]:
-        """``shared_runs``. A request that only has more blocks than before shares them with nobody: blocks
-        come to be shared by requests that come."""
-        if not self._still(tables, full):
+        """``shared_runs``. A request that has more blocks than before seldom shares them: blocks come to be
+        shared by requests that come."""
+        still = self._still(tables, full)
+        grown = np.flatnonzero(full > self._full) if still else None
+        if grown is None or self._joined(tables, full, grown):
             self.searches += 1
-            width = int(full.max(initial=0))
-            self._tables, self._full = tables[:, :width].copy(), full.copy()
-            self._within = np.arange(width) < full[:, None]
             self._runs = shared_runs(tables, full, **self._least)
+        if grown is None or len(grown):
+            self._keep(tables, full)
         return self._runs
+
+    def _keep(self, tables: Tables, full: Counts) -> None:
+        width = int(full.max(initial=0))
+        self._tables, self._full = tables[:, :width].copy(), full.copy()
+        self._within = np.arange(width) < full[:, None]
 
     def _still(self, tables: Tables, full: Counts) -> bool:
         if len(full) != len(self._full) or (full < self._full).any():
             return False
         width = self._tables.shape[1]
         return not ((tables[:, :width] != self._tables) & self._within).any()
+
+    def _joined(self, tables: Tables, full: Counts, grown: Counts) -> bool:
+        """Whether a block that was added is another request's too: one that has more of a prefix in the cache
+        may take the row of one that ended. Who shares any added block shares the first."""
+        first = self._full[grown]
+        alike = (tables[:, first] == tables[grown, first]) & (full[:, None] > first)
+        return bool(alike.sum() > len(grown))

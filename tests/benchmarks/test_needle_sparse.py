@@ -23,7 +23,7 @@ from penstock.kernels.sparse.attention import attained, logits  # noqa: E402
 from penstock.kernels.sparse.calibration import Calibration  # noqa: E402
 
 ACTIVE = msgspec.structs.replace(SERVING, least_tokens=256)
-LENGTH = 1024
+LENGTH = 640
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -33,7 +33,7 @@ def stocks(seed: int, is_async: bool) -> tuple[list, int]:
 @pytest.mark.parametrize("policy", [*POLICIES, "reference"])
 def test_without_clients_every_step_is_stocks(policy, is_async):
     preemptions = 0
-    for seed in range(6):
+    for seed in range(4):
         more = {"unnamed_by_arrival": True} if policy == "lpm" else {}
         settings = settings_of(seed, "dlpm" if policy == "reference" else policy, **more)
         settings.is_async = is_async
@@ -50,7 +50,7 @@ def test_without_clients_every_step_is_stocks(policy, is_async):
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_with_clients_no_request_is_lost_or_run_twice(policy, is_async):
-    for seed in range(4):
+    for seed in range(3):
         settings = settings_of(seed, policy)
         settings.is_async = is_async
         kind = blocking(AsyncRequestScheduler if is_async else SyncRequestScheduler, seed)

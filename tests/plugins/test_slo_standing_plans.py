@@ -23,7 +23,7 @@ BOTH = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @BOTH
 def test_the_plan_of_a_batch_that_decodes_on_serves_what_a_plan_by_slack_would(is_async):
     stood = 0
-    for seed in range(4):
+    for seed in range(2):
         time = Time()
         scheduler = build(settings_of(seed, is_async), kind_of(is_async, seed), clock=time, wall_clock=time)
         planner, whole = scheduler.planner, scheduler.planner.whole
@@ -51,7 +51,7 @@ def test_the_plan_of_a_batch_that_decodes_on_serves_what_a_plan_by_slack_would(i
 def test_what_a_batch_that_decodes_on_has_computed_is_counted_on(is_async):
     """Steps are learned from by the tokens that they attend to, whether summed up or counted on."""
     counted = 0
-    for seed in range(4):
+    for seed in range(2):
         time = Time()
         scheduler = build(settings_of(seed, is_async), kind_of(is_async, seed), clock=time, wall_clock=time)
         features_of, went_on = scheduler._features, scheduler._decoding.went_on
@@ -77,7 +77,7 @@ def test_what_a_batch_that_decodes_on_has_computed_is_counted_on(is_async):
 def test_requests_that_are_not_looked_at_again_are_planned_as_they_are(is_async):
     """A plan for those who come in beside a batch that decodes on is made from counted records."""
     known = 0
-    for seed in range(6):
+    for seed in range(3):
         time = Time()
         scheduler = build(settings_of(seed, is_async), kind_of(is_async, seed), clock=time, wall_clock=time)
         columns_of = scheduler._decoding.columns

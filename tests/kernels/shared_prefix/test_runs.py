@@ -164,6 +164,12 @@ def test_kept_runs_are_those_that_a_search_finds(steps):
         assert keeper.runs(*arrays(tables)) == shared_runs(*arrays(tables))
 
 
+def test_one_that_takes_the_row_of_another_and_shares_more_is_seen():
+    keeper = RunKeeper(least_blocks=1, least_requests=2)
+    for tables in ([[3, 4], [3]], [[3, 4, 5], [3]], [[3, 4, 5, 6], [3, 4, 7]]):
+        assert keeper.runs(*arrays(tables)) == shared_runs(*arrays(tables))
+
+
 def test_blocks_that_are_added_behind_start_no_search():
     keeper = RunKeeper(least_blocks=1, least_requests=2)
     tables = [[0, 1, 5], [0, 1, 6]]

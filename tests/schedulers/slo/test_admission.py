@@ -33,7 +33,7 @@ def test_the_inverted_rule_of_dominance_would_be_noticed(monkeypatch):
 
     monkeypatch.setattr(program, "dominates", inverted)
     lost = 0
-    for seed in range(300):
+    for seed in range(150):
         instance = instances.random_instance(seed, 6)
         nothing = Decision((), -math.inf)
         found = program.optimal(instance, nothing, edf_greedy, None)
@@ -43,7 +43,7 @@ def test_the_inverted_rule_of_dominance_would_be_noticed(monkeypatch):
 
 @pytest.mark.parametrize("name", KEEPING)
 def test_a_rule_that_promises_deadlines_accepts_only_what_can_be_served_and_never_more_than_the_optimum(name):
-    for seed in range(600):
+    for seed in range(300):
         instance = instances.random_instance(seed, 7)
         found = RULES[name](instance, 10)
         assert feasible(instance, found.accepted)
@@ -121,7 +121,7 @@ def test_past_the_bound_on_work_a_simpler_rule_decides_and_says_so():
 
 def test_moore_hodgson_evicts_as_by_its_words():
     evicting = 0
-    for seed in range(400):
+    for seed in range(200):
         instance = instances.random_instance(seed, 30)
         found = moore_hodgson(instance).accepted
         assert found == instances.moore_hodgson_one_by_one(instance), seed
