@@ -18,7 +18,7 @@ from penstock.routers.exchange import CHAT_PATH, COMPLETIONS_PATH, Fleet, Handof
 from penstock.routers.headers import request_id_of, to_client, to_server
 from penstock.routers.metrics import Metrics
 from penstock.routers.pool import Pool, Server
-from penstock.routers.prober import probe_all, watch
+from penstock.routers.prober import Roles, probe_all, watch
 from penstock.routers.sequential import SequentialHandoff
 from penstock.routers.upstream import Upstream, open_session
 from penstock.routers.visit import CLIENT_GONE, Visit
@@ -33,9 +33,10 @@ class Proxy:
     def __init__(self, config: ProxyConfig) -> None:
         self.config = config
         self.drain = Drain()
-        self._prefill = Pool("prefill", config.prefill)
-        self._decode = Pool("decode", config.decode)
-        self._servers = self._prefill.servers + self._decode.servers
+        self._servers = [Server("prefill", url) for url in config.prefill]
+        self._servers += [Server("decode", url) for url in config.decode]
+        self._prefill = Pool("prefill", self._servers)
+        self._decode = Pool("decode", self._servers)
         self.metrics = Metrics(self._servers)
         self.deployment = Deployment(config)
         self._fleet: Fleet
@@ -48,7 +49,9 @@ class Proxy:
             ConfigError: the servers that are up do not belong together.
         """
         async with open_session(self.config) as session:
-            self._fleet = Fleet(self._prefill, self._decode, Upstream(session, self.config), self.metrics)
+            upstream = Upstream(session, self.config)
+            roles = Roles(session, self._servers, self.config, self.deployment)
+            self._fleet = Fleet(self._prefill, self._decode, upstream, self.metrics, roles.ask)
             await probe_all(session, self._servers, self.config, self.deployment)
             self.deployment.check_start()
             watchers = [

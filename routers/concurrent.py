@@ -93,6 +93,11 @@ class Couple:
     prefill: Server
     decode: Server
 
+    @property
+    def stands(self) -> bool:
+        """Whether both still have the roles in which they were asked."""
+        return self.prefill.role == "prefill" and self.decode.role == "decode"
+
 
 class ConcurrentExchange(Exchange):
     """Both servers at once, with at most one second try at another couple."""
@@ -114,14 +119,15 @@ class ConcurrentExchange(Exchange):
     async def open(self, stack: AsyncExitStack) -> Reply:
         """As ``Exchange.open``."""
         near = await self._near_leader()
-        couple = Couple(self._place("prefill", near), self._place("decode"))
+        couple = await self._couple(near)
         try:
             return await self._together(couple, self._body, stack)
         except UpstreamFailure as failure:
-            other = self._other_than(couple, failure)
+            role = "prefill" if failure.server is couple.prefill else "decode"
+            other = await self._other_than(couple, failure)
             if other is None:
                 raise failure.as_proxy_error() from failure
-            self._fleet.metrics.retries.labels(failure.server.role).inc()
+            self._fleet.metrics.retries.labels(role).inc()
         # A server may not know yet that the first try is over, and takes an id once.
         body = {key: value for key, value in self._body.items() if key != "rid"}
         self.stage = Stage.PREFILL
@@ -130,10 +136,28 @@ class ConcurrentExchange(Exchange):
         except UpstreamFailure as failure:
             raise failure.as_proxy_error() from failure
 
-    def _other_than(self, couple: Couple, failure: UpstreamFailure) -> Couple | None:
-        """Where to try again: not at the server that failed, nor at its partner if that can be."""
+    async def _couple(self, near: Server | None = None) -> Couple:
+        """Two servers for a try.
+
+        Raises:
+            ProxyError: 503, there is none of a role.
+        """
+        if not (self._fleet.prefill.any_healthy and self._fleet.decode.any_healthy):
+            await self._fleet.ask_roles()
+        return Couple(self._place("prefill", near), self._place("decode"))
+
+    async def _other_than(self, couple: Couple, failure: UpstreamFailure) -> Couple | None:
+        """Where to try again: not at the server that failed, nor at its partner if that can be. Where one of
+        them has another role now, that is all that was wrong with them.
+
+        Raises:
+            ProxyError: 503, there is none of a role any more.
+        """
         if not failure.retryable:
             return None
+        await self._fleet.ask_roles()
+        if not couple.stands:
+            return await self._couple()
         other = Couple(
             self._fleet.prefill.pick(exclude=[couple.prefill]) or couple.prefill,
             self._fleet.decode.pick(exclude=[couple.decode]) or couple.decode,

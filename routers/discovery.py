@@ -1,4 +1,5 @@
-"""What the servers are: one engine for all of them, found out from the servers themselves."""
+"""What the servers are: one engine for all of them, and the role of each, found out from the servers
+themselves."""
 
 from __future__ import annotations
 
@@ -8,9 +9,12 @@ import aiohttp
 import msgspec
 
 from penstock.routers.config import ConfigError, Engine, ProxyConfig
-from penstock.routers.pool import Server
+from penstock.routers.pool import Role, Server
 
 SERVER_INFO_PATH = "/server_info"
+"""What SGLang was started with."""
+MODEL_INFO_PATH = "/model_info"
+"""What of that has changed since, the role among it."""
 NAMES: dict[Engine, str] = {"vllm": "vLLM", "sglang": "SGLang"}
 
 log = logging.getLogger("penstock.proxy")
@@ -29,6 +33,13 @@ class ServerInfo(msgspec.Struct):
 
     disaggregation_mode: str
     disaggregation_bootstrap_port: int | None = None
+    enable_pd_role_switch: bool = False
+
+
+class ModelInfo(msgspec.Struct):
+    """What SGLang's ``/model_info`` says of it."""
+
+    disaggregation_mode: Role
 
 
 class Deployment:
@@ -82,24 +93,51 @@ class Deployment:
                 "a KV cache does not move between engines"
             )
         if engine == "sglang":
-            self._check_sglang(server, info)
+            await self._check_sglang(session, server, info, timeout)
         elif server.url in self._ports:
             raise Misfit(f"{server.url} runs vLLM, which has no bootstrap port")
         self.engine = engine
 
-    def _check_sglang(self, server: Server, info: ServerInfo | None) -> None:
-        if info is not None and info.disaggregation_mode != server.role:
+    async def _check_sglang(
+        self,
+        session: aiohttp.ClientSession,
+        server: Server,
+        info: ServerInfo | None,
+        timeout: aiohttp.ClientTimeout,
+    ) -> None:
+        said = None if info is None else info.disaggregation_bootstrap_port
+        server.bootstrap_port = self._ports.get(server.url, said)
+        server.may_switch = info is not None and info.enable_pd_role_switch
+        if server.may_switch:
+            await self.follow(session, server, timeout)
+        elif info is not None and info.disaggregation_mode != server.role:
             raise Misfit(
                 f"{server.url} is given as a {server.role} server and runs with "
                 f"--disaggregation-mode {info.disaggregation_mode}"
             )
-        if server.role == "prefill":
-            said = None if info is None else info.disaggregation_bootstrap_port
-            server.bootstrap_port = self._ports.get(server.url, said)
-            if server.bootstrap_port is None:
-                raise Misfit(
-                    f"{server.url} does not say its bootstrap port: give it, --prefill {server.url},PORT"
-                )
+        if server.role == "prefill" and server.bootstrap_port is None:
+            raise Misfit(
+                f"{server.url} does not say its bootstrap port: give it, --prefill {server.url},PORT"
+            )
+
+    async def follow(
+        self, session: aiohttp.ClientSession, server: Server, timeout: aiohttp.ClientTimeout
+    ) -> None:
+        """Ask a server that may change roles which one it has, and count it there from now on.
+
+        Raises:
+            NotReady, aiohttp.ClientError, TimeoutError: it did not say.
+        """
+        async with session.get(server.url + MODEL_INFO_PATH, timeout=timeout) as response:
+            if response.status != 200:
+                raise NotReady(f"{MODEL_INFO_PATH} answered {response.status}")
+            try:
+                role = msgspec.json.decode(await response.read(), type=ModelInfo).disaggregation_mode
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                raise NotReady(f"{MODEL_INFO_PATH} names neither prefill nor decode") from None
+        if role != server.role:
+            log.warning("%s was a %s server and is a %s server now", server.url, server.role, role)
+            server.switch(role)
 
     async def _info_of(
         self, session: aiohttp.ClientSession, server: Server, timeout: aiohttp.ClientTimeout

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from penstock.routers.pool import Server
 
-FailureKind = Literal["connect", "disconnect", "timeout", "status", "garbage"]
+FailureKind = Literal["connect", "disconnect", "timeout", "status", "garbage", "switched"]
 
 
 class ProxyError(Exception):
@@ -47,9 +47,12 @@ class UpstreamFailure(Exception):
         return self.kind != "timeout"
 
     def as_proxy_error(self) -> ProxyError:
-        """502 for a failed server, 503 for one that said so itself, 504 for one that took too long."""
+        """502 for a failed server, 503 for one that said so itself or has another role now, 504 for one that
+        took too long."""
         if self.kind == "timeout":
             return ProxyError(504, self.detail)
+        if self.kind == "switched":
+            return ProxyError(503, self.detail, retry_after_s=1)
         if self.status == 503:
             after = int(self.retry_after) if self.retry_after.isdecimal() else 1
             return ProxyError(503, self.detail, retry_after_s=after)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from enum import StrEnum
@@ -47,6 +47,8 @@ class Fleet:
     decode: Pool
     upstream: Upstream
     metrics: Metrics
+    ask_roles: Callable[[], Awaitable[None]]
+    """Notice which servers have another role than before."""
 
     def pool(self, role: Role) -> Pool:
         """The servers of ``role``."""
@@ -99,7 +101,8 @@ class Exchange(ABC):
         Raises:
             ProxyError: 503, all of them are put aside.
         """
-        server = near if near is not None and near.healthy else self._fleet.pool(role).pick()
+        near_enough = near is not None and near.healthy and near.role == role
+        server = near if near_enough else self._fleet.pool(role).pick()
         if server is None:
             raise no_server(role)
         return server

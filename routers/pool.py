@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,7 +16,10 @@ PROBE_FAILURES_TOLERATED = 2
 
 @dataclass(slots=True, eq=False)
 class Server:
-    """One engine server. It counts as unhealthy until its first good probe."""
+    """One engine server. It counts as unhealthy until its first good probe.
+
+    ``role`` is the one that it was given, and for a server that ``may_switch`` the one that it last said.
+    """
 
     role: Role
     url: str
@@ -24,6 +27,8 @@ class Server:
     healthy: bool = False
     bootstrap_port: int | None = None
     """Where SGLang's decode servers ask this prefill server; None where that is unknown or not needed."""
+    may_switch: bool = False
+    """Whether it changes roles while it runs."""
     failures: int = 0
     """Failed connections and probes since the last good one."""
     last_error: str = "not probed yet"
@@ -31,6 +36,22 @@ class Server:
     """Number of the pick that chose this server last; orders servers that are equally busy."""
     probe_now: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when something in traffic gives a reason to ask ``/health`` before the next interval."""
+    _on_switch: set[Callable[[], None]] = field(default_factory=set)
+
+    def switch(self, role: Role) -> None:
+        """It has another role from now on: what is asked of it in its old one will not be answered."""
+        self.role = role
+        for give_up in list(self._on_switch):
+            give_up()
+
+    @contextmanager
+    def told_of_switch(self, give_up: Callable[[], None]) -> Iterator[None]:
+        """Call ``give_up`` when the role changes while the context is open."""
+        self._on_switch.add(give_up)
+        try:
+            yield
+        finally:
+            self._on_switch.discard(give_up)
 
     def mark_up(self) -> None:
         """A probe succeeded."""
@@ -63,12 +84,18 @@ class Server:
 
 
 class Pool:
-    """The servers of one role, chosen by least requests in flight, round robin among equals."""
+    """Those of ``everybody`` that have one role now, chosen by least requests in flight, round robin among
+    equals."""
 
-    def __init__(self, role: Role, urls: Collection[str]) -> None:
+    def __init__(self, role: Role, everybody: Sequence[Server]) -> None:
         self.role: Role = role
-        self.servers = [Server(role, url) for url in urls]
+        self._everybody = everybody
         self._picks = 0
+
+    @property
+    def servers(self) -> list[Server]:
+        """The servers of the role, in the order in which they were given."""
+        return [server for server in self._everybody if server.role == self.role]
 
     @property
     def any_healthy(self) -> bool:

@@ -19,8 +19,9 @@ log = logging.getLogger("penstock.proxy")
 async def probe(
     session: aiohttp.ClientSession, server: Server, config: ProxyConfig, deployment: Deployment
 ) -> None:
-    """Ask ``server`` once and write the outcome into it. One that comes up is asked what it is, too."""
-    timeout = aiohttp.ClientTimeout(total=config.probe_timeout_s, sock_connect=config.connect_timeout_s)
+    """Ask ``server`` once and write the outcome into it. One that comes up is asked what it is, too, and one
+    that may change roles which it has."""
+    timeout = probe_timeout(config)
     try:
         async with session.get(f"{server.url}/health", timeout=timeout) as response:
             status = response.status
@@ -29,6 +30,8 @@ async def probe(
             return
         if not server.healthy:
             await deployment.admit(session, server, timeout)
+        elif server.may_switch:
+            await deployment.follow(session, server, timeout)
         server.mark_up()
     except (Misfit, NotReady) as reason:
         server.probe_failed(str(reason))
@@ -39,6 +42,43 @@ async def probe(
         server.probe_failed(f"no answer within {config.probe_timeout_s} s")
     except aiohttp.ClientError as error:
         server.probe_failed(f"it broke off: {type(error).__name__}")
+
+
+class Roles:
+    """Asks the servers that may change roles which they have, when traffic gives a reason to."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        servers: Iterable[Server],
+        config: ProxyConfig,
+        deployment: Deployment,
+    ) -> None:
+        self._session = session
+        self._servers = list(servers)
+        self._timeout = probe_timeout(config)
+        self._deployment = deployment
+        self._asking = asyncio.Lock()
+        self._times = 0
+
+    async def ask(self) -> None:
+        """The roles are those that the servers have after this call began; who does not say keeps its own.
+        All who wait for an earlier question to end share the next one."""
+        came = self._times
+        async with self._asking:
+            if self._times == came:
+                self._times += 1
+                able = (server for server in self._servers if server.may_switch and server.healthy)
+                await asyncio.gather(*map(self._ask, able))
+
+    async def _ask(self, server: Server) -> None:
+        with suppress(NotReady, aiohttp.ClientError, TimeoutError):
+            await self._deployment.follow(self._session, server, self._timeout)
+
+
+def probe_timeout(config: ProxyConfig) -> aiohttp.ClientTimeout:
+    """Of one question to a server."""
+    return aiohttp.ClientTimeout(total=config.probe_timeout_s, sock_connect=config.connect_timeout_s)
 
 
 async def watch(

@@ -106,7 +106,7 @@ class Upstream:
         self, server: Server, method: str, path: str, body: bytes | None, headers: CIMultiDict[str]
     ) -> Reply:
         limit = self._config.prefill_timeout_s
-        with failures_of(server, limit):
+        with failures_of(server, limit), ends_on_switch(server):
             async with (
                 asyncio.timeout(limit),
                 self._session.request(
@@ -135,7 +135,7 @@ class Upstream:
         """
         limit = self._config.first_byte_timeout_s
         async with AsyncExitStack() as stack:
-            with failures_of(server, limit):
+            with failures_of(server, limit), ends_on_switch(server):
                 async with asyncio.timeout(limit):
                     response = await self._session.post(
                         server.url + path,
@@ -189,6 +189,32 @@ def failures_of(server: Server, limit_s: float) -> Iterator[None]:
         raise UpstreamFailure(
             server, "disconnect", f"a {server.role} server broke off before its answer was complete"
         ) from error
+
+
+@contextmanager
+def ends_on_switch(server: Server) -> Iterator[None]:
+    """End what waits here for an answer of a server that takes another role, which no longer knows of it.
+
+    Raises:
+        UpstreamFailure: it did. Like ``asyncio.timeout``, it cancels the task that entered.
+    """
+    role, task, switched = server.role, asyncio.current_task(), False
+    assert task is not None
+    others = task.cancelling()
+
+    def give_up() -> None:
+        nonlocal switched
+        switched = True
+        task.cancel()
+
+    with server.told_of_switch(give_up):
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not switched or task.uncancel() > others:
+                raise
+            detail = f"a {role} server took another role before it had answered"
+            raise UpstreamFailure(server, "switched", detail) from None
 
 
 def check_status(server: Server, response: aiohttp.ClientResponse, raw: bytes) -> None:

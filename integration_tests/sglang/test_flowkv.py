@@ -291,13 +291,15 @@ def leave(pair: SglangPair, row: list[int], awake: Server) -> None:
         line.close()
 
 
-def test_both_servers_change_roles_and_back(pair: SglangPair, greedy):
+def test_both_servers_change_roles_and_back(pair: SglangPair, proxy: Server, greedy):
+    """Penstock's proxy is asked before it can know."""
     all_back(pair.prefill, pair.decode)
     row = prompt(80, CHUNK + 9)
     for now in (pair.swapped(), pair):
         for server, role in ((now.prefill, "prefill"), (now.decode, "decode")):
             answer = ask(server, "/pd_role_switch", {"new_role": role, "decode_cuda_graph_memory_gb": 0})
             assert answer["success"], answer
+        assert generate(proxy, row, TOKENS)["output_ids"] == greedy(row, TOKENS)
         for _time in range(2):
             assert now.generate(row, TOKENS)["output_ids"] == greedy(row, TOKENS)
         all_back(now.prefill, now.decode)

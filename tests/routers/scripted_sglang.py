@@ -51,6 +51,32 @@ class SglangServer(EngineServer):
         return web.Response(status=401) if self.info is None else web.json_response(self.info)
 
 
+class SwitchingServer(SglangServer):
+    """One that may change roles. ``info`` goes on to say what it was started with; a request for its old role
+    waits for ever."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__(role)
+        assert self.info is not None
+        self.info["enable_pd_role_switch"] = True
+        self.prefill_at[self.bootstrap_port] = self
+        self.roles_asked = 0
+
+    def add_routes(self, app: web.Application) -> None:
+        super().add_routes(app)
+        app.router.add_get("/model_info", self._model_info)
+
+    async def _model_info(self, request: web.Request) -> web.Response:
+        self.roles_asked += 1
+        return web.json_response({"disaggregation_mode": self.role})
+
+    def switch(self) -> None:
+        """Take the other role. Raises AssertionError for a server that is not idle, as SGLang refuses it."""
+        assert self.active == 0
+        self.role = "decode" if self.role == "prefill" else "prefill"
+        self.well = self.default = prefill_room if self.role == "prefill" else decode_room
+
+
 def rooms_of(body: Body) -> list[int]:
     """The rooms of a request's prompts, numbered as SGLang does."""
     prompts = body.get("text", body.get("prompt"))

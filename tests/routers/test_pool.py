@@ -7,13 +7,13 @@ from contextlib import ExitStack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.routers.pool import Pool
+from penstock.routers.pool import Pool, Server
 
 URLS = tuple(f"http://s{i}" for i in range(5))
 
 
 def healthy_pool(count: int) -> Pool:
-    pool = Pool("decode", URLS[:count])
+    pool = Pool("decode", [Server("decode", url) for url in URLS[:count]])
     for server in pool.servers:
         server.mark_up()
     return pool
@@ -72,7 +72,7 @@ def test_an_excluded_server_is_never_picked() -> None:
 
 
 def test_a_server_is_out_until_its_first_good_probe() -> None:
-    pool = Pool("prefill", URLS[:1])
+    pool = Pool("prefill", [Server("prefill", URLS[0])])
     assert pool.pick() is None
     pool.servers[0].mark_up()
     assert pool.pick() is pool.servers[0]
