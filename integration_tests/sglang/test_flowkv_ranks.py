@@ -1,20 +1,24 @@
-"""FlowKV between servers of two ranks: each rank reads the heads that its half of the model wrote, and both
-take requests in one order."""
+"""FlowKV between servers of two ranks: each rank reads the heads that its half of the model wrote, both take
+requests in one order, and each chooses pages of its own heads."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
+from engine_pair import eventually
 from sglang_pair import PAGE, SglangPair, all_back, prompt, serving_sglang_pair
 from sglang_server import CHUNK, all_at_once, series
 
 TOKENS = 8
 RANKS = 2
 LENGTHS = (1, PAGE + 1, CHUNK, 3 * CHUNK + 5)
+EVERY_PAGE = {"sparse_attention": {"least_tokens": CHUNK, "budget": 1.0, "most_share": 1.0}}
+"""Tokens must be those of dense attention."""
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +27,9 @@ def pair(model: str, logs: Path) -> Iterator[SglangPair]:
     # SGLang gives each rank a NUMA node of its own, unless it is told cores.
     bound = f"{cores[0]}|{cores[-1]}"
     ranks = ("--tp-size", str(RANKS), "--enable-metrics", "--schedule-policy", "dlpm")
-    with serving_sglang_pair(model, logs, *ranks, name="ranks", SGLANG_CPU_OMP_THREADS_BIND=bound) as pair:
+    sparse = ("--attention-backend", "tactic", "--penstock-config", json.dumps(EVERY_PAGE))
+    named = {"name": "ranks", "SGLANG_CPU_OMP_THREADS_BIND": bound}
+    with serving_sglang_pair(model, logs, *ranks, *sparse, **named) as pair:
         yield pair
 
 
@@ -40,3 +46,16 @@ def test_two_ranks_answer_what_one_does_and_each_moves_its_part(pair: SglangPair
     }
     assert set(by_rank) == {f'tp_rank="{rank}"' for rank in range(RANKS)}
     assert len(set(by_rank.values())) == 1
+
+
+def test_one_rank_speaks_for_an_engine_whose_ranks_all_choose_pages(pair: SglangPair):
+    """``pair`` has answered; two ranks under one label would overwrite each other."""
+    pair.generate(prompt(310, 2 * CHUNK), TOKENS)
+    eventually("pages were chosen", lambda: chosen(pair, "penstock_sparse_selections") > 0)
+    shown = series(pair.decode, "sglang:penstock_sparse_selections")
+    assert [label for labels in shown for label in labels.split(",") if "tp_rank" in label] == ['tp_rank="0"']
+    assert chosen(pair, "penstock_sparse_selections") == sum(shown.values())
+
+
+def chosen(pair: SglangPair, name: str) -> float:
+    return sum(series(pair.decode, name).values())

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_policy import SchedulePolicy
-from sglang.srt.runtime_context import get_parallel
 
 from penstock.plugins.askings import ForgivingReader
 from penstock.plugins.sglang import runtime_changes
 from penstock.plugins.sglang.installation import upstream
 from penstock.plugins.sglang.passes import PassList
 from penstock.plugins.sglang.publishing import MakeGauges, Publisher, Source
+from penstock.plugins.sglang.scheduler_metrics import publisher_of
 from penstock.plugins.sglang.settings import STOCK_POLICY
 from penstock.schedulers.asking import CLIENT_ID, Asking
 from penstock.schedulers.config import SchedulerConfig
@@ -49,12 +49,7 @@ class PassPolicy(SchedulePolicy):
 
     def publish(self, source: Source, make_gauges: MakeGauges) -> None:
         """Show what ``source`` counts, from now on."""
-        context, collector = self.scheduler.metrics_collector_context, self.scheduler.metrics_collector
-        labels = collector.labels if context.current_scheduler_metrics_enabled else None
-        leads = context.is_stats_logging_rank and get_parallel().pp_rank == 0
-        self._publisher = Publisher(
-            source, make_gauges, labels, self.clock, upstream().logger, leads=leads, settle=self.settle
-        )
+        self._publisher = publisher_of(self.scheduler, source, make_gauges, self.clock, self.settle)
 
     def settle(self) -> None:
         """What is shown is about to be read."""

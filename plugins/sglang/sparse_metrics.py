@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from penstock.patches.sparse_gauges import sparse_gauges
-from penstock.plugins.sglang.installation import upstream
 from penstock.plugins.sglang.publishing import Publisher
+from penstock.plugins.sglang.scheduler_metrics import publisher_of
 from penstock.plugins.sparse_stats import summary
 from penstock.plugins.sparse_worker import SparseWorker
 
@@ -45,9 +44,5 @@ def on_idle(original: Callable[[Any], Any], scheduler: Any) -> Any:
 
 def _publisher(scheduler: Any) -> Publisher | None:
     if scheduler not in _publishers and workers:
-        collector = scheduler.metrics_collector
-        labels = None if collector is None else collector.labels
-        _publishers[scheduler] = Publisher(
-            _Source(), sparse_gauges, labels, time.monotonic, upstream().logger
-        )
+        _publishers[scheduler] = publisher_of(scheduler, _Source(), sparse_gauges)
     return _publishers.get(scheduler)
