@@ -11,6 +11,7 @@ from sglang_server import Serve, sglang_server
 
 from penstock.benchmarks.processes import Server
 from penstock.benchmarks.servers import serving
+from penstock.benchmarks.tiny_model import TinyLlama, ensure_model
 
 pytest.importorskip("sglang.srt", reason="needs SGLang: make env-sglang")
 
@@ -28,9 +29,24 @@ def serve(model: str, logs: Path) -> Serve:
     return serve
 
 
+Greedy = Callable[[Sequence[int], int], list[int]]
+
+
 @pytest.fixture(scope="session")
-def greedy(model: str) -> Callable[[Sequence[int], int], list[int]]:
+def greedy(model: str) -> Greedy:
     """``greedy(prompt, n)`` is what transformers continues ``prompt`` with, in float32."""
+    return greedy_of(model)
+
+
+@pytest.fixture(scope="session")
+def other_weights() -> tuple[str, Greedy]:
+    """A model of the tiny one's shape that says something else, and what transformers says with it."""
+    folder = str(ensure_model(TinyLlama(seed=1)))
+    return folder, greedy_of(folder)
+
+
+def greedy_of(model: str) -> Greedy:
+    """``greedy`` of the model in a folder."""
     from penstock_refcpu import declare_torchvision_operators
 
     declare_torchvision_operators()

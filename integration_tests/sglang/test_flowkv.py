@@ -291,6 +291,38 @@ def leave(pair: SglangPair, row: list[int], awake: Server) -> None:
         line.close()
 
 
+def test_weights_change_under_answers_and_nothing_of_the_old_ones_is_served(
+    pair: SglangPair, proxy: Server, model: str, greedy, other_weights
+):
+    """Answers under way go on from where they are; their prompts, and what was cached, are computed anew."""
+    folder, other = other_weights
+    long, cached = 200, [prompt(170 + i, length) for i, length in enumerate((PAGE, CHUNK + 5))]
+    for row in cached:
+        assert generate(proxy, row, TOKENS)["output_ids"] == greedy(row, TOKENS)
+    rows = [prompt(180 + i, length) for i, length in enumerate((PAGE, 40, CHUNK + 30))]
+    with ThreadPoolExecutor(len(rows)) as pool:
+        answers = [pool.submit(generate, proxy, row, long) for row in rows]
+        eventually("all are decoded", lambda: load(pair.decode)["num_running_reqs"] == len(rows))
+        for server in (pair.decode, pair.prefill):
+            ask(server, "/pause_generation", {"mode": "retract"})
+        for server in (pair.prefill, pair.decode):
+            assert ask(server, "/update_weights_from_disk", {"model_path": folder})["success"]
+        for server in (pair.prefill, pair.decode):
+            ask(server, "/continue_generation", {})
+        for row, answer in zip(rows, answers, strict=True):
+            said, before = answer.result()["output_ids"], greedy(row, long)
+            kept = next(i for i, (now, then) in enumerate(zip(said, before, strict=True)) if now != then)
+            assert kept > 0
+            assert said[kept:] == other([*row, *said[:kept]], long - kept)
+    for row in cached:
+        assert generate(proxy, row, TOKENS)["output_ids"] == other(row, TOKENS)
+    all_back(pair.prefill, pair.decode)
+    for server in (pair.prefill, pair.decode):
+        assert ask(server, "/update_weights_from_disk", {"model_path": model})["success"]
+    for row in cached:
+        assert generate(proxy, row, TOKENS)["output_ids"] == greedy(row, TOKENS)
+
+
 def test_both_servers_change_roles_and_back(pair: SglangPair, proxy: Server, greedy):
     """Penstock's proxy is asked before it can know."""
     all_back(pair.prefill, pair.decode)

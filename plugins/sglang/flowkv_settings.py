@@ -57,6 +57,7 @@ def require_transferable(settings: Any) -> None:
         ("speculative_algorithm", "the draft model's cache is not transferred yet"),
         ("enable_hisparse", "its pages are not the pool's"),
         ("enable_unified_memory", "its pages are not the pool's"),
+        ("enable_memory_saver", "a pool that is given back would stay registered for transfers"),
         ("disaggregation_enable_kv_checksum", "FlowKV hashes pages itself; see flowkv.digest"),
     ):
         if getattr(settings, name):

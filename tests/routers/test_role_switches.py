@@ -125,6 +125,18 @@ async def test_without_a_server_of_a_role_requests_are_refused_until_there_is_on
         assert (await site.complete()).status == 200
 
 
+async def test_a_role_that_nobody_had_is_asked_for_when_a_request_comes() -> None:
+    async with switching(**NEVER) as site:
+        only = site.decode[0]
+        await eventually(lambda: only.roles_asked == 2)
+        only.switch()
+        await site.proxy._fleet.ask_roles()
+        assert roles(site) == ["prefill", "prefill"]
+        only.switch()
+        assert (await site.complete()).status == 200
+        assert site.metric("retries_total", role="decode") == 0
+
+
 async def test_a_proxy_that_starts_after_a_switch_takes_the_roles_that_servers_have() -> None:
     def switched(role: str) -> SwitchingServer:
         server = SwitchingServer(role)

@@ -37,7 +37,12 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return extend_cache_locs
 
     def init_backend(self) -> None:
-        # The modules that it touches ask for the platform when they are imported.
-        from penstock_refcpu.speculation import install
+        # The modules that they touch ask for the platform when they are imported.
+        from sglang.srt.layers import dp_attention
 
-        install()
+        from penstock_refcpu import adapters, speculation
+
+        speculation.install()
+        adapters.install()
+        # SGLang has it for its own CPU platform.
+        dp_attention.memcpy_func = dp_attention.memcpy_cpu
