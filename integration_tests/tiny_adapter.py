@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -15,16 +16,23 @@ RANK = 4
 
 
 def write_adapter(
-    folder: Path, seed: int, spec: TinyLlama | NeedleShape | None = None, *, size: float = 0.3
+    folder: Path,
+    seed: int,
+    spec: TinyLlama | NeedleShape | None = None,
+    *,
+    size: float = 0.3,
+    projection: Literal["q_proj", "o_proj"] = "q_proj",
 ) -> Path:
-    """Write an adapter of the query projections; its default ``size`` changes what greedy decoding says."""
+    """Write an adapter of one projection; its default ``size`` changes what greedy decoding says."""
     spec = spec or TinyLlama()
-    width = spec.heads * spec.head_size
+    inputs, outputs = spec.hidden_size, spec.heads * spec.head_size
+    if projection == "o_proj":
+        inputs, outputs = outputs, inputs
     rng = np.random.default_rng(seed)
     weights = {}
     for layer in range(spec.layers):
-        prefix = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        for half, shape in (("lora_A", (RANK, spec.hidden_size)), ("lora_B", (width, RANK))):
+        prefix = f"base_model.model.model.layers.{layer}.self_attn.{projection}"
+        for half, shape in (("lora_A", (RANK, inputs)), ("lora_B", (outputs, RANK))):
             weights[f"{prefix}.{half}.weight"] = rng.standard_normal(shape, dtype=np.float32) * size
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "adapter_model.safetensors")
@@ -32,7 +40,7 @@ def write_adapter(
         "peft_type": "LORA",
         "r": RANK,
         "lora_alpha": RANK,
-        "target_modules": ["q_proj"],
+        "target_modules": [projection],
         "bias": "none",
         "task_type": "CAUSAL_LM",
     }

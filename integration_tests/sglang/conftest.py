@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 from sglang_server import Serve, sglang_server
+from tiny_adapter import write_adapter
 
 from penstock.benchmarks.processes import Server
 from penstock.benchmarks.servers import serving
@@ -45,8 +47,16 @@ def other_weights() -> tuple[str, Greedy]:
     return folder, greedy_of(folder)
 
 
-def greedy_of(model: str) -> Greedy:
-    """``greedy`` of the model in a folder."""
+@pytest.fixture(scope="session")
+def adapter(model: str, logs: Path) -> tuple[Path, Greedy]:
+    """A LoRA adapter, and what transformers says with it. It is one of the output projections: of Q, K and V
+    SGLang wants all three."""
+    folder = write_adapter(logs / "adapter", seed=3, projection="o_proj")
+    return folder, greedy_of(model, folder)
+
+
+def greedy_of(model: str, adapter: Path | None = None) -> Greedy:
+    """``greedy`` of the model in a folder, with an adapter of its output projections or without."""
     from penstock_refcpu import declare_torchvision_operators
 
     declare_torchvision_operators()
@@ -54,6 +64,12 @@ def greedy_of(model: str) -> Greedy:
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if adapter is not None:
+        halves = load_file(adapter / "adapter_model.safetensors")
+        for number, layer in enumerate(network.model.layers):
+            name = f"base_model.model.model.layers.{number}.self_attn.o_proj"
+            added = halves[f"{name}.lora_B.weight"] @ halves[f"{name}.lora_A.weight"]
+            layer.self_attn.o_proj.weight.data += torch.from_numpy(added)
 
     def greedy(prompt: Sequence[int], tokens: int) -> list[int]:
         ids = torch.tensor([list(prompt)])

@@ -38,11 +38,7 @@ class ReferenceCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def init_backend(self) -> None:
         # The modules that they touch ask for the platform when they are imported.
-        from sglang.srt.layers import dp_attention
-
         from penstock_refcpu import adapters, speculation
 
         speculation.install()
         adapters.install()
-        # SGLang has it for its own CPU platform.
-        dp_attention.memcpy_func = dp_attention.memcpy_cpu
