@@ -131,6 +131,10 @@ class RankedOrder(AsItComes):
             if self._book.unnamed.queue:
                 self._look_up_head(self._book.unnamed)
 
+    def foresee(self) -> None:
+        if self._ranks:
+            self._foremost()
+
     def charge_extend(self, client: str, tokens: int) -> None:
         account = self._settled(client)
         account.extend_tokens += tokens
@@ -300,9 +304,7 @@ class RankedOrder(AsItComes):
         if self._chosen is None:
             if not self._ranks:
                 raise IndexError("no request waits")
-            if self._hits_matter():
-                self._recheck()
-            account = self._first()
+            account = self._foremost()
             lane = self._standings.lane(account)
             if self._standings.moves_all(lane):
                 self._settle(None)
@@ -323,11 +325,16 @@ class RankedOrder(AsItComes):
             left_s -= self._book.now() - begin
         self._overspent_s = min(max(0.0, -left_s), REPAID_STEPS * self._refresh_s)
 
-    def _recheck(self) -> None:
-        """Look up the first one's hit, and as long as that makes another one the first, the other's."""
-        for _ in range(RECHECKS):
-            if not self._look_up_head(self._first()):
-                return
+    def _foremost(self) -> Account:
+        """Whom a pick serves: the first one's hit is looked up, and as long as that makes another one the
+        first, the other's."""
+        account = self._first()
+        if self._hits_matter():
+            for _ in range(RECHECKS):
+                if not self._look_up_head(account):
+                    break
+                account = self._first()
+        return account
 
     def _look_up_head(self, account: Account) -> bool:
         """Look up the hit of an account's head; False if that was done in this step."""

@@ -72,6 +72,9 @@ class AsItComes:
     def settle_by(self, settle: Settle) -> None:
         """No pick depends on what was charged."""
 
+    def foresee(self) -> None:
+        """A pick needs no preparation."""
+
 
 class AllAlike:
     """The part of a waiting order that knows no clients."""
@@ -121,8 +124,12 @@ class WaitingOrder(Protocol):
         """
 
     def begin_step(self) -> None:
-        """A scheduling step begins: a bounded number of prefix hits is looked up anew. An adapter leaves it
-        out for steps that pick nobody."""
+        """A scheduling step begins: a bounded number of prefix hits is looked up anew. An adapter may leave
+        it out for steps that pick nobody."""
+
+    def foresee(self) -> None:
+        """There is time before the first pick of this step, if there will be one: do now what it needs, and
+        change no outcome."""
 
     def charge_extend(self, client: str, tokens: int) -> None:
         """``tokens`` of a client's prompts were computed; negative: a charge of this step is taken back."""

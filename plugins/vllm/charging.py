@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from penstock.plugins.vllm.later import Later
 from penstock.schedulers import bills
 from penstock.schedulers.asking import Asking
 from penstock.schedulers.waiting import Clock, Job, WaitingOrder
@@ -35,19 +36,24 @@ class Span(NamedTuple):
 class Charges:
     """Charges an order for what steps compute, each prompt token once however often it is computed again.
 
-    A request is charged at the moment of its admission, so that the next pick of the same step knows, and
-    the charge is settled with what the step in fact computes. Generated tokens are read off the requests, in
-    turns: up to ``AT_ONCE`` of those that run are charged in every step, of more an ``EVERY``th part, so that
-    what is not charged yet is what ``EVERY`` steps generate, for heavy and light clients alike.
+    A request is charged for its admission before the next pick, and the charge is settled with what the step
+    in fact computes. Generated tokens are read off the requests, in turns: up to ``AT_ONCE`` of those that
+    run are charged in every step, of more an ``EVERY``th part, so that what is not charged yet is what
+    ``EVERY`` steps generate, for heavy and light clients alike.
+
+    ``popped``, ``settle`` and ``close`` note what is to be charged and put the charge off to ``later``.
     """
 
     AT_ONCE = 4
     EVERY = 64
 
-    def __init__(self, order: WaitingOrder, clock: Clock, asking_of: Callable[[Request], Asking]) -> None:
+    def __init__(
+        self, order: WaitingOrder, clock: Clock, asking_of: Callable[[Request], Asking], later: Later
+    ) -> None:
         self._cashier = bills.Cashier(order)
         self._clock = clock
         self._asking_of = asking_of
+        self._later = later
         self._bills: dict[str, Bill] = {}
         self._offered: tuple[str, int, int] | None = None
         self._admitted: dict[str, Span] = {}
@@ -89,15 +95,21 @@ class Charges:
 
     def close(self, request: Request) -> None:
         """The request is over."""
+        self._later.put(self._close, request)
+
+    def _close(self, request: Request) -> None:
         self.charge_output_of(request)
         bill = self._bills.pop(request.request_id, None)
         self._unpaid.discard(request.request_id)
         if bill is not None:
             self._cashier.close(bill)
 
-    def begin_step(self, running: Sequence[Request]) -> None:
-        """What was offered in the last step and not taken is off the table; some that run are charged."""
+    def begin_step(self) -> None:
+        """What was offered in the last step and not taken is off the table."""
         self._offered = None
+
+    def charge_turn(self, running: Sequence[Request]) -> None:
+        """Some of those that run are charged for what they have generated."""
         begin = self._turn if self._turn < len(running) else 0
         self._turn = begin + max(self.AT_ONCE, -(-len(running) // self.EVERY))
         self.charge_output(running[begin : self._turn])
@@ -113,6 +125,9 @@ class Charges:
             return
         _, start, tokens = self._offered
         self._offered = None
+        self._later.put(self._admit, request, start, tokens)
+
+    def _admit(self, request: Request, start: int, tokens: int) -> None:
         bill = self.of(request)
         before = bill.paid_up_to
         charged = self._cashier.prompt(bill, start, start + tokens, request.num_prompt_tokens)
@@ -120,25 +135,30 @@ class Charges:
         self._cashier.reserve(bill, request.max_tokens)
 
     def settle(self, scheduled: Mapping[str, int], requests: Mapping[str, Request]) -> None:
-        """Charge for the prompt tokens of a step. ``scheduled`` are its tokens by request id;
-        ``num_computed_tokens`` of ``requests`` counts them already."""
-        for request_id, span in self._admitted.items():
-            tokens = scheduled.get(request_id, 0)
-            end = requests[request_id].num_computed_tokens if tokens else 0
-            if (end - tokens, end) != (span.start, span.end):
-                self._cashier.take_back(self._bills[request_id], span.charged, span.paid_before)
-        self._admitted.clear()
+        """A step computes ``scheduled`` tokens by request id; ``num_computed_tokens`` of ``requests`` counts
+        them already. Those of prompts are to be paid for."""
+        if not self._unpaid and not self._admitted:
+            return
+        computed = []
         for request_id in self._unpaid & scheduled.keys():
             request = requests[request_id]
-            bill, end, prompt = (
-                self._bills[request_id],
-                request.num_computed_tokens,
-                request.num_prompt_tokens,
-            )
-            self._cashier.prompt(bill, end - scheduled[request_id], end, prompt)
+            end = request.num_computed_tokens
+            computed.append((request, end - scheduled[request_id], end))
+        self._later.put(self._settle, computed)
+
+    def _settle(self, computed: Sequence[tuple[Request, int, int]]) -> None:
+        """The last step computed positions from the first to the second number of these requests."""
+        found = {request.request_id: (start, end) for request, start, end in computed}
+        for request_id, span in self._admitted.items():
+            if found.get(request_id, (0, 0)) != (span.start, span.end):
+                self._cashier.take_back(self._bills[request_id], span.charged, span.paid_before)
+        self._admitted.clear()
+        for request, start, end in computed:
+            bill, prompt = self._bills[request.request_id], request.num_prompt_tokens
+            self._cashier.prompt(bill, start, end, prompt)
             if bill.paid_up_to >= prompt and not request.resumable:
                 # The prompt of a session that takes input while it runs may still grow.
-                self._unpaid.discard(request_id)
+                self._unpaid.discard(request.request_id)
 
     def charge_output(self, requests: Iterable[Request]) -> None:
         """Charge for what was generated for ``requests`` since it was charged last."""

@@ -21,24 +21,36 @@ class OrderedQueue(RequestQueue):
     preempted request, ``prepend_requests`` how it returns those that it passed over in the same step, last
     one first; among requests that name no client both give vLLM's own order.
 
-    ``job_of`` describes a request to the order; ``popped`` hears of every request that leaves by a pop, which
-    is an admission or a request being passed over. ``before_picks`` is called before the first ``peek`` of a
-    step: a step that has no seat or no token left looks at nobody, and costs the order nothing.
+    Who arrives waits at the door until ``join``, or until nobody else waits: where the line is long, no step
+    needs to know of a newcomer at once.
+
+    ``job_of`` describes a request to the order. ``before_picks`` is called before the first ``peek`` of a
+    step: a step that has no seat or no token left looks at nobody.
     """
 
     def __init__(
         self,
         order: WaitingOrder,
         job_of: Callable[[Request], Job],
-        popped: Callable[[Request], None],
         before_picks: Callable[[], None],
     ) -> None:
-        self.order = order
+        self._order = order
         self._job_of = job_of
-        self._popped = popped
         self._before_picks = before_picks
         self._step_begins = True
         self._requests: dict[str, Request] = {}
+        self.arrivals: dict[str, Request] = {}
+        """Those at the door, by id, the first that came first."""
+
+    @property
+    def order(self) -> WaitingOrder:
+        """The order of those who wait behind the door."""
+        return self._order
+
+    def join(self) -> None:
+        """All arrivals stand in line from now on."""
+        while self.arrivals:
+            self._enter(self.arrivals.pop(next(iter(self.arrivals))))
 
     def begin_step(self) -> None:
         """A scheduling step begins."""
@@ -52,21 +64,20 @@ class OrderedQueue(RequestQueue):
         """A request arrives, or the next turn of a session. One that was preempted with the last token of its
         turn in flight waits here already when that token comes."""
         self.remove_requests((request,))
-        self._arrive(request)
-        self._requests[request.request_id] = request
+        self.arrivals[request.request_id] = self._requests[request.request_id] = request
 
     def peek_request(self) -> Request:
         """The request to serve next. Raises IndexError if none waits."""
         if self._step_begins:
             self._step_begins = False
             self._before_picks()
+        if not self.order:
+            self.join()
         return self._requests[self.order.peek().request_id]
 
     def pop_request(self) -> Request:
         """Take out what ``peek_request`` shows. Raises IndexError if none waits."""
-        request = self._requests.pop(self.order.pop().request_id)
-        self._popped(request)
-        return request
+        return self._requests.pop(self.order.pop().request_id)
 
     def prepend_request(self, request: Request) -> None:
         """A preempted request waits again."""
@@ -80,18 +91,22 @@ class OrderedQueue(RequestQueue):
 
     def remove_request(self, request: Request) -> None:
         """Take out a request. Raises ValueError if it does not wait, as vLLM's queues do."""
-        if self._requests.pop(request.request_id, None) is None:
+        if request.request_id not in self._requests:
             raise ValueError(f"{request.request_id} does not wait")
-        self.order.remove(request.request_id)
+        self.remove_requests((request,))
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
         """Take out those of ``requests`` that wait here."""
         for request in requests:
-            if self._requests.pop(request.request_id, None) is not None:
-                self.order.remove(request.request_id)
+            name = request.request_id
+            if self._requests.pop(name, None) is not None and self.arrivals.pop(name, None) is None:
+                self._leave(name)
 
-    def _arrive(self, request: Request) -> None:
+    def _enter(self, request: Request) -> None:
         self.order.add(self._job_of(request))
+
+    def _leave(self, request_id: str) -> None:
+        self.order.remove(request_id)
 
     def _put_back(self, request: Request, *, preempted: bool) -> None:
         self.order.put_back(self._job_of(request), preempted=preempted)
@@ -104,10 +119,12 @@ class OrderedQueue(RequestQueue):
         return len(self._requests)
 
     def __iter__(self) -> Iterator[Request]:
+        self.join()
         return (self._requests[job.request_id] for job in self.order)
 
     def check_integrity(self) -> None:
         """Assert that queue and order hold the same requests."""
+        self.join()
         assert len(self.order) == len(self._requests)
         assert {job.request_id for job in self.order} == self._requests.keys()
         if self._requests:

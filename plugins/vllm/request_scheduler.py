@@ -16,13 +16,14 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from penstock.plugins.configuration import ConfigurationError, scheduler_config
 from penstock.plugins.features import asked_for, require
 from penstock.plugins.vllm.askings import Askings
+from penstock.plugins.vllm.behind_model import BehindTheModel
 from penstock.plugins.vllm.cached_prefix import CachedPrefix
+from penstock.plugins.vllm.charged_queue import ChargedQueue
 from penstock.plugins.vllm.charging import Charges
 from penstock.plugins.vllm.client_stats import ClientStats
-from penstock.plugins.vllm.draft_control import DraftControlling
 from penstock.plugins.vllm.features import REQUEST_SCHEDULER, SLO_SCHEDULER
 from penstock.plugins.vllm.installation import upstream
-from penstock.plugins.vllm.request_queue import OrderedQueue
+from penstock.plugins.vllm.later import Later
 from penstock.plugins.vllm.slo_scheduling import AsyncSLOScheduler, SyncSLOScheduler
 from penstock.schedulers.config import SchedulerConfig
 from penstock.schedulers.policies import waiting_order
@@ -81,8 +82,11 @@ def require_chunked_prefill(vllm_config: Any) -> None:
         raise ConfigurationError("scheduler.policy: slo plans chunks of prompts; enable chunked prefill")
 
 
-class RequestScheduling(DraftControlling):
+class RequestScheduling(BehindTheModel):
     """The part of a scheduler that is ours; mixed in before a scheduler of vLLM's.
+
+    What arrivals, ends, admissions and generated tokens change is put off until the device computes, and so
+    are the look-ups for the next pick. A step whose line is short does the rest of it first.
 
     ``clock`` gives seconds and may be virtual: the order, the charges and the intervals of the statistics
     read no other. ``front_end_exports`` says that the process at the other end takes our statistics.
@@ -101,8 +105,10 @@ class RequestScheduling(DraftControlling):
         self.clock = clock
         self._cached = CachedPrefix(self)
         order = order_of(self.config, clock, self._cached_prefix)
-        self.charges = Charges(order, clock, Askings(self.config).of)
-        self.waiting = OrderedQueue(order, self.charges.job_of, self.charges.popped, self._begin_picks)
+        self._later = Later()
+        self._is_prepared = False
+        self.charges = Charges(order, clock, Askings(self.config).of, self._later)
+        self.waiting: ChargedQueue = ChargedQueue(order, self.charges, self._later, self._begin_picks)
         self._client_stats = ClientStats(
             self.config, order, clock, settle=self._charge_all_output, export=front_end_exports
         )
@@ -110,29 +116,35 @@ class RequestScheduling(DraftControlling):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step in the policy's order, charged for."""
-        self.charges.begin_step(self.running)
+        if not self._is_prepared:
+            self._catch_up()
+            self._prepare()
+        self.charges.begin_step()
         self.waiting.begin_step()
-        # Until the queue is looked at, vLLM asks for those that run, hundreds in every step: its own method
-        # answers. What is offered to requests that wait is all that a charge needs.
-        self._reserve_prefill_lookahead = super()._reserve_prefill_lookahead  # type: ignore[method-assign]
         try:
             output = super().schedule(*args, **kwargs)
         finally:
-            self._watch_offers()
+            self.__dict__.pop("_reserve_prefill_lookahead", None)
+            self._is_prepared = False
         self.charges.settle(output.num_scheduled_tokens, self.requests)
         return output
 
+    def _prepare(self) -> None:
+        self.charges.charge_turn(self.running)
+        order = self.waiting.order
+        order.begin_step()
+        order.foresee()
+        self._client_stats.refresh()
+        self._is_prepared = True
+
     def _begin_picks(self) -> None:
         """vLLM is done with those that run and looks at the queue for the first time in this step."""
-        self._watch_offers()
-        self.waiting.order.begin_step()
+        if self.waiting.is_short:
+            self._catch_up()
+        # Until now vLLM asked it for each that runs, hundreds in every step: its own method answered.
+        self._reserve_prefill_lookahead = self._offer  # type: ignore[method-assign]
 
-    def _watch_offers(self) -> None:
-        self.__dict__.pop("_reserve_prefill_lookahead", None)
-
-    def _reserve_prefill_lookahead(
-        self, request: Request, num_computed_tokens: int, num_new_tokens: int
-    ) -> int:
+    def _offer(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         # The last call before a waiting request is admitted, and the only one with its number of tokens.
         tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         self.charges.offer(request, num_computed_tokens, tokens)
@@ -140,14 +152,17 @@ class RequestScheduling(DraftControlling):
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         stats = super().make_stats(*args, **kwargs)
+        idle = not self.running and not self.has_unfinished_requests()
+        if idle:
+            self._catch_up()
         if stats is not None:
-            idle = not self.has_unfinished_requests()
             self._client_stats.add_to(stats, idle=idle)
             self.add_draft_counts(stats)
         return stats
 
     def _update_request_as_session(self, session: Request, *args: Any, **kwargs: Any) -> None:
         # The output of a turn becomes prompt of the next one, computed already.
+        self._later.do()
         self.charges.charge_output_of(session, then=0)
         super()._update_request_as_session(session, *args, **kwargs)
 
@@ -155,9 +170,13 @@ class RequestScheduling(DraftControlling):
         # Every request ends here, whatever it was doing.
         result = super()._free_request(request, *args, **kwargs)
         self.charges.close(request)
+        if not self.running:
+            # No step may come to do it behind.
+            self._catch_up()
         return result
 
     def _charge_all_output(self) -> None:
+        self._later.do()
         self.charges.charge_output(self.running)
 
     def _cached_prefix(self, request_id: str) -> int:
@@ -168,6 +187,7 @@ class RequestScheduling(DraftControlling):
 
     def check_integrity(self) -> None:
         """Assert that queue, order, bills and vLLM's own tables agree."""
+        self._catch_up()
         self.waiting.check_integrity()
         self.charges.check_integrity(self.requests)
 

@@ -18,6 +18,8 @@ STEPS = (
         _update_request_as_session="(self, session, *args, **kwargs)",
         _free_request="(self, request, *args, **kwargs)",
     ),
+    # Without it what is done behind the model is done before the next step.
+    Seam(f"{_SCHEDULER}.get_grammar_bitmask", Use.OVERRIDE, "(self, *args, **kwargs)", optional=True),
     Seam(f"{_SCHEDULER}.has_unfinished_requests", Use.READ, optional=True),
     *read(_SCHEDULER, "waiting", "running", "requests", "vllm_config"),
     *read("vllm.v1.core.sched.output:SchedulerOutput", "num_scheduled_tokens"),
@@ -79,8 +81,6 @@ CACHE = (
 """How much of a waiting request's prompt is cached."""
 
 PLANS = (
-    # Without it what is done behind the model is done before the next step.
-    Seam(f"{_SCHEDULER}.get_grammar_bitmask", Use.OVERRIDE, "(self, *args, **kwargs)", optional=True),
     Seam(f"{_SCHEDULER}._handle_invalid_blocks", Use.OVERRIDE, "(self, *args, **kwargs)", optional=True),
     Seam(
         f"{_SCHEDULER}._preempt_request",

@@ -117,21 +117,15 @@ class SLOScheduling(PlannedSteps):
             self._scheduled = output, now_s
         return output
 
-    def get_grammar_bitmask(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM asks for it once the model computes the step: the time to prepare the next one."""
-        grammar = super().get_grammar_bitmask(*args, **kwargs)
-        self._catch_up()
+    def _prepare(self) -> None:
         self._ahead = self._lay_out()
-        return grammar
 
     def _catch_up(self) -> None:
-        """Do all that was put off. Where vLLM leaves no time for it behind the model, the next step does."""
         if self._later:
             # Who ended leaves the columns that the layout was made from.
             self._ahead = None
             self._ended.clear()
-            self._later.do()
-        self.waiting.join()
+        super()._catch_up()
         if self._scheduled is not None:
             (output, now_s), self._scheduled = self._scheduled, None
             features = self._features(output)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from vllm.v1.request import RequestStatus
 
-from penstock.plugins.vllm.draft_control import DraftControlling
+from penstock.plugins.vllm.behind_model import BehindTheModel
 from penstock.plugins.vllm.slo_queue import PlannedQueue
 from penstock.plugins.vllm.slo_records import Records
 from penstock.schedulers.slo.plan import Plan
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class PlannedSteps(DraftControlling):
+class PlannedSteps(BehindTheModel):
     """Sets the scheduler up for one step; whoever mixes this in makes ``plan`` and restores the budget."""
 
     records: Records

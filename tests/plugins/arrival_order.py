@@ -52,6 +52,9 @@ class ArrivalOrder:
     def begin_step(self) -> None:
         pass
 
+    def foresee(self) -> None:
+        pass
+
     def charge_extend(self, client: str, tokens: int) -> None:
         self.extend[client] += tokens
         self.calls.append(("extend", client, tokens))

@@ -38,10 +38,12 @@ def blocking(kind: type, seed: int) -> type:
     return Blocking
 
 
-def traffic(scheduler: Any, seed: int, depth: int, names: bool = False) -> tuple[Stepper, list[Request]]:
+def traffic(
+    scheduler: Any, seed: int, depth: int, names: bool = False, **more: Any
+) -> tuple[Stepper, list[Request]]:
     """Seeded arrivals, shared prefixes, aborts of requests in any state, and resets of the prefix cache."""
     rng = random.Random(seed)
-    stepper = Stepper(scheduler, depth)
+    stepper = Stepper(scheduler, depth, **more)
     prefixes = [[100 * i + j for j in range(rng.choice((0, 40, 90)))] for i in range(4)]
     sent: list[Request] = []
     while len(sent) < 40:

@@ -243,7 +243,7 @@ def test_of_many_that_run_each_is_charged_within_a_few_steps():
     assert order.output["c0"] > 40
 
 
-def test_a_step_without_a_free_seat_asks_the_order_nothing():
+def test_a_step_without_a_free_seat_asks_the_order_for_nobody():
     asked = []
 
     class Asked(ArrivalOrder):
@@ -259,8 +259,9 @@ def test_a_step_without_a_free_seat_asks_the_order_nothing():
         scheduler.add_request(request(f"r{number}", [number] * 20, 30, client_id="a"))
     stepper = Stepper(scheduler)
     stepper.step()
-    assert asked[0] == "step"
+    assert asked[:2] == ["step", "peek"]
     asked.clear()
     for _ in range(10):
         stepper.step()
-    assert asked == []
+    # Prepared behind the model for the step after it, which may be another.
+    assert asked == ["step"] * 10

@@ -82,17 +82,25 @@ def test_every_hook_that_the_connector_overrides_is_a_seam(source):
 
 
 def methods_of(module: str, name: str) -> set[str]:
-    """The methods that a class of ours defines."""
+    """The methods that a class of ours defines, and those that it sets on an instance."""
     tree = SourceTree(Path(plugins.__path__[0]).parent).parse(module)
     assert tree is not None
     (found,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
-    return {node.name for node in found.body if isinstance(node, ast.FunctionDef)}
+    own = {node.name for node in found.body if isinstance(node, ast.FunctionDef)}
+    return own | {
+        node.targets[0].attr
+        for node in ast.walk(found)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Attribute)
+        and isinstance(node.value, ast.Attribute)
+        and node.value.attr in own
+    }
 
 
 @pytest.mark.parametrize(
     ("feature", "module", "ours", "owner"),
     [
-        (REQUEST_SCHEDULER, "request_scheduler", "RequestScheduling", SCHEDULER),
+        (REQUEST_SCHEDULER, "request_scheduler behind_model", "RequestScheduling BehindTheModel", SCHEDULER),
         (REQUEST_SCHEDULER, "request_queue", "OrderedQueue", "vllm.v1.core.sched.request_queue:RequestQueue"),
         (DRAFT_CONTROL, "draft_control", "DraftControlling", SCHEDULER),
         (SHARED_PREFIX_ATTENTION, "prefix_backend", "PrefixCPUBackend", f"{CPU_ATTENTION}Backend"),
@@ -105,7 +113,8 @@ def methods_of(module: str, name: str) -> set[str]:
 )
 def test_every_method_that_a_feature_overrides_is_a_seam(source, feature, module, ours, owner):
     upstream_module, _, name = owner.partition(":")
-    methods = methods_of(f"plugins.vllm.{module}", ours)
+    classes = zip(module.split(), ours.split(), strict=True)
+    methods = set().union(*(methods_of(f"plugins.vllm.{where}", name) for where, name in classes))
     upstream = {method for method in methods if source.lookup(upstream_module, (name, method)) is not None}
     declared = {
         seam.name.rpartition(".")[2]
