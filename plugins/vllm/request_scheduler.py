@@ -142,7 +142,7 @@ class RequestScheduling(BehindTheModel):
         if self.waiting.is_short:
             self._catch_up()
         # Until now vLLM asked it for each that runs, hundreds in every step: its own method answered.
-        self._reserve_prefill_lookahead = self._offer  # type: ignore[method-assign]
+        self._reserve_prefill_lookahead = self._offer
 
     def _offer(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         # The last call before a waiting request is admitted, and the only one with its number of tokens.
