@@ -65,6 +65,7 @@ class Given:
     windows: int | None
     tuning: int | None
     requests: int | None
+    gaps: bool | None
     profile: StepTime
     journal: Path | None
     json_file: Path | None
@@ -92,6 +93,11 @@ def options(bench: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         ),
         click.option(
             "--requests", type=click.IntRange(20), help="A window.  [default: 200, fewer with --quick]"
+        ),
+        click.option(
+            "--gaps/--no-gaps",
+            default=None,
+            help="Score by the largest gap between tokens, too.  [default: not with --quick]",
         ),
         click.option(
             "--step-time",
@@ -134,13 +140,14 @@ def run(bench: Bench, given: Given) -> None:
     if find_spec(bench.module) is None:
         raise click.ClickException(bench.missing)
     console, quick = wide(Console()), given.quick
+    gaps = not quick if given.gaps is None else given.gaps
     environment = Environment.detect(0)
     scale = Scale(
         apps=given.apps or (bench.quick_apps if quick else tuple(APPS)),
         requests=given.requests or (bench.quick_requests if quick else 200),
         tuning=given.tuning or (1 if quick else 4),
         scoring=given.windows or (2 if quick else 10),
-        rules=("deadline", "mean") if quick else ("deadline", "mean", "gap"),
+        rules=("deadline", "mean", "gap") if gaps else ("deadline", "mean"),
         families=bench.families(quick=quick),
         refinements=1 if quick else 2,
     )

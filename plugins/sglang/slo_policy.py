@@ -29,6 +29,7 @@ from penstock.plugins.sglang.slo_adder import planned
 from penstock.plugins.sglang.slo_prompts import PromptPasses
 from penstock.plugins.sglang.slo_records import Records
 from penstock.schedulers.config import SchedulerConfig
+from penstock.schedulers.slo.config import SLOConfig
 from penstock.schedulers.slo.decodes import COMPUTED, TPOT, RunningBatch
 from penstock.schedulers.slo.plan import PASSIVE, Plan
 from penstock.schedulers.slo.planner import Planner
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 PASSIVE_STEPS = 8
 """While nobody has targets the time of one pass in so many is learned from."""
+LOST_ANSWER_S = 0.05
+"""``SLOConfig.lost_answer_s`` where it is not set."""
 NO_LIMITS = Limits(step_tokens=0, running_requests=0)
 
 
@@ -57,11 +60,8 @@ class PlannedPolicy(PassPolicy):
         model: StepTimeModel | None = None,
     ) -> None:
         super().__init__(scheduler, config, clock)
-        # A pass over the decodes serves all of them, and none is sent again; a mixed pass is one, so that
-        # nothing is saved by passing some over.
         mixed = scheduler.is_mixed_chunk
-        resumed_s = math.inf if mixed else 0.0
-        self.planner = Planner(msgspec.structs.replace(config.slo, resumed_token_s=resumed_s), model)
+        self.planner = Planner(_for_whole_passes(config.slo, mixed=mixed), model)
         self._passes = PromptPasses(self.planner, mixed=mixed, page=scheduler.page_size)
         shared = clock if isinstance(clock, SharedClock) else None
         self.records = Records(config, self.asking, clock, _front_clock(clock))
@@ -324,6 +324,14 @@ class PlannedPolicy(PassPolicy):
         self.planner.check_integrity()
         self.records.check_integrity(live)
         self._decoding.check_integrity(self._in_flight())
+
+
+def _for_whole_passes(config: SLOConfig, *, mixed: bool) -> SLOConfig:
+    """A pass over the decodes serves all of them, and none is sent again; a mixed pass is one, so that
+    nothing is saved by passing some over."""
+    lost_answer_s = LOST_ANSWER_S if config.lost_answer_s is None else config.lost_answer_s
+    resumed_s = math.inf if mixed else 0.0
+    return msgspec.structs.replace(config, resumed_token_s=resumed_s, lost_answer_s=lost_answer_s)
 
 
 def _front_clock(clock: Clock) -> Clock | None:

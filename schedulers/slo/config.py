@@ -32,6 +32,10 @@ class SLOConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     0: never. The rest is taken to be as long as"""
     short_answer_quantile: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.1
     """this quantile of the output length, by class."""
+    lost_answer_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] | None = None
+    """Under ``mean``, instead of those two: a step may be as long as it takes so many seconds for each answer
+    that is expected to miss its pace by it for good. None leaves it to the engine: 0.05 in SGLang, where a
+    step serves all decodes; ``lent_step_s`` in vLLM, where those with slack can be passed over."""
     rule: Rule = "moore_hodgson"
     """Which requests are admitted when not all can be served in time. ``sustained`` admits all whose decodes
     the engine keeps at their pace, and so lets a new prompt make an admitted one late."""

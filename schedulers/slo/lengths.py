@@ -147,6 +147,32 @@ class OutputLengths:
         left: Shares = np.maximum(0.0, total - generated)
         return left
 
+    def ends_within(
+        self, class_names: Sequence[str], generated: Tokens, most: Tokens, tokens: Shares
+    ) -> Shares:
+        """The chance that each of ``n`` answers, ``generated`` tokens long, ends within so many further
+        ``tokens``, ``[..., n]``. Lengths of a bucket are spread evenly over their logarithm."""
+        places = self._places
+        if not places.keys() >= (names := set(class_names)):
+            self._accumulate(names)
+        rows = np.array([places[name] for name in class_names], np.int64)
+        before = self._share_up_to(rows, generated)
+        left = self._cumulative[rows, -1] - before
+        outlived = left < OUTLIVED
+        chance = (self._share_up_to(rows, generated + tokens) - before) / np.where(outlived, 1.0, left)
+        if outlived.any():
+            chance = np.where(outlived, tokens / np.maximum(1.0, 0.5 * generated), chance)
+        found: Shares = np.where(generated + tokens >= most, 1.0, np.minimum(1.0, chance))
+        return np.where(tokens > 0, found, 0.0)
+
+    def _share_up_to(self, rows: NDArray[np.int64], tokens: Tokens) -> Shares:
+        """The share of answers in each row that are no longer than that."""
+        place = np.minimum(BUCKETS_PER_OCTAVE * np.log2(np.maximum(1.0, tokens)), BUCKETS - 1)
+        bucket = np.minimum(place.astype(np.int64), BUCKETS - 2)
+        low, high = self._cumulative[rows, bucket], self._cumulative[rows, bucket + 1]
+        share: Shares = low + (place - bucket) * (high - low)
+        return share
+
     def _of_whole_answers(self, quantile: float) -> Shares:
         """The quantile of an answer that has not begun, by row."""
         found = self._whole.get(quantile)
