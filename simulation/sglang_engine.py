@@ -31,13 +31,17 @@ CONTEXT_TOKENS = 131_072
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineShape:
-    """The settings of the engine, as ``sglang serve`` has them, and the size of its KV cache in tokens."""
+    """The settings of the engine, as ``sglang serve`` has them, and the size of its KV cache in tokens.
+
+    ``schedule`` and ``complete`` step SGLang's normal loop; ``overlap`` is for who runs its other loop.
+    """
 
     kv_tokens: int
     chunked_prefill_size: int = 8192
     max_running_requests: int = 256
     schedule_policy: str = "fcfs"
     mixed_chunk: bool = False
+    overlap: bool = False
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def server_args(self, model: str) -> ServerArgs:
@@ -53,7 +57,7 @@ class EngineShape:
             max_running_requests=self.max_running_requests,
             schedule_policy=self.schedule_policy,
             enable_mixed_chunk=self.mixed_chunk,
-            disable_overlap_schedule=True,
+            disable_overlap_schedule=not self.overlap,
             random_seed=0,
             log_level="error",
             **({} if torch.cuda.is_available() else {"device": "cpu"}),

@@ -22,23 +22,25 @@ Entry = tuple[float, str, Running]
 class Paced:
     """Decodes under targets. ``guarded`` ones can still meet their deadlines and bound the step's length, the
     others are late and keep their pace; ``time_s`` is how long after the start of the step either's next
-    token may come."""
+    token may come. Whatever that says, the step may last ``lent_s`` for prompts that have targets."""
 
     columns: Columns
     time_s: Column
     guarded: Mask
+    lent_s: float = 0.0
 
     @classmethod
     def of(cls, columns: Columns, start_s: float, late_tpots: float, pacing: Pacing) -> Paced:
         """All that ``columns`` hold."""
         tpot_s, last_s = columns.values[TPOT], columns.values[LAST]
         slack_s = pacing.slacks_s(columns, start_s) - SPARE_S
+        lent_s = pacing.lent_s(columns, slack_s)
         # Without 0 times infinity.
         guarded = slack_s >= (-late_tpots * tpot_s if late_tpots else 0.0)
         if not guarded.all():
             paced_s = np.where(np.isnan(last_s), start_s, last_s) + tpot_s - start_s
             slack_s = np.where(guarded, slack_s, paced_s)
-        return cls(columns, slack_s, guarded)
+        return cls(columns, slack_s, guarded, lent_s)
 
     def by_turn(self, chosen: Mask) -> list[int]:
         """Places of those ``chosen``: guarded before late, each by time, at one time by id."""
@@ -118,7 +120,7 @@ class Needs:
         others = [request for request in running.others if request.request_id not in gone]
         return Needs(
             tuple([name for name in self.names if name not in gone]),
-            Paced(columns, paced.time_s[kept], paced.guarded[kept]),
+            Paced(columns, paced.time_s[kept], paced.guarded[kept], paced.lent_s),
             RunningBatch(decodes.where(run_on), others),
             *(
                 [entry for entry in entries if entry[1] not in gone]

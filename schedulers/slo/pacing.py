@@ -61,12 +61,8 @@ class Pacing:
         if self.pace == "gap":
             slack_s = np.where(np.isnan(begin_s), last_s + tpot_s, slack_s)
         slack_s -= start_s
-        if self.pace == "mean" and self._step_s is not None and len(decodes):
-            if self._lost_answer_s is not None:
-                lent_s = self._worth_its_losses_s(decodes, slack_s, self._step_s, self._lost_answer_s)
-                slack_s = np.maximum(slack_s, lent_s)
-            else:
-                self._lend(decodes, slack_s, self._step_s)
+        if self.pace == "mean" and self._step_s is not None and self._lost_answer_s is None:
+            self._lend(decodes, slack_s, self._step_s)
         return slack_s
 
     def _lend(self, decodes: Columns, slack_s: Column, step_s: float) -> None:
@@ -80,12 +76,13 @@ class Pacing:
             faster_s = (tpot_s[short] - step_s) * np.maximum(0.0, left - 1.0)
             slack_s[short] = np.minimum(self._lent_step_s, slack_s[short] + faster_s)
 
-    def _worth_its_losses_s(
-        self, decodes: Columns, slack_s: Column, step_s: float, lost_answer_s: float
-    ) -> float:
-        """The longest step that takes ``lost_answer_s`` or more for each answer which is expected to end
-        before it has made up for that step, and would have met its pace after one that keeps it. 0 where
-        there is none."""
+    def lent_s(self, decodes: Columns, slack_s: Column) -> float:
+        """How long a step may be, whatever the slack of its decodes, for prompts that have targets: the
+        longest that takes ``lost_answer_s`` or more for each answer which is expected to end before it has
+        made up for that step, and would have met its pace after one that keeps it. 0 where there is none."""
+        step_s, lost_answer_s = self._step_s, self._lost_answer_s
+        if self.pace != "mean" or step_s is None or lost_answer_s is None or not len(decodes):
+            return 0.0
         lengths_s = self._lengths_s
         near = np.flatnonzero(slack_s < lengths_s[0, 0])
         tpot_s, slack_s = decodes.values[TPOT, near], slack_s[near]

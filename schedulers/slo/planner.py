@@ -260,6 +260,7 @@ class Planner:
             drafts = draft(self.drafts, step, layout.needs, missing)
         served = self._serve_patient(step, seats, patient, gone, bool(prompts))
         served += step.prefill(prompts, limits.step_tokens)
+        step.lend_no_more()
         if not decodes_first:
             step.fill_with_decodes(best_decodes)
         best = [entry for entry in layout.best_prefills if entry[1] not in gone]

@@ -37,6 +37,7 @@ class Step:
         self.serves_all = False
         """Whether all decodes under targets have a token, as far as the step holds so many."""
         self._tightest_s = math.inf
+        self._lent_s = 0.0
 
     @property
     def features(self) -> StepFeatures:
@@ -101,7 +102,8 @@ class Step:
         all_guarded = guarded.all()
         if guarded.any():
             self._tightest_s = float((time_s if all_guarded else time_s[guarded]).min())
-            self.length_s = min(self.length_s, max(0.0, self._tightest_s))
+            self._lent_s = paced.lent_s if prompts else 0.0
+            self.length_s = self._longest_s()
         far_s = max(2 * self.length_s, self._config.longest_step_s)
         due = time_s <= (far_s if all_guarded else np.where(guarded, far_s, self.length_s))
         number = int(np.count_nonzero(due)) if prompts else len(due)
@@ -117,8 +119,17 @@ class Step:
     def begins_later(self, seconds: float) -> None:
         """So much later than its decodes were told, or earlier if below 0; nothing but decodes is in it."""
         self._tightest_s -= seconds
-        self.length_s = min(self._config.longest_step_s, max(0.0, self._tightest_s))
+        self.length_s = self._longest_s()
         self._take_as_long_as_needed()
+
+    def lend_no_more(self) -> None:
+        """What the step holds from now on gets no time that its decodes do not have."""
+        if self._lent_s:
+            self._lent_s = 0.0
+            self.length_s = min(self.length_s, self._longest_s())
+
+    def _longest_s(self) -> float:
+        return min(self._config.longest_step_s, max(self._lent_s, self._tightest_s))
 
     def take_back(self, name: str, computed_tokens: int) -> None:
         """One that was given tokens, and has computed so many before, ended."""

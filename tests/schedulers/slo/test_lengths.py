@@ -88,3 +88,31 @@ def test_what_many_have_left_is_what_each_has_left():
 def test_a_bucket_ends_where_the_next_one_begins():
     for bucket, tokens in enumerate(LAST_TOKENS[:-1].tolist()):
         assert bucket_of(tokens) <= bucket < bucket_of(tokens + 1)
+
+
+@pytest.mark.parametrize("generated", [1, 50, 200, 600])
+def test_the_chance_to_end_soon_is_the_share_of_the_lengths_that_did(generated):
+    rng = random.Random(2)
+    lengths = OutputLengths()
+    shown = [int(rng.lognormvariate(5.0, 0.9)) + 1 for _ in range(3000)]
+    for tokens in shown:
+        lengths.observe("chat", tokens)
+    soon = np.array([[2.0], [10.0], [40.0], [200.0], [5000.0]])
+    found = lengths.ends_within(["chat"], np.array([generated]), np.array([1 << 20]), soon)[:, 0]
+    left = [tokens - generated for tokens in shown if tokens > generated]
+    exact = [sum(one <= within for one in left) / len(left) for within in soon[:, 0]]
+    assert found == pytest.approx(exact, abs=0.05)
+
+
+def test_an_answer_ends_within_what_it_may_have_and_not_within_nothing():
+    lengths = OutputLengths()
+    for _ in range(5000):
+        lengths.observe("c", 100)
+    generated, most = np.array([10, 10, 3000, 3000]), np.array([15, 1000, 4000, 1 << 20])
+    found = lengths.ends_within(["c"] * 4, generated, most, np.array([[0.0], [5.0], [1000.0], [3000.0]]))
+    assert found[0].tolist() == [0.0] * 4
+    assert found[1, 0] == 1.0
+    assert found[1, 1] < 0.01
+    assert found[2].tolist() == pytest.approx([1.0, 1.0, 1.0, 2 / 3], abs=0.02)
+    assert (np.diff(found, axis=0) >= 0).all()
+    assert found.max() <= 1.0
