@@ -1,10 +1,10 @@
 """SGLang's own event loops on a virtual clock: the normal one, and the one whose passes overlap.
 
-``sglang_stepped`` runs an object with ``loop``, ``section``, ``shape`` and ``asks``. A pass takes the time that
-the simulation gives it, and begins when the one before has ended; the clock shows that it is over when the
-loop takes its result. Written are ``admitted`` (names, in the order of their first pass), ``tokens`` of each
-answer with the time at which the first and the last came, ``passes``, ``most_in_flight``, and what the policy
-still remembers in the end.
+``sglang_stepped`` runs an object with ``loop``, ``section``, ``shape`` and ``asks``. A pass takes the time
+that the simulation gives it, and begins when the one before has ended; the clock shows that it is over when
+the loop takes its result. Written are ``admitted`` (names, in the order of their first pass), ``tokens`` of
+each answer, when the first and the last of them came, ``passes``, ``most_in_flight``, what the policy
+counted, and how many requests it still remembers.
 """
 
 from __future__ import annotations

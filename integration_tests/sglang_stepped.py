@@ -10,10 +10,10 @@ milliseconds or null; what an id has before a dash is its client), perhaps ``mos
 client allows; answers end by a stop token then. Prompts differ from the first token on; of ``families`` there
 are so many ways in which they begin alike, with their first half. ``shared_clock`` gives the policy the clock
 that ranks share, told when a pass begins; ``unstamped`` keeps from it when requests came. With a SEED the
-clocks of the process itself run as no others do. With ``loop`` (``normal`` or ``overlap``) SGLang's own event
-loop runs instead, and what is written is ``sglang_loops``'s. Written is one object a run: ``requests`` by id, each with
+clocks of the process itself run as no others do. Written is one object a run: ``requests`` by id, each with
 the times of its tokens since it came, a digest of each pass, and what the policy counted, of its ``clients``
-or in all. A run with ``storm`` is ``sglang_storm``'s.
+or in all. A run with ``storm`` is ``sglang_storm``'s; one with ``loop`` (``normal`` or ``overlap``) is
+``sglang_loops``'s, in SGLang's own event loop.
 """
 
 from __future__ import annotations

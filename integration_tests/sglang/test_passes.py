@@ -104,6 +104,16 @@ STORMS = {
         ("slo", {"more": {"page_size": 16}}),
     )
 }
+LOOPS = {
+    f"{loop}, {'mixed' if mixed else 'apart'}": {
+        "loop": loop,
+        "section": SLO,
+        "shape": {**ROOMY, "mixed_chunk": mixed},
+        "asks": LONG_AND_SHORT,
+    }
+    for loop in ("normal", "overlap")
+    for mixed in (True, False)
+}
 PLANNED = [name for name in RUNS if name.startswith("slo")]
 
 
@@ -111,14 +121,14 @@ PLANNED = [name for name in RUNS if name.startswith("slo")]
 def runs() -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],
-        input=json.dumps([*RUNS.values(), *STORMS.values()]),
+        input=json.dumps([*RUNS.values(), *STORMS.values(), *LOOPS.values()]),
         capture_output=True,
         text=True,
         timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip([*RUNS, *STORMS], json.loads(done.stdout.splitlines()[-1]), strict=True))
+    return dict(zip([*RUNS, *STORMS, *LOOPS], json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 def chats(run: dict[str, Any]) -> list[list[float]]:
@@ -201,3 +211,17 @@ def test_after_a_storm_everybody_ended_and_is_forgotten(runs, name):
     assert found["ended"] + found["aborted"] > STORMS[name]["requests"]
     assert min(found[kind] for kind in ("ended", "aborted", "thrown out", "flushed")) > 2
     assert found["left"] == 0
+
+
+@pytest.mark.parametrize("passes", ["mixed", "apart"])
+def test_passes_that_overlap_serve_whom_the_normal_loop_serves(runs, passes):
+    normal, overlap = (runs[f"{loop}, {passes}"] for loop in ("normal", "overlap"))
+    assert (normal["most_in_flight"], overlap["most_in_flight"]) == (1, 2)
+    assert normal["tokens"] == overlap["tokens"] == {row[0]: row[3] for row in LONG_AND_SHORT}
+    assert overlap["admitted"] == normal["admitted"]
+    assert overlap["passes"] == pytest.approx(normal["passes"], rel=0.1)
+    assert max(overlap["last_s"].values()) == pytest.approx(max(normal["last_s"].values()), rel=0.05)
+    in_time = [run["counted"]["tiers"] for run in (normal, overlap)]
+    met = [sum(tier[1] for tier in tiers.values()) for tiers in in_time]
+    assert met[1] >= met[0] - 1
+    assert normal["left"] == overlap["left"] == 0

@@ -258,6 +258,7 @@ class Planner:
         if layout.drafted:
             missing = sum(prompt[2].missing_tokens for prompt in prompts)
             drafts = draft(self.drafts, step, layout.needs, missing)
+        step.lend(prompts)
         served = self._serve_patient(step, seats, patient, gone, bool(prompts))
         served += step.prefill(prompts, limits.step_tokens)
         step.lend_no_more()

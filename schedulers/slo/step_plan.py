@@ -37,7 +37,7 @@ class Step:
         self.serves_all = False
         """Whether all decodes under targets have a token, as far as the step holds so many."""
         self._tightest_s = math.inf
-        self._lent_s = 0.0
+        self._lendable_s = self._lent_s = 0.0
 
     @property
     def features(self) -> StepFeatures:
@@ -102,7 +102,7 @@ class Step:
         all_guarded = guarded.all()
         if guarded.any():
             self._tightest_s = float((time_s if all_guarded else time_s[guarded]).min())
-            self._lent_s = paced.lent_s if prompts else 0.0
+            self._lendable_s = paced.lent_s
             self.length_s = self._longest_s()
         far_s = max(2 * self.length_s, self._config.longest_step_s)
         due = time_s <= (far_s if all_guarded else np.where(guarded, far_s, self.length_s))
@@ -121,6 +121,20 @@ class Step:
         self._tightest_s -= seconds
         self.length_s = self._longest_s()
         self._take_as_long_as_needed()
+
+    def lend(self, prompts: Sequence[Prompt]) -> None:
+        """Let the step take the time that its decodes lend, if at their pace some of ``prompts``, by
+        deadline, would be late."""
+        if self._lendable_s <= self.length_s:
+            return
+        rate = self.room(self.length_s) / self.length_s if self.length_s > 0 else 0.0
+        missing = 0
+        for slack, _, request in prompts:
+            missing += request.missing_tokens
+            if missing > rate * slack:
+                self._lent_s = self._lendable_s
+                self.length_s = self._longest_s()
+                return
 
     def lend_no_more(self) -> None:
         """What the step holds from now on gets no time that its decodes do not have."""

@@ -329,3 +329,24 @@ def test_while_nobody_can_come_in_deadlines_that_pass_are_noticed_and_nobody_is_
     assert policy.replan_counters.demoted == 20
     policy.plan(3.0, [], 10_000, limits)
     assert policy.replan_counters.replans == 1
+
+
+def with_lent_time(prompt_ttft_s, prompt_targets=True):
+    """A step beside a fresh answer that has 0.05 s, at a prompt of 3,000 tokens."""
+    config = SLOConfig(pace="mean", rule="sustained", lost_answer_s=0.05, resumed_token_s=1.0)
+    policy = Planner(config, StepTimeModel(TRUTH))
+    for _ in range(200):
+        policy.observe_step(StepFeatures(1, 1, 100), policy.model.seconds(StepFeatures(1, 1, 100)))
+    targets = Targets(prompt_ttft_s, 0.1) if prompt_targets else None
+    policy.arrive(Waiting("long", "", 3000, 1.0, targets=targets))
+    fresh = decoding("fresh", Targets(0.5, 0.05), 1, 0.9, last_token_s=1.0)
+    return policy.plan(1.0, [fresh], 100_000, LIMITS)
+
+
+def test_a_prompt_that_would_be_late_at_the_pace_is_lent_time_and_no_other_is():
+    hurried, unhurried = with_lent_time(0.35), with_lent_time(60.0)
+    assert 0.05 < hurried.predicted_s <= 0.2
+    assert 0.04 < unhurried.predicted_s <= 0.05
+    without_targets = with_lent_time(60.0, prompt_targets=False)
+    assert without_targets.predicted_s <= 0.05
+    assert without_targets.caps["long"] > 0
