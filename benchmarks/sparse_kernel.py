@@ -26,6 +26,7 @@ from penstock.benchmarks.report import Claim, Environment, Report
 from penstock.benchmarks.sparse_build import GOALS, build_claims, build_row
 from penstock.benchmarks.sparse_keys import LEVELS, Layer, made_up
 from penstock.benchmarks.tiny_model import ensure_model
+from penstock.kernels.sparse.head_rows import Read
 from penstock.kernels.sparse.page_choice import exact_log_masses, page_shares
 from penstock.kernels.sparse.paged_decode import PagedDecode
 from penstock.kernels.sparse.serving import ServingConfig
@@ -261,12 +262,13 @@ class Recorder:
         self.pages_read: torch.Tensor | None = None
         self.seconds: list[float] = []
 
-    def pages(self, *arguments: Any) -> torch.Tensor | None:
-        """``PagedDecode.pages``."""
+    def read(self, query: torch.Tensor, blocks: torch.Tensor, tokens: int, block_tokens: int) -> Read:
+        """``PagedDecode.read``."""
         began = time.thread_time()
-        self.pages_read = self._decode.pages(*arguments)
+        choice = self._decode.choose(query, blocks, tokens, block_tokens)
         self.seconds.append(time.thread_time() - began)
-        return self.pages_read
+        self.pages_read = None if choice is None else choice.pages
+        return self._decode.reading(choice, blocks, tokens - (len(blocks) - 1) * block_tokens)
 
 
 def claims(rows: Sequence[dict[str, Any]]) -> Iterator[Claim]:

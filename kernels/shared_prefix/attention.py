@@ -56,6 +56,7 @@ class SharedAttention:
         Nothing but what ``layout`` has of a request is read for it. ``group`` is G, ``output`` contiguous.
         """
         from penstock.kernels.shared_prefix import fused
+        from penstock.kernels.sparse.running_softmax import merge
 
         asked, answer = _numbers(query.contiguous()), _numbers(output)
         count, heads, size = len(layout.members), query.shape[1], query.shape[2]
@@ -84,7 +85,7 @@ class SharedAttention:
         bounds = [layout.requests * k // len(jobs) for k in range(len(jobs) + 1)]
         run_all(
             [
-                partial(fused.merge, parts, lse, layout.starts, layout.slots, first, last, answer)
+                partial(merge, parts, lse, layout.starts, layout.slots, first, last, answer)
                 for first, last in pairwise(bounds)
                 if first < last
             ],

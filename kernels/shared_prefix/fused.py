@@ -9,23 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from penstock.kernels.numba_support import compiled
-from penstock.kernels.shared_prefix.products import (
-    COLUMNS,
-    LANES,
-    LEAST_ROWS,
-    add_product,
-    bring,
-    peak_of,
-    sum_of,
-)
-from penstock.kernels.sparse.compiled_math import F32, NOTHING, exp, log, prefetch, widen
+from penstock.kernels.sparse.compiled_math import F32, NOTHING, log, prefetch, widen
+from penstock.kernels.sparse.products import LANES, LEAST_ROWS, add_product, bring
+from penstock.kernels.sparse.running_softmax import TILE, weigh
 
-TILE = 32
-"""Tokens whose keys and values are brought to float32 at a time, and stay in the nearest cache."""
 LINE = 64
 """Bytes that a processor reads at once."""
 
@@ -63,9 +52,10 @@ def attend(
     scores = np.empty((room, TILE), np.float32)
     peaks = np.empty(room, np.float32)
     weights = np.empty(room, np.float32)
+    seen = np.empty(room, np.int64)
     keys = np.empty((size, TILE), np.float32)
     values = np.empty((TILE, size), np.float32)
-    scratch = rows, sums, scores, peaks, weights, keys, values
+    scratch = rows, sums, scores, peaks, weights, seen, keys, values
     for k in range(len(work)):
         item, head = work[k]
         begin, end = items[item, 4], items[item, 5]
@@ -85,7 +75,7 @@ def attend(
 @compiled
 def _read(cache: Any, stride: Any, table: Any, item: Any, head: Any, padded: Any, scratch: Any) -> None:
     """Leave the sums of an item for ``padded`` rows, their weights and largest scores in ``scratch``."""
-    rows, sums, scores, peaks, weights, keys, values = scratch
+    rows, sums, scores, peaks, weights, seen, keys, values = scratch
     request, first, last, tail = item[0], item[1], item[2], item[3]
     tokens = cache.shape[1] // (2 * rows.shape[1])
     sums[:padded] = F32(0)
@@ -101,35 +91,10 @@ def _read(cache: Any, stride: Any, table: Any, item: Any, head: Any, padded: Any
             _widen_keys(cache, here, start, number, keys, ahead, there)
             scores[:padded] = F32(0)
             add_product(scores, rows, keys, padded)
-            _weigh(scores, number, padded, peaks, weights, sums)
+            seen[:padded] = number
+            weigh(scores, seen[:padded], peaks, weights, sums)
             _widen_values(cache, here, start, number, values, ahead, there)
             add_product(sums, scores, values, padded)
-
-
-@compiled
-def merge(parts: Any, lse: Any, starts: Any, slots: Any, first: Any, last: Any, output: Any) -> None:
-    """Write the attention of requests from ``first`` to before ``last`` to ``output`` [B, Q, D], float32 or
-    int16 for the bits of bfloat16.
-
-    Request ``b`` has the parts ``slots[starts[b]:starts[b + 1]]`` of ``parts`` float32 [M, Q, D] and ``lse``
-    float32 [M, Q].
-    """
-    heads, size = output.shape[1:]
-    row = np.empty(size, np.float32)
-    for b in range(first, last):
-        own = slots[starts[b] : starts[b + 1]]
-        for q in range(heads):
-            peak, whole = NOTHING, F32(0)
-            for k in range(len(own)):
-                peak = lse[own[k], q] if lse[own[k], q] > peak else peak
-            row[:] = F32(0)
-            for k in range(len(own)):
-                weight = exp(lse[own[k], q] - peak)
-                whole += weight
-                for d in range(size):
-                    row[d] += weight * parts[own[k], q, d]
-            for d in range(size):
-                output[b, q, d] = narrow(output, row[d] / whole)
 
 
 @compiled
@@ -175,52 +140,3 @@ def _widen_values(
     for n in range(0, number * size, LANES):
         bring(values, n, cache, at + n)
     values[number:] = F32(0)
-
-
-@compiled
-def _weigh(scores: Any, number: Any, rows: Any, peaks: Any, weights: Any, sums: Any) -> None:
-    """Turn scores of a tile into weights beside the largest score so far, by which what was added before is
-    made smaller; those beyond ``number`` are 0."""
-    if number < TILE:
-        scores[:rows, number:] = NOTHING
-    for r in range(rows):
-        peak = peaks[r]
-        for first in range(0, TILE, COLUMNS):
-            highest = peak_of(scores, r * TILE + first)
-            peak = highest if highest > peak else peak
-        if peak > peaks[r]:
-            smaller = exp(peaks[r] - peak)
-            weights[r] *= smaller
-            for d in range(sums.shape[1]):
-                sums[r, d] *= smaller
-            peaks[r] = peak
-    for r in range(rows):
-        peak = peaks[r]
-        for n in range(TILE):
-            scores[r, n] = exp(scores[r, n] - peak)
-    if number < TILE:
-        scores[:rows, number:] = F32(0)
-    for r in range(rows):
-        for first in range(0, TILE, COLUMNS):
-            weights[r] += sum_of(scores, r * TILE + first)
-
-
-def narrow(like: Any, x: Any) -> Any:
-    """``x`` as an element of the array ``like``: float32, or the int16 with the bits of the nearest
-    bfloat16."""
-    raise NotImplementedError("for compiled code alone")
-
-
-@overload(narrow, inline="always")  # type: ignore[untyped-decorator]
-def _narrow(like: Any, x: Any) -> Any:  # noqa: ARG001
-    def to_bits(like: Any, x: Any) -> Any:  # noqa: ARG001
-        if np.isnan(x):
-            return np.int16(0x7FC0)
-        bits = F32(x).view(np.int32)
-        even = np.int32(bits >> np.int32(16)) & np.int32(1)
-        return np.int16(np.int32(bits + np.int32(0x7FFF) + even) >> np.int32(16))
-
-    def as_is(like: Any, x: Any) -> Any:  # noqa: ARG001
-        return F32(x)
-
-    return to_bits if isinstance(like.dtype, types.Integer) else as_is

@@ -60,15 +60,22 @@ class Calibration:
         return [head for head in range(query_heads) if self._random.random() < share]
 
     def settled(self, layer: int) -> bool:
-        """Whether measurements of ``layer`` are enough for the quantile that its margin is."""
-        measured = len(self._needed.get(layer, ()))
+        """Whether measurements of ``layer`` are enough for the quantile that its margin is; those that say
+        nothing of the margin count, so that a layer that needs none is not measured for ever."""
+        measured = len(self._attained.get(layer, ()))
         return math.ceil((measured + 1) * self._config.attained_share) <= measured
 
-    def measured(self, layer: int, attained: float, needed: float) -> None:
-        """Take one measurement: the exact mass of what was read, and ``needed_margin``."""
+    def measured(self, layer: int, attained: float, needed: float | None) -> None:
+        """Take one measurement: the exact mass of what was read, and ``needed_margin``.
+
+        ``needed`` is None where what is read whatever it weighs had the mass, which it has with any margin.
+        Counted as the least one, such measurements of most steps would leave no margin to the few that need
+        one; without them, the quantile is of those.
+        """
         window = self._config.calibration_window
         self._attained.setdefault(layer, deque(maxlen=window)).append(attained)
-        self._needed.setdefault(layer, deque(maxlen=window)).append(needed)
+        if needed is not None:
+            self._needed.setdefault(layer, deque(maxlen=window)).append(needed)
 
     def margin(self, layer: int) -> float:
         """The margin of ``layer``; while measurements are few, no less than the configured one."""

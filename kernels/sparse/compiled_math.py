@@ -59,6 +59,17 @@ def log(x: Any) -> Any:
     return F32(k) * F32(0.69314718) + F32(2) * t * series if x < np.inf else x
 
 
+def ask_for(builder: Any, pointer: Any) -> None:
+    """Have the line at ``pointer`` read soon, in code that ``builder`` builds."""
+    word = ir.IntType(32)
+    address = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [address.type, word, word, word])
+    name = "llvm.prefetch.p0"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    # To read, to keep in all caches, data.
+    builder.call(function, [address, word(0), word(3), word(1)])
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def prefetch(_typing: Any, array: Any, offset: Any) -> Any:  # noqa: ARG001
     """``prefetch(array, offset)``: have the line ``offset`` bytes into a contiguous ``array`` read soon.
@@ -69,13 +80,7 @@ def prefetch(_typing: Any, array: Any, offset: Any) -> Any:  # noqa: ARG001
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        address = builder.gep(builder.bitcast(data, ir.IntType(8).as_pointer()), [arguments[1]])
-        word = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [address.type, word, word, word])
-        name = "llvm.prefetch.p0"
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        # To read, to keep in all caches, data.
-        builder.call(function, [address, word(0), word(3), word(1)])
+        ask_for(builder, builder.gep(builder.bitcast(data, ir.IntType(8).as_pointer()), [arguments[1]]))
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from penstock.kernels.numba_support import compiled
-from penstock.kernels.sparse.compiled_math import F32, exp
+from penstock.kernels.sparse.compiled_math import F32, exp, log
 
 NARROW = 1 << 20
 """Steps of a float32 within which sums are sorted: an eighth of an octave, in which few pages are."""
@@ -22,13 +22,16 @@ ENOUGH = F32(1 - 1e-6)
 
 
 @compiled
-def to_shares(logs: Any, kept: Any) -> None:
+def to_shares(logs: Any, always: Any, kept: Any, totals: Any) -> None:
     """Turn ``logs`` of masses (float32 [H, G, P], contiguous) into shares, where they are.
 
-    A mass that is not finite has none, and its page is added to those ``kept`` (bool [H, P]).
+    Written are the logs of the sums to ``totals`` float32 [H, G], and to ``kept`` (bool [H, P], false) which
+    pages are those of ``always`` (int64) or have a mass that is not finite, and no share.
     """
     heads, group, pages = logs.shape
     for head in range(heads):
+        for place in range(len(always)):
+            kept[head, always[place]] = True
         for g in range(group):
             row = logs[head, g]
             peak, broken = _largest(row.view(np.int32))
@@ -43,6 +46,7 @@ def to_shares(logs: Any, kept: Any) -> None:
                 total += row[p]
             for p in range(pages):
                 row[p] = row[p] / total if total > 0 else F32(0)
+            totals[head, g] = peak + log(total) if total > 0 else F32(-np.inf)
 
 
 @compiled

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from penstock.kernels.numba_support import HAS_NUMBA
+from penstock.kernels.sparse.attention import Partial
 
 
 class HeadRows(NamedTuple):
@@ -20,11 +21,13 @@ class HeadRows(NamedTuple):
 
 class Read(NamedTuple):
     """What a request reads: its ``blocks`` (int64 [P]), those of them that each head reads (bool [H, P],
-    the last one true; None for all), and the ``tail``, tokens in the last block."""
+    the last one true; None for all), the ``tail``, tokens in the last block, and the ``rest``, what stands
+    for the others: output [H, G, V] and log-sum-exp [H, G]."""
 
     blocks: torch.Tensor
     pages: torch.Tensor | None
     tail: int
+    rest: Partial | None = None
 
 
 def head_rows(reads: Sequence[Read], heads: int, block_tokens: int, stride: int) -> HeadRows:

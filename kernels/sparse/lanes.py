@@ -1,9 +1,9 @@
 """Products of quantised clusters with query heads, many clusters to a vector, for compiled kernels.
 
 A loop over the channels of one cluster ends with a sum across a vector, which costs as much as the products
-before it. Here clusters lie side by side: four channels of each make one 32-bit lane, and the instruction of
-VNNI adds the four products of every lane to it. Where a processor has none, multiplications of 16 bits give
-the same numbers, to the bit.
+before it. Here clusters lie side by side: eight channels of each make two 32-bit lanes, and the instruction
+of VNNI adds the four products of every lane to it. Where a processor has none, multiplications of 16 bits
+give the same numbers, to the bit.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from penstock.kernels.sparse.compiled_math import F32, NOTHING
 
 FOUR = 4
 """Query heads that share a read of a cluster."""
+BYTES = 4
+"""Channels of one lane."""
+HALVES = CHANNELS // BYTES
+"""Lanes of a cluster."""
 HIGH = 254
 """What the higher of a query's two 8-bit digits counts; the lower one is between -127 and 127."""
 MOST_DIGITS = 127 * HIGH
@@ -39,18 +43,20 @@ def has_vnni() -> bool:
 
 
 VNNI = has_vnni()
-WORDS = 2 * FOUR if VNNI else FOUR * CHANNELS
+PLACES = 2 * FOUR if VNNI else FOUR * BYTES
 """32-bit words of a query that go with one lane: two digits of each head, or one word a channel."""
+WORDS = PLACES * HALVES
+"""Of all lanes of a cluster; those of one place lie together."""
 
 
 @compiled
 def pack(query: Any, words: Any, offsets: Any, units: Any, lengths: Any) -> None:
     """Round ``query`` float32 [H, G, D] to 16 bits a channel, as ``lane_scores`` reads it.
 
-    Written are ``words`` int32 [H, F, D / 4, WORDS], for ``F`` times four heads, ``offsets`` int32 [H, F, 4],
-    what ``SHIFT`` adds to a product, ``units`` float32 [H, F, 4], and ``lengths`` float32 [H], the mean
-    square of a KV head's rows. Heads beyond ``G`` are zeros. A row that is not finite has a unit that is not,
-    and so no finite product.
+    Written are ``words`` int32 [H, F, D / CHANNELS, WORDS], for ``F`` times four heads, ``offsets`` int32
+    [H, F, 4], what ``SHIFT`` adds to a product, ``units`` float32 [H, F, 4], and ``lengths`` float32 [H], the
+    mean square of a KV head's rows. Heads beyond ``G`` are zeros. A row that is not finite has a unit that is
+    not, and so no finite product.
     """
     heads, group, size = query.shape
     digits = np.zeros((words.shape[1] * FOUR, words.shape[2] * CHANNELS), np.int32)
@@ -85,17 +91,20 @@ def _measure(row: Any) -> Any:
 def _pack_four(digits: Any, words: Any) -> None:
     for step in range(words.shape[0]):
         for g in range(FOUR):
-            if VNNI:
-                high, low = np.int32(0), np.int32(0)
-                for j in range(CHANNELS):
-                    digit = digits[g, CHANNELS * step + j]
-                    upper = np.int32(np.rint(digit / HIGH))
-                    high |= np.int32((upper & 255) << (8 * j))
-                    low |= np.int32(((digit - HIGH * upper) & 255) << (8 * j))
-                words[step, 2 * g], words[step, 2 * g + 1] = high, low
-            else:
-                for j in range(CHANNELS):
-                    words[step, CHANNELS * g + j] = digits[g, CHANNELS * step + j]
+            for half in range(HALVES):
+                first = CHANNELS * step + BYTES * half
+                if VNNI:
+                    high, low = np.int32(0), np.int32(0)
+                    for j in range(BYTES):
+                        digit = digits[g, first + j]
+                        upper = np.int32(np.rint(digit / HIGH))
+                        high |= np.int32((upper & 255) << (8 * j))
+                        low |= np.int32(((digit - HIGH * upper) & 255) << (8 * j))
+                    words[step, HALVES * 2 * g + half] = high
+                    words[step, HALVES * (2 * g + 1) + half] = low
+                else:
+                    for j in range(BYTES):
+                        words[step, HALVES * (BYTES * g + j) + half] = digits[g, first + j]
 
 
 class Lanes:
@@ -110,11 +119,12 @@ class Lanes:
         return ir.Constant(kind, [value] * self.count)
 
     def spread(self, scalar: Any) -> Any:
-        """A vector of ``scalar`` in every lane."""
-        kind = ir.VectorType(scalar.type, self.count)
-        nothing = ir.Constant(kind, ir.Undefined)
+        """A vector of ``scalar`` in every lane; of one of 64 bits, half as many."""
+        count = self.count * WORD.width // (WORD.width if scalar.type == FLOAT else scalar.type.width)
+        nothing = ir.Constant(ir.VectorType(scalar.type, count), ir.Undefined)
         first = self._builder.insert_element(nothing, scalar, WORD(0))
-        return self._builder.shuffle_vector(first, nothing, ir.Constant(self.words, [0] * self.count))
+        where = ir.Constant(ir.VectorType(WORD, count), [0] * count)
+        return self._builder.shuffle_vector(first, nothing, where)
 
     def load(self, pointer: Any, kind: Any) -> Any:
         found = self._builder.load(self._builder.bitcast(pointer, kind.as_pointer()))
@@ -134,22 +144,34 @@ class Lanes:
     def add_products(self, sums: list[Any], codes: Any, words: Any) -> None:
         """Add to ``sums`` the products of ``codes``, four bytes a lane, and the ``words`` of a query."""
         b = self._builder
-        for place in range(WORDS):
-            word = self.spread(self.load(b.gep(words, [WORD(place)]), WORD))
+        for place in range(PLACES):
+            pair = self.load(b.gep(words, [WORD(HALVES * place)]), ir.IntType(HALVES * WORD.width))
+            word = b.bitcast(self.spread(pair), self.words)
             if VNNI:
                 name = f"llvm.x86.avx512.vpdpbusd.{32 * self.count}"
                 b.store(self.call(name, self.words, b.load(sums[place]), codes, word), sums[place])
                 continue
-            channel = b.lshr(codes, self.constant(8 * (place % CHANNELS)))
+            channel = b.lshr(codes, self.constant(8 * (place % BYTES)))
             product = b.mul(b.and_(channel, self.constant(255)), word)
-            b.store(b.add(b.load(sums[place // CHANNELS]), product), sums[place // CHANNELS])
+            b.store(b.add(b.load(sums[place // BYTES]), product), sums[place // BYTES])
 
     def whole(self, sums: list[Any], g: int) -> Any:
-        """The product of head ``g``, of both digits."""
+        """The products of head ``g``, of both digits and of all lanes of a cluster, one for each cluster."""
         b = self._builder
-        if not VNNI:
-            return b.load(sums[g])
-        return b.add(b.mul(b.load(sums[2 * g]), self.constant(HIGH)), b.load(sums[2 * g + 1]))
+        if VNNI:
+            both = b.add(b.mul(b.load(sums[2 * g]), self.constant(HIGH)), b.load(sums[2 * g + 1]))
+        else:
+            both = b.load(sums[g])
+        nothing = ir.Constant(self.words, ir.Undefined)
+        even, odd = (
+            b.shuffle_vector(
+                both,
+                nothing,
+                ir.Constant(ir.VectorType(WORD, self.count // HALVES), [*range(half, self.count, HALVES)]),
+            )
+            for half in range(HALVES)
+        )
+        return b.add(even, odd)
 
     def beside(self, spreads: Any, rooms: Any, length: Any) -> Any:
         """What clusters have beside the products of their means (``clusters.log_masses``)."""
@@ -176,16 +198,17 @@ def _build_scores(builder: Any, lanes: Lanes, views: list[Any], places: Sequence
             data = b.gep(data, [b.mul(number, b.extract_value(view.strides, axis))])
         return b.bitcast(data, view.data.type)
 
-    sums = [cgutils.alloca_once(b, lanes.words) for _ in range(2 * FOUR if VNNI else FOUR)]
+    wide = Lanes(b, HALVES * lanes.count)
+    sums = [cgutils.alloca_once(b, wide.words) for _ in range(2 * FOUR if VNNI else FOUR)]
     for each in sums:
-        b.store(lanes.constant(0), each)
+        b.store(wide.constant(0), each)
     with cgutils.for_range(b, b.extract_value(words.shape, 2)) as loop:
-        some = lanes.load(at(codes, block, head, loop.index, lane), lanes.words)
-        lanes.add_products(sums, some, at(words, head, four, loop.index))
+        some = wide.load(at(codes, block, head, loop.index, lane), wide.words)
+        wide.add_products(sums, some, at(words, head, four, loop.index))
     scale, spread, room = (lanes.load(at(facts, block, head, term, lane), lanes.floats) for term in range(3))
     beside = lanes.beside(spread, room, lanes.load(at(lengths, head), FLOAT))
     for g in range(FOUR):
-        product = b.sub(lanes.whole(sums, g), lanes.spread(lanes.load(at(offsets, head, four, g), WORD)))
+        product = b.sub(wide.whole(sums, g), lanes.spread(lanes.load(at(offsets, head, four, g), WORD)))
         unit = lanes.spread(lanes.load(at(units, head, four, g), FLOAT))
         score = b.fadd(b.fmul(b.fmul(b.sitofp(product, lanes.floats), unit), scale), beside)
         lanes.store(score, at(scores, head, four, g, row))
@@ -237,8 +260,8 @@ def _lane_sum(lanes: int) -> Any:
     return function
 
 
-_scores4, _scores8, _scores16 = (_lane_scores(lanes) for lanes in (4, 8, 16))
-_sum4, _sum8, _sum16 = (_lane_sum(lanes) for lanes in (4, 8, 16))
+_scores4, _scores8 = (_lane_scores(lanes) for lanes in (4, 8))
+_sum4, _sum8 = (_lane_sum(lanes) for lanes in (4, 8))
 
 
 @compiled
@@ -262,15 +285,11 @@ def lane_scores(
     """
     if scores.shape[4] == 4:
         _scores4(codes, facts, words, offsets, units, lengths, scores, peaks, where)
-    elif scores.shape[4] == 8:
-        _scores8(codes, facts, words, offsets, units, lengths, scores, peaks, where)
     else:
-        _scores16(codes, facts, words, offsets, units, lengths, scores, peaks, where)
+        _scores8(codes, facts, words, offsets, units, lengths, scores, peaks, where)
 
 
 @compiled
 def lane_sum(row: Any) -> Any:
-    """The sum of ``row``, float32, 4, 8 or 16 of them."""
-    if len(row) == 4:
-        return _sum4(row)
-    return _sum8(row) if len(row) == 8 else _sum16(row)
+    """The sum of ``row``, float32, 4 or 8 of them."""
+    return _sum4(row) if len(row) == 4 else _sum8(row)

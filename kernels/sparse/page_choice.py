@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -37,21 +38,31 @@ def choose_pages(
     return kept | (agree(rule, free, (mass[:, None] - had).clamp(min=0)) & (free > 0).any(1))
 
 
-def weigh(logs: torch.Tensor, always: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shares [H, G, P] of the masses with ``logs`` (float32, contiguous, may be written to), and pages that
-    are kept whatever they weigh, bool [H, P].
+class Weighed(NamedTuple):
+    """``shares`` [H, G, P] of pages in the mass, pages that are ``kept`` whatever they weigh, bool [H, P],
+    and ``totals`` [H, G], the logs of what the shares are of."""
 
-    Kept are those of ``always`` (int64) and those whose mass is not finite, so that NaN shows where dense
+    shares: torch.Tensor
+    kept: torch.Tensor
+    totals: torch.Tensor
+
+
+def weigh(logs: torch.Tensor, always: torch.Tensor) -> Weighed:
+    """Shares of the masses with ``logs`` [H, G, P] (float32, contiguous, may be written to).
+
+    Kept are the pages of ``always`` (int64) and those whose mass is not finite, so that NaN shows where dense
     attention shows it.
     """
     kept = torch.zeros(len(logs), logs.shape[2], dtype=torch.bool)
-    kept[:, always] = True
     if HAS_NUMBA:
         from penstock.kernels.sparse import fused_choice
 
-        fused_choice.to_shares(logs.numpy(), kept.numpy())
-        return logs, kept
-    return page_shares(logs), kept | ~logs.isfinite().all(1)
+        totals = torch.empty(logs.shape[:2])
+        fused_choice.to_shares(logs.numpy(), always.numpy(), kept.numpy(), totals.numpy())
+        return Weighed(logs, kept, totals)
+    kept[:, always] = True
+    totals = logs.masked_fill(~logs.isfinite(), -torch.inf).logsumexp(-1)
+    return Weighed(page_shares(logs), kept | ~logs.isfinite().all(1), totals)
 
 
 def most_massive(shares: torch.Tensor, kept: torch.Tensor, count: int) -> torch.Tensor:
@@ -83,8 +94,9 @@ def exact_log_masses(query: torch.Tensor, keys: torch.Tensor, tail: int) -> torc
 
 def measure(
     rule: GroupRule, mass: float, shares: torch.Tensor, exact: torch.Tensor, kept: torch.Tensor
-) -> Sequence[float]:
-    """The margins with which each query head of one KV head attains ``mass``.
+) -> Sequence[float | None]:
+    """The margins with which each query head of one KV head attains ``mass``; None where ``kept`` pages have
+    it, and any margin would do.
 
     ``shares`` estimated and ``exact`` ones are [G, P]; ``kept`` is bool [P].
     """
@@ -92,4 +104,8 @@ def measure(
     many = len(asked)
     chosen = choose_pages(rule, shares.expand(many, -1, -1), kept.expand(many, -1), torch.tensor(asked))
     attained = (exact * chosen[:, None]).sum(-1)
-    return [needed_margin(asked, attained[:, head].tolist(), mass) for head in range(len(shares))]
+    had = (exact * kept).sum(-1).tolist()
+    return [
+        None if had[head] >= mass else needed_margin(asked, attained[:, head].tolist(), mass)
+        for head in range(len(shares))
+    ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import time
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from penstock.kernels.sparse.block_index import BlockIndex
 from penstock.kernels.sparse.calibration import Calibration
 from penstock.kernels.sparse.fallback import Reason, reason_before
+from penstock.kernels.sparse.head_rows import Read
 from penstock.kernels.sparse.page_choice import choose_pages, measure, most_massive, page_shares, weigh
 from penstock.kernels.sparse.paged_keys import Keys
 from penstock.kernels.sparse.serving import ServingConfig
@@ -18,6 +21,15 @@ from penstock.kernels.sparse.serving_stats import ServingStats
 BUILD_BLOCKS = 64
 """Blocks that are summarised at a time: bounds the copy of their keys."""
 MOST_PATIENCE = 64
+
+
+class Choice(NamedTuple):
+    """``pages`` that are read, bool [H, P], and what they were chosen by: estimated ``shares`` of pages,
+    float32 [H, G, P], in masses of which ``totals`` float32 [H, G] are the logs of the sums."""
+
+    pages: torch.Tensor
+    shares: torch.Tensor
+    totals: torch.Tensor
 
 
 class PagedDecode:
@@ -45,10 +57,29 @@ class PagedDecode:
     def pages(
         self, query: torch.Tensor, blocks: torch.Tensor, tokens: int, block_tokens: int
     ) -> torch.Tensor | None:
+        """``choose``'s pages."""
+        choice = self.choose(query, blocks, tokens, block_tokens)
+        return None if choice is None else choice.pages
+
+    def read(self, query: torch.Tensor, blocks: torch.Tensor, tokens: int, block_tokens: int) -> Read:
+        """What ``choose`` says is read, and what stands for the rest."""
+        choice = self.choose(query, blocks, tokens, block_tokens)
+        return self.reading(choice, blocks, tokens - (len(blocks) - 1) * block_tokens)
+
+    def reading(self, choice: Choice | None, blocks: torch.Tensor, tail: int) -> Read:
+        """What is read of ``blocks``, with ``tail`` tokens in the last one, after a ``choice``."""
+        if choice is None or not self.index.has_values:
+            return Read(blocks, None if choice is None else choice.pages, tail)
+        rest = self.index.rest(blocks[:-1], choice.shares, choice.pages, choice.totals)
+        return Read(blocks, choice.pages, tail, rest)
+
+    def choose(
+        self, query: torch.Tensor, blocks: torch.Tensor, tokens: int, block_tokens: int
+    ) -> Choice | None:
         """The pages that each KV head reads for ``query`` [H, G, D], multiplied by the softmax scale.
 
-        ``blocks`` (int64 [P]) hold the ``tokens`` of the request, the query's own among them. Returns bool
-        [H, P], the last page always true, or None where all heads read everything.
+        ``blocks`` (int64 [P]) hold the ``tokens`` of the request, the query's own among them. The last page
+        is always read; None is where all heads read everything.
         """
         reason = self._dense_before(tokens)
         if reason is not None:
@@ -59,14 +90,14 @@ class PagedDecode:
         tail = tokens - (len(blocks) - 1) * block_tokens
         always = self._always(tokens, block_tokens)
         logs = self._log_masses(query, blocks, always, tail)
-        shares, kept = weigh(logs, always)
+        shares, kept, totals = weigh(logs, always)
         chosen = self._choose(shares, kept)
         read, nothing_saved = self._widen(chosen)
         self._be_patient(nothing_saved)
         self._stats.chosen(self.layer, read, chosen.numel(), time.perf_counter() - began - built)
         if self._is_measured():
             self._measure(query, blocks, tail, shares, kept, chosen)
-        return None if nothing_saved else chosen
+        return None if nothing_saved else Choice(chosen, shares, totals)
 
     def _dense_before(self, tokens: int) -> Reason | None:
         reason = reason_before(self._core, self.layer, tokens)
@@ -88,7 +119,8 @@ class PagedDecode:
             return 0.0
         began = time.perf_counter()
         for some in missing.split(BUILD_BLOCKS):
-            self.index.put(some, self._keys.read(some))
+            values = self._keys.read_values(some) if self.index.has_values else None
+            self.index.put(some, self._keys.read(some), values)
         took = time.perf_counter() - began
         self._stats.indexed(len(missing), took)
         return took
@@ -123,9 +155,8 @@ class PagedDecode:
         Heads that need everything make the others' savings too small for what choosing costs.
         """
         heads, pages = chosen.shape
-        counts = [
-            pages if count > self.config.most_share * pages else count for count in chosen.sum(1).tolist()
-        ]
+        taken = np.count_nonzero(chosen.numpy(), axis=1).tolist()
+        counts = [pages if count > self.config.most_share * pages else count for count in taken]
         nothing_saved = sum(counts) > self.config.most_share * heads * pages
         for head, count in enumerate(counts):
             if nothing_saved or count == pages:

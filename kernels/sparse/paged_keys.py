@@ -1,4 +1,4 @@
-"""What the choice of pages asks of an engine's KV cache."""
+"""What sparse attention asks of an engine's KV cache."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from penstock.kernels.sparse.page_choice import exact_log_masses
 
 
 class Keys(ABC):
-    """Keys of a layer's KV cache, whatever their order in memory."""
+    """Keys of a layer's KV cache, whatever their order in memory, and values where these can be read."""
 
     @abstractmethod
     def read(self, blocks: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
         """Keys [H, P, N, D] of ``blocks`` (int64 [P]) and of ``heads``; slots that were never written hold
         anything."""
+
+    def read_values(self, blocks: torch.Tensor) -> torch.Tensor | None:
+        """Values [H, P, N, V] of ``blocks``, as ``read`` has their keys; None where nobody can say where they
+        are."""
+        return None
 
     def log_masses(
         self,

@@ -28,6 +28,8 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     least_tokens: Tokens = 8192
     budget: Share | None = None
     """Pages that each KV head reads at every step, of all; None for as many as have the mass."""
+    estimate_rest: bool = True
+    """Pages that are not read contribute the means of their values, where the attention kernel is ours."""
     dense_layers: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 2
     most_share: Share = 0.6
     calibration_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.02

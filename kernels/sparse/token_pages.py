@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from penstock.kernels.numba_support import HAS_NUMBA
-from penstock.kernels.sparse.attention import Partial, attend
+from penstock.kernels.sparse.attention import Partial, attend, merge
 from penstock.kernels.sparse.head_rows import Read
 from penstock.kernels.sparse.paged_keys import Keys
 from penstock.kernels.threads import run_all
@@ -43,6 +43,10 @@ class TokenPages(Keys):
         """``penstock.kernels.sparse.paged_keys.Keys.read``."""
         return self._pages[0][:, :, heads].index_select(0, blocks).permute(2, 0, 1, 3)
 
+    def read_values(self, blocks: torch.Tensor) -> torch.Tensor:
+        """``penstock.kernels.sparse.paged_keys.Keys.read_values``."""
+        return self._pages[1].index_select(0, blocks).permute(2, 0, 1, 3)
+
     def log_masses(
         self,
         query: torch.Tensor,
@@ -74,8 +78,17 @@ class TokenPages(Keys):
         """Attention of ``queries`` float32 [B, H, G, D], multiplied by the softmax scale, each over what its
         request reads; output [B, H, G, V] and log-sum-exp [B, H, G], float32.
 
-        Other pages are not read, or, without Numba, none but the request's own.
+        Other pages are not read, or, without Numba, none but the request's own; what stands for them is
+        merged in.
         """
+        found = self._attend_all(queries, reads)
+        for row, read in enumerate(reads):
+            if read.rest is not None:
+                part = merge(Partial(found.output[row], found.lse[row]), read.rest)
+                found.output[row], found.lse[row] = part
+        return found
+
+    def _attend_all(self, queries: torch.Tensor, reads: Sequence[Read]) -> Partial:
         if self._rows is None:
             parts = [self._attend(query, read) for query, read in zip(queries, reads, strict=True)]
             return Partial(

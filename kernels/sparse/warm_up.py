@@ -19,9 +19,11 @@ def warm_up_pages(config: ServingConfig, page_tokens: int) -> int:
     return 2 + config.recent_tokens // page_tokens
 
 
-def choose_once(config: ServingConfig, keys: Keys, query: torch.Tensor, page_tokens: int) -> Read:
+def choose_once(
+    config: ServingConfig, keys: Keys, query: torch.Tensor, page_tokens: int, value_size: int
+) -> Read:
     """Choose once among ``warm_up_pages`` of finite ``keys``, as steps will, for ``query`` float32
-    [H, G, D]; what a step would read then."""
+    [H, G, D]; what a step would read then. ``value_size`` is the index's."""
     heads, _, size = query.shape
     pages = warm_up_pages(config, page_tokens)
     index = BlockIndex(
@@ -31,10 +33,11 @@ def choose_once(config: ServingConfig, keys: Keys, query: torch.Tensor, page_tok
         head_size=size,
         summary_tokens=config.summary_tokens,
         rounds=config.summary_rounds,
+        value_size=value_size,
     )
     active = msgspec.structs.replace(
         config, mass=0.5, least_tokens=0, dense_layers=0, most_share=1.0, calibration_share=1.0
     )
     decode = PagedDecode(active, 0, index, keys, Calibration(active.core()), ServingStats())
     blocks = torch.arange(pages)
-    return Read(blocks, decode.pages(query, blocks, pages * page_tokens, page_tokens), page_tokens)
+    return decode.read(query, blocks, pages * page_tokens, page_tokens)

@@ -245,7 +245,7 @@ class SparseLayers:
         recent = min(max(0, length - max(1, self.config.recent_tokens)) // size, count)
         sinks = min(recent, -(-self.config.sink_tokens // size))
         always = torch.tensor([*range(sinks), *range(recent, pages)])
-        shares, kept = weigh(estimated[None, :, :pages].clone(), always)
+        shares, kept, _ = weigh(estimated[None, :, :pages].clone(), always)
         found = page_shares(exact[None, :, :pages])[0]
         needed = measure("ranked", self.config.mass, shares[0], found, kept[0])
         read = taken[:pages].bool()

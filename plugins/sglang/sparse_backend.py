@@ -122,8 +122,7 @@ class TacticBackend(TorchNativeAttnBackend):
     def _reads(self, sparse: SparseLayer, queries: torch.Tensor, step: DecodeStep) -> list[Read]:
         reads = []
         for query, tokens, pages in zip(queries, step.tokens, step.pages, strict=True):
-            chosen = sparse.decode.pages(query, pages, tokens, self._page_tokens)
-            reads.append(Read(pages, chosen, tokens - (len(pages) - 1) * self._page_tokens))
+            reads.append(sparse.decode.read(query, pages, tokens, self._page_tokens))
         self.worker.tell_progress()
         return reads
 
@@ -142,7 +141,8 @@ class TacticBackend(TorchNativeAttnBackend):
         zeros = buffer.new_zeros(warm_up_pages(config, size) * size, *buffer.shape[1:])
         pages = TokenPages(zeros, zeros, size)
         query = torch.zeros(layer.tp_k_head_num, 1, layer.qk_head_dim)
-        pages.attend(query[None], [choose_once(config, pages, query, size)])
+        values = layer.v_head_dim if config.estimate_rest else 0
+        pages.attend(query[None], [choose_once(config, pages, query, size, values)])
         self.worker.tell_ready(time.perf_counter() - began)
 
 

@@ -89,6 +89,7 @@ class SparseLayer:
                 head_size=layer.qk_head_dim,
                 summary_tokens=worker.config.summary_tokens,
                 rounds=worker.config.summary_rounds,
+                value_size=layer.v_head_dim if worker.config.estimate_rest else 0,
             )
         sparse_pages.register(pool, index)
         self.decode = PagedDecode(

@@ -9,6 +9,7 @@ import torch
 from vllm import _custom_ops as ops
 
 from penstock.kernels.numba_support import HAS_NUMBA
+from penstock.kernels.sparse.packed_attention import PackedAttention
 from penstock.kernels.sparse.paged_keys import Keys
 
 DIGIT = 256
@@ -41,6 +42,26 @@ def _written(numbers: torch.Tensor, isa: str, dtype: torch.dtype, tokens: int, s
     return keys.flatten().long()
 
 
+@lru_cache(maxsize=16)
+def lies_plain(isa: str, dtype: torch.dtype, tokens: int, size: int) -> bool:
+    """Whether the kernels ``isa`` keep keys of a block as [D, N] and values as [N, D]: found by writing."""
+    cache = torch.zeros(1, 1, 2 * tokens, size, dtype=dtype)
+    keys, values = cache.chunk(2, dim=2)
+    # Few enough numbers that each is exact in every type, in an order that no other order looks like.
+    rows = torch.randint(256, (2, tokens, 1, size), generator=torch.Generator().manual_seed(0)).to(dtype)
+    ops.cpu_attn_reshape_and_cache(rows[0], rows[1], keys, values, torch.arange(tokens), isa)
+    written = rows[0, :, 0].t().flatten(), rows[1].flatten()
+    return all(torch.equal(part.flatten(), want) for part, want in zip((keys, values), written, strict=True))
+
+
+def own_attention(cache: torch.Tensor, isa: str) -> PackedAttention | None:
+    """Our kernel over the ``cache`` of a layer, [B, H, N, 2 * D]; None where only stock's reads it."""
+    _, _, tokens, width = cache.shape
+    if not PackedAttention.reads(cache) or not lies_plain(isa, cache.dtype, tokens, width // 2):
+        return None
+    return PackedAttention(cache)
+
+
 class PackedKeys(Keys):
     """The keys of one layer's cache [B, H, N, 2 * D], of any strides that keep a head of a block together."""
 
@@ -53,6 +74,12 @@ class PackedKeys(Keys):
             (cache.stride(0), cache.stride(1), 1),
             cache.storage_offset(),
         )
+        values = cache.as_strided(
+            (blocks, heads, *self._shape),
+            (cache.stride(0), cache.stride(1), self._shape[1], 1),
+            cache.storage_offset() + tokens * self._shape[1],
+        )
+        self._values = values if lies_plain(isa, cache.dtype, *self._shape) else None
         self._order = key_order(isa, cache.dtype, *self._shape)
         self._places = (torch.empty(0, dtype=torch.int64) if self._order is None else self._order).numpy()
         self._stride = cache.stride(0) // cache.stride(1)
@@ -65,6 +92,10 @@ class PackedKeys(Keys):
         if self._order is not None:
             return packed[..., self._order].unflatten(-1, (tokens, size))
         return packed.unflatten(-1, (size, tokens)).transpose(-1, -2)
+
+    def read_values(self, blocks: torch.Tensor) -> torch.Tensor | None:
+        """``penstock.kernels.sparse.paged_keys.Keys.read_values``."""
+        return None if self._values is None else self._values.index_select(0, blocks).transpose(0, 1)
 
     def log_masses(
         self,

@@ -5,11 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
-
-import torch
-from vllm import _custom_ops as ops
 
 from penstock.kernels.decode_paths import device_here
 from penstock.kernels.numba_support import HAS_NUMBA
@@ -19,6 +15,7 @@ from penstock.kernels.shared_prefix.paths import choose_prefix_path
 from penstock.kernels.shared_prefix.stats import SharedPrefixStats
 from penstock.plugins.configuration import ConfigurationError
 from penstock.plugins.vllm import prefix_stats
+from penstock.plugins.vllm.packed_keys import lies_plain
 
 logger = logging.getLogger("vllm.penstock")
 
@@ -72,20 +69,8 @@ def check(spec: Any, isa: str) -> None:
         raise ConfigurationError(
             f"shared prefixes: given heads of {spec.head_size}, allowed: multiples of {HEAD_SIZES}"
         )
-    if not _lies_plain(isa, spec.dtype, spec.block_size, spec.head_size):
+    if not lies_plain(isa, spec.dtype, spec.block_size, spec.head_size):
         raise ConfigurationError(
             f"shared prefixes: given a KV cache as the kernels {isa!r} of this CPU keep it, allowed: keys by "
             "channel and values by token, as 'vec' and 'vec16' do"
         )
-
-
-@lru_cache(maxsize=16)
-def _lies_plain(isa: str, dtype: torch.dtype, tokens: int, size: int) -> bool:
-    """Whether the kernels ``isa`` keep keys of a block as [D, N] and values as [N, D]: found by writing."""
-    cache = torch.zeros(1, 1, 2 * tokens, size, dtype=dtype)
-    keys, values = cache.chunk(2, dim=2)
-    # Few enough numbers that each is exact in every type, in an order that no other order looks like.
-    rows = torch.randint(256, (2, tokens, 1, size), generator=torch.Generator().manual_seed(0)).to(dtype)
-    ops.cpu_attn_reshape_and_cache(rows[0], rows[1], keys, values, torch.arange(tokens), isa)
-    written = rows[0, :, 0].t().flatten(), rows[1].flatten()
-    return all(torch.equal(part.flatten(), want) for part, want in zip((keys, values), written, strict=True))

@@ -2,7 +2,8 @@
 
 Requests with a query row, or one and those of their drafts, are sparse where some context is long enough;
 prompts beside them are dense, in a call of their own. Each KV head of a request becomes a request of one
-head, over its own pages, and one call of the stock kernel serves all of them.
+head, over its own pages, and one call of a kernel serves all of them: ours where it reads the cache, else
+stock's.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from penstock.kernels.sparse.block_index import BlockIndex
-from penstock.kernels.sparse.head_rows import Read, head_rows
+from penstock.kernels.sparse.head_rows import HeadRows, Read, head_rows
+from penstock.kernels.sparse.packed_attention import PackedAttention, rests
 from penstock.kernels.sparse.paged_decode import PagedDecode
 from penstock.plugins.configuration import sparse_config
 from penstock.plugins.vllm import sparse_blocks
-from penstock.plugins.vllm.packed_keys import PackedKeys
+from penstock.plugins.vllm.packed_keys import PackedKeys, own_attention
 from penstock.plugins.vllm.sparse_steps import DecodeStep, decode_step, most_decode_rows
 from penstock.plugins.vllm.sparse_warm_up import warm_up
 from penstock.plugins.vllm.sparse_worker import SparseWorker, check, dense_reason
@@ -111,6 +113,7 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
         self.decode: PagedDecode | None = None
         self._cache_at = 0
         self._flat: tuple[torch.Tensor, torch.Tensor]
+        self._attention: PackedAttention | None = None
 
     def bind(self, worker: SparseWorker, number: int) -> None:
         """Share ``worker`` with other layers; this is layer ``number`` of the model."""
@@ -151,7 +154,7 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
     def _reads(
         self, worker: SparseWorker, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, step: DecodeStep
     ) -> list[Read] | None:
-        """What each request reads; None where all of them read everything."""
+        """What each request reads; None where all of them read everything, and stock's kernel does that."""
         decode = self._bound_decode(worker, layer, kv_cache)
         heads, block_tokens = kv_cache.shape[1:3]
         by_head = query.unflatten(1, (heads, -1))
@@ -161,16 +164,20 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
             # it is recent to the others, and read by all.
             group = by_head[first : first + rows].float().transpose(0, 1).flatten(1, 2) * self.scale
             known = tokens - rows + 1
-            pages = decode.pages(group, blocks[: -(-known // block_tokens)], known, block_tokens)
+            read = decode.read(group, blocks[: -(-known // block_tokens)], known, block_tokens)
+            pages = read.pages
             if pages is not None:
                 pages = torch.nn.functional.pad(pages, (0, len(blocks) - pages.shape[1]), value=True)
-            reads.append(Read(blocks, pages, tokens - (len(blocks) - 1) * block_tokens))
+            reads.append(Read(blocks, pages, tokens - (len(blocks) - 1) * block_tokens, read.rest))
         worker.tell_progress()
-        return None if all(read.pages is None for read in reads) else reads
+        stocks = self._attention is None or worker.config.mass == 1
+        return None if stocks and all(read.pages is None for read in reads) else reads
 
     def _bound_decode(self, worker: SparseWorker, layer: Any, kv_cache: torch.Tensor) -> PagedDecode:
         if self.decode is None or self._cache_at != kv_cache.data_ptr():
             blocks, heads, block_tokens, _ = kv_cache.shape
+            self._attention = own_attention(kv_cache, layer.isa)
+            estimated = self._attention is not None and worker.config.estimate_rest
             # Steps run in inference mode; blocks are forgotten between them.
             with torch.inference_mode(False):
                 index = BlockIndex(
@@ -180,6 +187,7 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
                     head_size=self.head_size,
                     summary_tokens=worker.config.summary_tokens,
                     rounds=worker.config.summary_rounds,
+                    value_size=self.head_size if estimated else 0,
                 )
             sparse_blocks.register(index)
             keys = PackedKeys(kv_cache, layer.isa)
@@ -201,10 +209,9 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
         output: torch.Tensor,
     ) -> None:
         heads, block_tokens = kv_cache.shape[1:3]
-        keys, values = self._flat
         stride = kv_cache.stride(0) // kv_cache.stride(1)
-        table, lengths = head_rows(reads, heads, block_tokens, stride)
-        count, group = len(lengths), self.num_queries_per_kv
+        rows = head_rows(reads, heads, block_tokens, stride)
+        count, group = len(rows.lengths), self.num_queries_per_kv
         if step.order is None:
             starts = torch.arange(count + 1, dtype=torch.int32)
             asked = query[: len(reads)].reshape(count, group, self.head_size)
@@ -214,12 +221,29 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
             starts = torch.tensor(counts).cumsum(0).int()
             asked = query.reshape(-1, group, self.head_size)[step.order]
             part = torch.empty_like(asked)
+        if self._attention is not None:
+            rest = rests(reads, step.rows, heads, group, self.head_size)
+            self._attention.attend(asked, rows, starts, self.scale, part, rest)
+        else:
+            self._attend_by_stock(layer, asked, rows, starts, part)
+        if step.order is not None:
+            output.view(-1, group, self.head_size)[step.order] = part
+
+    def _attend_by_stock(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        rows: HeadRows,
+        starts: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        keys, values = self._flat
         metadata = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=count,
-            num_heads=group,
+            num_reqs=len(rows.lengths),
+            num_heads=self.num_queries_per_kv,
             num_kv_heads=1,
             head_dim=self.head_size,
-            seq_lens=lengths,
+            seq_lens=rows.lengths,
             dtype=query.dtype,
             query_start_loc=starts,
             causal=True,
@@ -229,23 +253,21 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
             kv_cache_dtype=self.kv_cache_dtype,
         )
         ops.cpu_attention_with_kv_cache(
-            query=asked,
+            query=query,
             key_cache=keys,
             value_cache=values,
-            output=part,
+            output=output,
             query_start_loc=starts,
-            seq_lens=lengths,
+            seq_lens=rows.lengths,
             scale=self.scale,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=table,
+            block_table=rows.table,
             softcap=0,
             scheduler_metadata=metadata,
             s_aux=None,
         )
-        if step.order is not None:
-            output.view(-1, group, self.head_size)[step.order] = part
 
 
 def _one_head(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

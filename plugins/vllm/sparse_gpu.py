@@ -228,6 +228,8 @@ def gpu_config(vllm_config: Any) -> ServingConfig:
     config = sparse_config(vllm_config.additional_config)
     if config.group_rule != "ranked":
         raise ConfigurationError(f"sparse_attention.group_rule: given {config.group_rule}, allowed: ranked")
+    if not config.estimate_rest:
+        raise ConfigurationError("sparse_attention.estimate_rest: given false, allowed on a GPU: true")
     if config.budget is not None:
         raise ConfigurationError(f"sparse_attention.budget: given {config.budget}, allowed on a GPU: none")
     if vllm_config.parallel_config.use_ubatching:

@@ -164,9 +164,9 @@ def test_layers_that_kernels_do_not_serve_are_stocks_and_named(caplog):
 def test_what_compiled_kernels_do_not_read_is_refused(given, isa, message, monkeypatch):
     from penstock.plugins.vllm import prefix_worker
 
-    lies_plain = prefix_worker._lies_plain
+    lies_plain = prefix_worker.lies_plain
     monkeypatch.setattr(
-        prefix_worker, "_lies_plain", lambda isa, *rest: isa == "vec" and lies_plain(isa, *rest)
+        prefix_worker, "lies_plain", lambda isa, *rest: isa == "vec" and lies_plain(isa, *rest)
     )
     spec = {"dtype": torch.bfloat16, "head_size": 64, "block_size": 32, "num_kv_heads": 2, **given}
     with pytest.raises(ConfigurationError, match=message):
@@ -176,21 +176,21 @@ def test_what_compiled_kernels_do_not_read_is_refused(given, isa, message, monke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("isa", "size"), [("vec", 64), ("vec16", 80)])
 def test_kernels_of_this_processor_keep_blocks_plain(dtype, isa, size):
-    from penstock.plugins.vllm.prefix_worker import _lies_plain
+    from penstock.plugins.vllm.packed_keys import lies_plain
 
-    assert _lies_plain(isa, dtype, 32, size)
+    assert lies_plain(isa, dtype, 32, size)
 
 
 def test_an_order_of_channels_that_is_not_plain_is_noticed(monkeypatch):
-    from penstock.plugins.vllm import prefix_worker
+    from penstock.plugins.vllm import packed_keys
 
     def write(rows, values, keys_, values_, slots, isa):
         keys_.copy_(rows.view_as(keys_))
         values_.copy_(values.view_as(values_))
 
-    monkeypatch.setattr(prefix_worker.ops, "cpu_attn_reshape_and_cache", write)
-    prefix_worker._lies_plain.cache_clear()
-    assert not prefix_worker._lies_plain("other", torch.float32, 32, 64)
+    monkeypatch.setattr(packed_keys.ops, "cpu_attn_reshape_and_cache", write)
+    packed_keys.lies_plain.cache_clear()
+    assert not packed_keys.lies_plain("other", torch.float32, 32, 64)
 
 
 def test_without_numba_it_is_refused(monkeypatch):

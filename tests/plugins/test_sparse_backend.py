@@ -14,15 +14,24 @@ pytest.importorskip("vllm")
 
 from penstock.benchmarks.attention_rig import AttentionRig, Shape
 from penstock.benchmarks.tiny_model import ensure_model
+from penstock.kernels.sparse.attention import Partial, attend, merge
 from penstock.kernels.sparse.block_index import BlockIndex
+from penstock.kernels.sparse.paged_decode import PagedDecode
 from penstock.patches.vllm.builds import is_cpu_build
 from penstock.plugins.configuration import ConfigurationError
-from penstock.plugins.vllm import sparse_blocks
+from penstock.plugins.vllm import sparse_backend, sparse_blocks
 
 pytestmark = pytest.mark.skipif(not is_cpu_build(), reason="needs vLLM's CPU kernels")
 
 SHAPE = Shape(heads=8, kv_heads=2, head_size=64, block_tokens=32, blocks=96, dtype=torch.float32)
-SPARSE = {"least_tokens": 512, "mass": 0.6, "most_share": 0.95, "calibration_share": 0.0, "log_steps": 0}
+SPARSE = {
+    "least_tokens": 512,
+    "mass": 0.6,
+    "most_share": 0.95,
+    "calibration_share": 0.0,
+    "log_steps": 0,
+    "estimate_rest": False,
+}
 TOKENS = 1500
 
 
@@ -39,16 +48,32 @@ def rigs() -> tuple[AttentionRig, AttentionRig]:
     return AttentionRig(model, SHAPE, "CPU_ATTN"), AttentionRig(model, SHAPE, "CUSTOM", SPARSE)
 
 
+@pytest.fixture(scope="module")
+def estimating_rig() -> AttentionRig:
+    return AttentionRig(str(ensure_model()), SHAPE, "CUSTOM", {**SPARSE, "estimate_rest": True})
+
+
+def poison(rig, layout="layer by layer"):
+    """Fill the cache with NaN, in one of two memory layouts."""
+    shape = (SHAPE.blocks, SHAPE.kv_heads, SHAPE.block_tokens, 2 * SHAPE.head_size)
+    if layout == "layer by layer":
+        rig.cache = torch.full(shape, math.nan)
+    else:
+        rig.cache = torch.full((shape[0], 3, *shape[1:]), math.nan)[:, 1]
+    return rig
+
+
 @pytest.fixture(params=["layer by layer", "layers within a block"])
 def both(request, rigs) -> tuple[AttentionRig, AttentionRig]:
     """Stock's layer and ours, on caches full of NaN, in either memory layout."""
     for rig in rigs:
-        shape = (SHAPE.blocks, SHAPE.kv_heads, SHAPE.block_tokens, 2 * SHAPE.head_size)
-        if request.param == "layer by layer":
-            rig.cache = torch.full(shape, math.nan)
-        else:
-            rig.cache = torch.full((shape[0], 3, *shape[1:]), math.nan)[:, 1]
+        poison(rig, request.param)
     return rigs
+
+
+@pytest.fixture(params=["layer by layer", "layers within a block"])
+def estimating(request, estimating_rig) -> AttentionRig:
+    return poison(estimating_rig, request.param)
 
 
 def context(seed: int, tokens: int = TOKENS):
@@ -143,6 +168,86 @@ def test_rows_of_drafts_read_what_they_need_together_and_nothing_that_comes_afte
     want, read = row_by_row(ours, queries, keys, values, blocks, tokens)
     assert read.float().mean() < 0.8
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+def with_rest(rig, queries, keys, values, blocks, tokens):
+    """Attention [T, Hq, D] of the last tokens' ``queries`` over what they read, and what stands for the rest;
+    and without the rest."""
+    rows = len(queries)
+    group = (queries / 8).view(rows, 2, 4, 64).transpose(0, 1)
+    known = tokens - rows + 1
+    read = rig.impl.decode.read(group.flatten(1, 2), torch.tensor(blocks[: -(-known // 32)]), known, 32)
+    pages = torch.nn.functional.pad(read.pages, (0, len(blocks) - read.pages.shape[1]), value=True)
+    chosen = pages.repeat_interleave(32, 1)[:, :tokens]
+    keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+    found = []
+    for row in range(rows):
+        seen = chosen & (torch.arange(tokens) <= tokens - rows + row)
+        part = attend(group[:, row], keys, values, seen)
+        rest = Partial(*(each.unflatten(1, (rows, 4))[:, row] for each in read.rest))
+        found.append((merge(part, rest).output.view(8, 64), part.output.view(8, 64)))
+    return tuple(torch.stack(outputs) for outputs in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_not_read_is_estimated_and_the_output_is_nearer_to_dense(estimating, rows, monkeypatch):
+    monkeypatch.setattr(estimating.builder, "_most_rows", 3)
+    query, keys, values, blocks = context(15)
+    own(estimating, [blocks])
+    estimating.write(keys, values, blocks)
+    queries = with_rows(query, rows)
+    found = estimating.attend(queries, estimating.metadata([blocks], [TOKENS], [rows]))
+    expected, without = with_rest(estimating, queries, keys, values, blocks, TOKENS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    dense = torch.stack(
+        [
+            reference(one[None], keys[: TOKENS - rows + 1 + row], values[: TOKENS - rows + 1 + row])
+            for row, one in enumerate(queries)
+        ]
+    )
+    assert (found - dense).norm() < 0.9 * (without - dense).norm()
+
+
+def test_a_batch_in_which_some_read_everything_has_estimates_for_the_others_alone(estimating):
+    contexts = [context(seed, tokens) for seed, tokens in ((16, 1100), (17, 100), (18, 900))]
+    free = list(range(1, 96))
+    tables = []
+    for _, keys, values, blocks in contexts:
+        tables.append([free.pop() for _ in blocks])
+        own(estimating, tables[-1:])
+        estimating.write(keys, values, tables[-1])
+    counts = [len(keys) for _, keys, _, _ in contexts]
+    queries = torch.cat([query for query, *_ in contexts])
+    together = estimating.attend(queries, estimating.metadata(tables, counts, [1, 1, 1]))
+    for row, (query, keys, values, _), table, count in zip(together, contexts, tables, counts, strict=True):
+        if count < 512:
+            expected = reference(query, keys, values)
+        else:
+            expected = with_rest(estimating, query, keys, values, table, count)[0][0]
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_where_nothing_is_saved_our_kernel_reads_everything(both, monkeypatch):
+    query, keys, values, blocks = context(19)
+    outputs = []
+    monkeypatch.setattr(PagedDecode, "choose", lambda *_: None)
+    for rig in both:
+        own(rig, [blocks])
+        rig.write(keys, values, blocks)
+        outputs.append(rig.attend(query, rig.metadata([blocks], [TOKENS], [1])))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_that_our_kernel_does_not_read_is_stocks_and_nothing_is_estimated(rigs, monkeypatch):
+    monkeypatch.setattr(sparse_backend, "own_attention", lambda *_: None)
+    ours = poison(rigs[1])
+    query, keys, values, blocks = context(20)
+    own(ours, [blocks])
+    ours.write(keys, values, blocks)
+    found = ours.attend(query, ours.metadata([blocks], [TOKENS], [1]))[0]
+    read = chosen_tokens(ours, query, blocks, TOKENS)
+    assert not ours.impl.decode.index.has_values
+    torch.testing.assert_close(found, reference(query, keys, values, read), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])

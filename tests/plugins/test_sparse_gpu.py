@@ -239,6 +239,7 @@ def test_first_layers_and_windows_stay_stocks(backend, caplog):
     [
         ({"group_rule": "union"}, {}, "group_rule: given union, allowed: ranked"),
         ({"budget": 0.5}, {}, "budget: given 0.5, allowed on a GPU: none"),
+        ({"estimate_rest": False}, {}, "estimate_rest: given false, allowed on a GPU: true"),
         ({}, {"enable_dbo": True}, "given micro-batches"),
         ({}, {"block_size": 256}, "--block-size: given 256, allowed: at most 128"),
     ],

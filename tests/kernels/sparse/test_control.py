@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 from penstock.kernels.sparse.calibration import Calibration, needed_margin, with_margin  # noqa: E402
 from penstock.kernels.sparse.config import SparseConfig  # noqa: E402
 from penstock.kernels.sparse.fallback import Reason, reason_before  # noqa: E402
+from penstock.kernels.sparse.page_choice import measure  # noqa: E402
 
 
 @pytest.mark.parametrize("mass", [0, -0.1, 1.01, 2])
@@ -79,6 +80,19 @@ def test_old_measurements_are_forgotten_and_few_never_lower_the_margin():
     assert calibration.margin(0) == pytest.approx(0.5 + 0.08)
 
 
+def test_measurements_that_any_margin_would_satisfy_leave_the_margin_to_those_that_need_one():
+    config = SparseConfig(calibration_window=512, attained_share=0.9)
+    calibration = Calibration(config)
+    for number in range(400):
+        calibration.measured(0, 0.99, 3.0 if number % 20 == 0 else None)
+    assert calibration.margin(0) == pytest.approx(3.08)
+    for _ in range(40):
+        calibration.measured(1, 0.99, None)
+    # A layer that needs no margin is not measured for ever, and keeps the one that it was given.
+    assert calibration.settled(1)
+    assert calibration.margin(1) == config.margin
+
+
 def test_measured_masses_are_reported_and_samples_are_a_share():
     calibration = Calibration(SparseConfig(calibration_share=0.1, seed=4))
     assert calibration.attained(0) is None
@@ -97,3 +111,11 @@ def test_first_layers_and_short_contexts_are_dense():
     assert reason_before(config, 1, 5000) is Reason.FIRST_LAYERS
     assert reason_before(config, 2, 999) is Reason.SHORT_CONTEXT
     assert reason_before(config, 2, 1000) is None
+
+
+def test_kept_pages_that_have_the_mass_say_nothing_of_the_margin():
+    kept = torch.tensor([True, False, False, False])
+    exact = torch.tensor([[0.95, 0.03, 0.01, 0.01], [0.5, 0.3, 0.1, 0.1]])
+    alone, needed = measure("ranked", 0.9, exact, exact, kept)
+    assert alone is None
+    assert needed == pytest.approx(0.0, abs=0.5)

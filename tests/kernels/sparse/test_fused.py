@@ -124,9 +124,10 @@ def test_ranked_pages(heads, group, pages, seed, scale, mass):
     logs = torch.randn(heads, group, pages, generator=random) * scale
     logs[torch.rand(logs.shape, generator=random) < 0.05] = math.nan
     always = torch.tensor([pages - 1])
-    expected, kept = in_torch(page_choice.weigh, logs.clone(), always)
-    shares, also_kept = page_choice.weigh(logs.clone(), always)
+    expected, kept, sums = in_torch(page_choice.weigh, logs.clone(), always)
+    shares, also_kept, totals = page_choice.weigh(logs.clone(), always)
     torch.testing.assert_close(shares, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(totals, sums, rtol=1e-4, atol=1e-4)
     assert torch.equal(kept, also_kept)
     asked = torch.full((heads,), mass)
     found = page_choice.choose_pages("ranked", shares, kept, asked)

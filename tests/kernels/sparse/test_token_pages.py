@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.kernels.sparse import token_pages
-from penstock.kernels.sparse.attention import attend, merge
+from penstock.kernels.sparse.attention import Partial, attend, merge
 from penstock.kernels.sparse.head_rows import Read
 from penstock.kernels.sparse.page_choice import exact_log_masses
 from penstock.kernels.sparse.token_pages import TokenPages
@@ -122,6 +122,27 @@ def test_the_log_sum_exp_merges_two_parts_into_the_whole(way):
     merged = merge(*parts)
     torch.testing.assert_close(merged.output, whole.output)
     torch.testing.assert_close(merged.lse, whole.lse)
+
+
+def test_what_stands_for_the_rest_is_merged_into_its_request_alone(way):
+    draw = torch.Generator().manual_seed(4)
+    pool = Pool(draw, 4, 2, (8, 8), torch.float32, 1)
+    requests = [pool.request(12)[0] for _ in range(2)]
+    queries = torch.randn(2, 2, 3, 8, generator=draw)
+    rest = Partial(torch.randn(2, 3, 8, generator=draw), torch.randn(2, 3, generator=draw))
+    plain = pool.cache.attend(queries, [Read(blocks, None, 4) for blocks in requests])
+    reads = [Read(requests[0], None, 4), Read(requests[1], None, 4, rest)]
+    found = pool.cache.attend(queries, reads)
+    assert torch.equal(found.output[0], plain.output[0])
+    wanted = merge(Partial(plain.output[1], plain.lse[1]), rest)
+    torch.testing.assert_close(found.output[1], wanted.output)
+    torch.testing.assert_close(found.lse[1], wanted.lse)
+
+
+def test_values_of_blocks_are_those_that_were_written(way):
+    pool = Pool(torch.Generator().manual_seed(5), 4, 2, (8, 6), torch.float32, 1)
+    blocks, slots = pool.request(8)
+    assert torch.equal(pool.cache.read_values(blocks).flatten(1, 2), pool.values[slots].transpose(0, 1))
 
 
 def test_no_page_at_all_weighs_nothing(way):

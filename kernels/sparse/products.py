@@ -15,7 +15,8 @@ from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from penstock.kernels.numba_support import compiled
-from penstock.kernels.sparse.lanes import FLOAT, Lanes
+from penstock.kernels.sparse.compiled_math import ask_for
+from penstock.kernels.sparse.lanes import BYTE, FLOAT, Lanes
 
 
 def _has_avx512() -> bool:
@@ -35,8 +36,9 @@ LEAST_ROWS = 4
 """Numbers of rows are multiples of it."""
 
 
-def _block(rows: int, vectors: int) -> Any:
-    """Adds to ``rows`` times ``vectors`` of the result, ``LANES`` wide."""
+def _block(rows: int, vectors: int, ahead: bool = False) -> Any:
+    """Adds to ``rows`` times ``vectors`` of the result, ``LANES`` wide; ``ahead`` asks for the lines that
+    stand in the same places of what comes next."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def function(_typing: Any, result: Any, left: Any, right: Any, depth: Any, places: Any) -> Any:
@@ -45,7 +47,7 @@ def _block(rows: int, vectors: int) -> Any:
                 context.make_array(kind)(context, builder, value).data
                 for kind, value in zip(signature.args[:3], values[:3], strict=True)
             ]
-            inner = cgutils.unpack_tuple(builder, values[4], 6)
+            inner = cgutils.unpack_tuple(builder, values[4], 7 if ahead else 6)
             _build(builder, Lanes(builder, LANES), (rows, vectors), data, values[3], inner)
             return context.get_dummy_value()
 
@@ -61,7 +63,11 @@ def _build(
     taken of."""
     rows, vectors = shape
     index = ir.IntType(64)
-    (result, left, right), (result_at, result_step, left_at, left_step, right_at, right_step) = data, places
+    (result, left, right), (result_at, result_step, left_at, left_step, right_at, right_step) = (
+        data,
+        places[:6],
+    )
+    following = [builder.gep(right, [at]) for at in places[6:]]
 
     def place(base: Any, row: int, step: Any, column: int) -> Any:
         offset = builder.add(builder.mul(index(row), step), index(column))
@@ -77,10 +83,11 @@ def _build(
             start = lanes.load(place(result, row, result_step, LANES * vector), lanes.floats)
             builder.store(start, sums[row][vector])
     with cgutils.for_range(builder, depth) as loop:
-        line = builder.gep(right, [builder.mul(loop.index, right_step)])
-        wide = [
-            lanes.load(builder.gep(line, [index(LANES * vector)]), lanes.floats) for vector in range(vectors)
-        ]
+        offset = builder.mul(loop.index, right_step)
+        line = builder.gep(right, [offset])
+        for other in following:
+            ask_for(builder, builder.gep(other, [offset]))
+        wide = [_widened(builder, lanes, builder.gep(line, [index(LANES * each)])) for each in range(vectors)]
         for row in range(rows):
             factor = lanes.spread(builder.load(builder.gep(place(left, row, left_step, 0), [loop.index])))
             for vector in range(vectors):
@@ -93,10 +100,21 @@ def _build(
             lanes.store(builder.load(sums[row][vector]), place(result, row, result_step, LANES * vector))
 
 
+def _widened(builder: Any, lanes: Lanes, source: Any) -> Any:
+    """A vector of float32 from ``source``, a pointer to them, to the 16 bits of bfloat16, or to bytes."""
+    if source.type.pointee == FLOAT:
+        return lanes.load(source, lanes.floats)
+    if source.type.pointee == BYTE:
+        some = builder.load(builder.bitcast(source, ir.VectorType(BYTE, LANES).as_pointer()), align=1)
+        return builder.sitofp(builder.sext(some, lanes.words), lanes.floats)
+    halves = builder.load(builder.bitcast(source, ir.VectorType(ir.IntType(16), LANES).as_pointer()), align=2)
+    return builder.bitcast(builder.shl(builder.zext(halves, lanes.words), lanes.constant(16)), lanes.floats)
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def bring(_typing: Any, result: Any, result_at: Any, source: Any, source_at: Any) -> Any:  # noqa: ARG001
     """``bring(result, result_at, source, source_at)``: ``LANES`` elements, from element ``source_at`` of the
-    contiguous ``source``, float32 or int16 with the bits of bfloat16, to a float32 ``result``.
+    contiguous ``source``, float32, int16 with the bits of bfloat16, or int8, to a float32 ``result``.
 
     A loop says the same, but the vectors that become of it first find out whether its arrays overlap.
     """
@@ -109,15 +127,7 @@ def bring(_typing: Any, result: Any, result_at: Any, source: Any, source_at: Any
             )
             for k in (0, 2)
         )
-        if isinstance(signature.args[2].dtype, types.Integer):
-            halves = builder.load(
-                builder.bitcast(origin, ir.VectorType(ir.IntType(16), LANES).as_pointer()), align=2
-            )
-            bits = builder.shl(builder.zext(halves, lanes.words), lanes.constant(16))
-            wide = builder.bitcast(bits, lanes.floats)
-        else:
-            wide = lanes.load(origin, lanes.floats)
-        lanes.store(wide, target)
+        lanes.store(_widened(builder, lanes, origin), target)
         return context.get_dummy_value()
 
     return types.void(result, types.intp, source, types.intp), generate
@@ -183,3 +193,38 @@ def add_product(result: Any, left: Any, right: Any, rows: Any) -> None:
                     _low_narrow(result, left, right, depth, places)
                 row += LEAST_ROWS
         column += COLUMNS
+
+
+_tall_paged, _tall_paged_narrow = _block(ROWS, 2, ahead=True), _block(ROWS, 1, ahead=True)
+_low_paged, _low_paged_narrow = _block(LEAST_ROWS, 2, ahead=True), _block(LEAST_ROWS, 1, ahead=True)
+
+
+@compiled
+def add_paged_product(
+    result: Any, left: Any, right: Any, rows: Any, depth: Any, at: Any, step: Any, ahead: Any
+) -> None:
+    """As ``add_product``, with the matrix on the right where a cache holds it: its row ``k``, of the first
+    ``depth``, begins at element ``at + k * step`` of ``right``, float32 or int16 with the bits of bfloat16.
+
+    What lies in the same places from element ``ahead`` on is asked for meanwhile: the matrix of the product
+    that comes next.
+    """
+    columns, width = result.shape[1], left.shape[1]
+    for column in range(0, columns, COLUMNS):
+        wide = column + COLUMNS <= columns
+        row = 0
+        while row < rows:
+            result_at, left_at = row * columns + column, row * width
+            places = (result_at, columns, left_at, width, at + column, step, ahead + column)
+            if row + ROWS <= rows:
+                if wide:
+                    _tall_paged(result, left, right, depth, places)
+                else:
+                    _tall_paged_narrow(result, left, right, depth, places)
+                row += ROWS
+            else:
+                if wide:
+                    _low_paged(result, left, right, depth, places)
+                else:
+                    _low_paged_narrow(result, left, right, depth, places)
+                row += LEAST_ROWS
