@@ -58,6 +58,8 @@ class Case:
     """Query rows besides the first: those of the steps before."""
     prompt_rows: int = 0
     """Rows of a prompt of ``PROMPT_TOKENS`` in the same step."""
+    estimate: bool = True
+    """Whether pages that are not read are estimated."""
 
 
 @click.command("sparse-kernel")
@@ -74,6 +76,7 @@ class Case:
     default=0,
     help=f"Rows of a prompt, at the end of {PROMPT_TOKENS} tokens, in the same step.",
 )
+@click.option("--estimate/--no-estimate", default=True, help="Estimate pages that are not read.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write rows and claims here.")
 @click.option("--seed", default=0, show_default=True)
 def bench(
@@ -83,6 +86,7 @@ def bench(
     mass: float,
     drafts: int,
     prompt_rows: int,
+    estimate: bool,
     json_file: Path | None,
     seed: int,
 ) -> None:
@@ -109,7 +113,16 @@ def bench(
                     tell(f"{level}, {tokens} tokens")
                     for budget in (None, BUDGET):
                         case = Case(
-                            level, tokens, mass, block_tokens, LEARNING, seed, budget, drafts, prompt_rows
+                            level,
+                            tokens,
+                            mass,
+                            block_tokens,
+                            LEARNING,
+                            seed,
+                            budget,
+                            drafts,
+                            prompt_rows,
+                            estimate,
                         )
                         rows.append(run_case(case, layer))
             builds = []
@@ -141,10 +154,13 @@ def run_case(case: Case, layer: Layer) -> dict[str, Any]:
     sparse: list[float] = []
     shares: list[float] = []
     masses: list[float] = []
+    errors: list[float] = []
     for number in range(LEARNING, LEARNING + case.steps):
         dense.append(stands.step(stands.dense, number, first + number))
+        exact = stands.output
         # The next copy: dense attention has just warmed this one.
         sparse.append(stands.step(stands.sparse, number, first + number))
+        errors.append(float(((stands.output - exact).norm(dim=-1) / exact.norm(dim=-1)).mean()))
         pages = stands.recorder.pages_read
         shares.append(1.0 if pages is None else float(pages.float().mean()))
         masses += stands.attained(number, first + number)
@@ -164,6 +180,7 @@ def run_case(case: Case, layer: Layer) -> dict[str, Any]:
         "pages read": sum(shares) / len(shares),
         "attained": sum(mass >= case.mass for mass in masses) / len(masses),
         "mass P10": masses[len(masses) // 10],
+        "output error": sum(errors) / len(errors),
     }
 
 
@@ -189,7 +206,13 @@ class Stands:
             model,
             shape,
             "CUSTOM",
-            {"mass": case.mass, "least_tokens": 1, "log_steps": 0, "budget": case.budget},
+            {
+                "mass": case.mass,
+                "least_tokens": 1,
+                "log_steps": 0,
+                "budget": case.budget,
+                "estimate_rest": case.estimate,
+            },
             drafts=case.drafts,
         )
         self._case = case
@@ -216,8 +239,11 @@ class Stands:
             metadata = rig.metadata([table], [tokens], [rows])
         query = torch.cat([*map(self._query, self._steps(number)), self._prompt])
         began = time.thread_time()
-        rig.attend(query, metadata)
-        return time.thread_time() - began
+        found = rig.attend(query, metadata)
+        took = time.thread_time() - began
+        self.output = found[:rows].float()
+        """Of the last step, without the rows of a prompt: [rows, Hq, D]."""
+        return took
 
     def record(self) -> None:
         """Note from here on what the sparse layer reads; every copy is summarised before, as timed apart."""
