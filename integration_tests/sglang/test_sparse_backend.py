@@ -51,18 +51,18 @@ def test_chosen_pages_alone_are_read():
     assert of[0] < of[1]
     decode = rig.sparse().decode
     chosen = []
-    original = decode.pages
-    decode.pages = lambda *args: chosen.append(original(*args)) or chosen[-1]
+    original = decode.choose
+    decode.choose = lambda *args: chosen.append(original(*args)) or chosen[-1]
     mine, stocks = rig.decode_pass(slots)
     assert not torch.allclose(mine, stocks)
-    pages = chosen[0]
+    pages = chosen[0].pages
     assert not pages.all()
     keys, values = (buffer[slots].transpose(0, 1) for buffer in (rig.pool.k_buffer[2], rig.pool.v_buffer[2]))
     unread = ~pages.repeat_interleave(PAGE, 1)[:, : len(slots)]
     for number, buffer in enumerate((rig.pool.k_buffer[2], rig.pool.v_buffer[2])):
         rows = (keys, values)[number].masked_fill(unread[:, :, None], math.nan)
         buffer[slots] = rows.transpose(0, 1)
-    decode.pages = lambda *_: pages
+    decode.choose = lambda *_: chosen[0]
     again, _ = rig.decode_pass(slots)
     assert again.isfinite().all()
 
