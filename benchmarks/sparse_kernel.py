@@ -112,18 +112,8 @@ def bench(
                     )
                     tell(f"{level}, {tokens} tokens")
                     for budget in (None, BUDGET):
-                        case = Case(
-                            level,
-                            tokens,
-                            mass,
-                            block_tokens,
-                            LEARNING,
-                            seed,
-                            budget,
-                            drafts,
-                            prompt_rows,
-                            estimate,
-                        )
+                        about = (level, tokens, mass, block_tokens, LEARNING, seed, budget)
+                        case = Case(*about, drafts, prompt_rows, estimate)
                         rows.append(run_case(case, layer))
             builds = []
             for tokens in (8192,) if quick else GOALS:
