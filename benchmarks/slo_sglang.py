@@ -57,7 +57,7 @@ def families(*, quick: bool) -> Families:
             _setting("priority", budget, mixed=True, more=priority)
             for budget in budgets[2 : 3 if quick else 4]
         ),
-        **our_families(2 if quick else 4, mixed_chunk=True),
+        **our_families(2 if quick else 4, "rest", mixed_chunk=True),
     }
 
 

@@ -15,6 +15,7 @@ import msgspec
 
 from penstock.benchmarks.slo_capacity import capacity
 from penstock.benchmarks.slo_run import Curve, Setting, Task
+from penstock.schedulers.slo.config import Lending
 from penstock.simulation.measures import TpotRule
 from penstock.simulation.step_time import StepTime
 
@@ -37,17 +38,28 @@ RunEach = Callable[[Sequence[Task]], Iterable[Curve]]
 """Runs tasks side by side, and yields their curves in the order of the tasks."""
 
 
-def our_families(choices: int, **engine: Any) -> Families:
-    """The SLO policy at each pace, with up to four choices of knobs; ``engine`` is the same for all."""
-    knobs: tuple[dict[str, float | str], ...] = (
+def our_families(choices: int, other_lending: Lending, **engine: Any) -> Families:
+    """The SLO policy at each pace, with up to four choices of knobs; ``engine`` is the same for all. By the
+    mean both ways to lend are among them: the engine's own, and ``other_lending``.
+    """
+    knobs: Sequence[Mapping[str, float | str]] = (
         {},
         {"rule": "sustained"},
         {"longest_step_s": 0.4},
         {"long_prompt_weight": 0.0},
     )
+    lent: Sequence[Mapping[str, float | str]] = (
+        *knobs[:2],
+        {"lending": other_lending},
+        {"lending": other_lending, "rule": "sustained"},
+    )
     return {
-        family: tuple(slo_setting(family, {**knob, "pace": pace}, engine) for knob in knobs[:choices])
-        for family, pace in ((SLO, "cumulative"), (SLO_MEAN, "mean"), (SLO_GAP, "gap"))
+        family: tuple(slo_setting(family, {**knob, "pace": pace}, engine) for knob in found[:choices])
+        for family, pace, found in (
+            (SLO, "cumulative", knobs),
+            (SLO_MEAN, "mean", lent),
+            (SLO_GAP, "gap", knobs),
+        )
     }
 
 

@@ -43,7 +43,7 @@ def families(*, quick: bool) -> Families:
     if not quick:
         found[PRIORITY] = _budgets(PRIORITY, "priority", budgets)
         found[PREFILL_FIRST] = _budgets(PREFILL_FIRST, PREFILL_FIRST, budgets)
-    return {**found, **our_families(1 if quick else 4)}
+    return {**found, **our_families(1 if quick else 4, "losses")}
 
 
 def _budgets(family: str, kind: str, budgets: Iterable[int]) -> tuple[Setting, ...]:

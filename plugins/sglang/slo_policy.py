@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
 PASSIVE_STEPS = 8
 """While nobody has targets the time of one pass in so many is learned from."""
-LOST_ANSWER_S = 0.05
-"""``SLOConfig.lost_answer_s`` where it is not set."""
 NO_LIMITS = Limits(step_tokens=0, running_requests=0)
 
 
@@ -329,9 +327,8 @@ class PlannedPolicy(PassPolicy):
 def _for_whole_passes(config: SLOConfig, *, mixed: bool) -> SLOConfig:
     """A pass over the decodes serves all of them, and none is sent again; a mixed pass is one, so that
     nothing is saved by passing some over."""
-    lost_answer_s = LOST_ANSWER_S if config.lost_answer_s is None else config.lost_answer_s
     resumed_s = math.inf if mixed else 0.0
-    return msgspec.structs.replace(config, resumed_token_s=resumed_s, lost_answer_s=lost_answer_s)
+    return msgspec.structs.replace(config, resumed_token_s=resumed_s, lending=config.lending or "losses")
 
 
 def _front_clock(clock: Clock) -> Clock | None:

@@ -9,6 +9,7 @@ import msgspec
 from penstock.schedulers.slo.profiles import find_profile
 from penstock.schedulers.slo.targets import Pace, Tiers
 
+Lending = Literal["rest", "losses"]
 Rule = Literal["sustained", "moore_hodgson", "edf_greedy", "dynamic_program"]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
@@ -27,15 +28,18 @@ class SLOConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     pace: Pace = "mean"
     """When token ``i`` is due: ``i`` times per token after the first one came (``mean``), after the first one
     was due (``cumulative``: an early first token banks slack), or one after the token before it (``gap``)."""
+    lending: Lending | None = None
+    """How long a step may be under ``mean``, beyond the pace of its decodes: as the ``rest`` of each answer
+    makes up for, or as is worth the ``losses`` of answers that do not. None leaves it to the engine:
+    ``losses`` in SGLang, where a step serves all decodes, ``rest`` in vLLM, where those with slack can be
+    passed over."""
     lent_step_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 0.1
-    """Under ``mean`` a step may be so long on time that the rest of the answers it delays will make up for;
-    0: never. The rest is taken to be as long as"""
+    """``rest``: so long at most; 0: never. The rest is taken to be as long as"""
     short_answer_quantile: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.1
     """this quantile of the output length, by class."""
-    lost_answer_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] | None = None
-    """Under ``mean``, instead of those two: a step may be as long as it takes so many seconds for each answer
-    that is expected to miss its pace by it for good. None leaves it to the engine: 0.05 in SGLang, where a
-    step serves all decodes; ``lent_step_s`` in vLLM, where those with slack can be passed over."""
+    lost_answer_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 0.05
+    """``losses``: a step may be as long as it takes so many seconds for each answer that is expected to miss
+    its pace by it for good."""
     rule: Rule = "moore_hodgson"
     """Which requests are admitted when not all can be served in time. ``sustained`` admits all whose decodes
     the engine keeps at their pace, and so lets a new prompt make an admitted one late."""

@@ -32,6 +32,7 @@ class Pacing:
     def __init__(self, config: SLOConfig, lengths: OutputLengths) -> None:
         self.pace = config.pace
         self._quantile = config.short_answer_quantile
+        self._by_losses = config.lending == "losses"
         self._lent_step_s = config.lent_step_s
         self._lost_answer_s = config.lost_answer_s
         self._lengths_s = config.longest_step_s * LENGTHS
@@ -61,7 +62,7 @@ class Pacing:
         if self.pace == "gap":
             slack_s = np.where(np.isnan(begin_s), last_s + tpot_s, slack_s)
         slack_s -= start_s
-        if self.pace == "mean" and self._step_s is not None and self._lost_answer_s is None:
+        if self.pace == "mean" and self._step_s is not None and not self._by_losses:
             self._lend(decodes, slack_s, self._step_s)
         return slack_s
 
@@ -80,8 +81,8 @@ class Pacing:
         """How long a step may be, whatever the slack of its decodes, for prompts that have targets: the
         longest that takes ``lost_answer_s`` or more for each answer which is expected to end before it has
         made up for that step, and would have met its pace after one that keeps it. 0 where there is none."""
-        step_s, lost_answer_s = self._step_s, self._lost_answer_s
-        if self.pace != "mean" or step_s is None or lost_answer_s is None or not len(decodes):
+        step_s = self._step_s
+        if self.pace != "mean" or not self._by_losses or step_s is None or not len(decodes):
             return 0.0
         lengths_s = self._lengths_s
         near = np.flatnonzero(slack_s < lengths_s[0, 0])
@@ -93,7 +94,7 @@ class Pacing:
         names = [decodes.requests[place].class_name for place in near.tolist()]
         output, most = decodes.values[OUTPUT, near], decodes.values[MOST, near]
         long, kept = self._outputs.ends_within(names, output, most, made_up_after)
-        fits = (long - kept).sum(axis=1) * lost_answer_s <= lengths_s[:, 0]
+        fits = (long - kept).sum(axis=1) * self._lost_answer_s <= lengths_s[:, 0]
         return float(lengths_s[fits].max(initial=0.0))
 
     def _catch_up_s(self, request: Running, tpot_s: float) -> float:

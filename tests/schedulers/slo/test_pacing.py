@@ -88,29 +88,32 @@ def lent_s(rule, requests, start_s=0.2):
 
 
 def test_a_step_that_loses_no_answer_may_be_as_long_as_any():
-    assert lent_s(pacing(pace="mean", lost_answer_s=0.05), [fresh() for _ in range(40)]) == 0.2
-    assert lent_s(pacing(pace="mean", lost_answer_s=0.05, longest_step_s=0.4), [fresh()]) == 0.4
+    assert lent_s(pacing(pace="mean", lending="losses"), [fresh() for _ in range(40)]) == 0.2
+    assert lent_s(pacing(pace="mean", lending="losses", longest_step_s=0.4), [fresh()]) == 0.4
 
 
 @pytest.mark.parametrize(("number", "longest_s"), [(1, 0.2), (4, 0.2), (5, 0.06), (40, 0.06)])
 def test_each_answer_that_ends_too_soon_has_its_price(number, longest_s):
     # Due in 0.05 s; two tokens to come make up for 0.01 s each.
-    ending = pacing(pace="mean", length=4, step_s=0.04, lost_answer_s=0.05)
+    ending = pacing(pace="mean", length=4, step_s=0.04, lending="losses")
     assert lent_s(ending, [fresh(output=2) for _ in range(number)], 0.25) == pytest.approx(longest_s)
 
 
 def test_where_steps_are_as_slow_as_the_pace_nothing_is_made_up_for():
-    rule = pacing(pace="mean", step_s=0.05, lost_answer_s=0.05)
+    rule = pacing(pace="mean", step_s=0.05, lending="losses")
     assert lent_s(rule, [fresh() for _ in range(10)]) == 0
 
 
 def test_answers_whose_pace_is_lost_hold_up_nobody():
-    ending = pacing(pace="mean", length=4, step_s=0.04, lost_answer_s=0.05)
+    ending = pacing(pace="mean", length=4, step_s=0.04, lending="losses")
     assert lent_s(ending, [fresh(output=2) for _ in range(40)], start_s=0.6) == 0.2
 
 
 def test_other_paces_and_engines_that_pass_decodes_over_lend_no_step():
-    for rule in (pacing(pace="cumulative", lost_answer_s=0.0), pacing(pace="gap", lost_answer_s=0.0)):
+    for rule in (
+        pacing(pace="cumulative", lending="losses", lost_answer_s=0.0),
+        pacing(pace="gap", lending="losses", lost_answer_s=0.0),
+    ):
         assert lent_s(rule, [fresh()]) == 0
     assert lent_s(pacing(pace="mean"), [fresh()]) == 0
 
@@ -120,6 +123,9 @@ def test_dearer_answers_never_lend_more():
     requests = [fresh(rng.randint(1, 120), rng.uniform(0.0, 2.0)) for _ in range(30)]
     for start_s in (0.5, 3.0, 6.0):
         prices_s = (0.0, 0.01, 0.05, 0.2, 1.0, 100.0)
-        found = [lent_s(pacing(pace="mean", lost_answer_s=one), requests, start_s) for one in prices_s]
+        found = [
+            lent_s(pacing(pace="mean", lending="losses", lost_answer_s=one), requests, start_s)
+            for one in prices_s
+        ]
         assert found == sorted(found, reverse=True)
         assert found[0] == 0.2

@@ -333,7 +333,7 @@ def test_while_nobody_can_come_in_deadlines_that_pass_are_noticed_and_nobody_is_
 
 def with_lent_time(prompt_ttft_s, prompt_targets=True):
     """A step beside a fresh answer that has 0.05 s, at a prompt of 3,000 tokens."""
-    config = SLOConfig(pace="mean", rule="sustained", lost_answer_s=0.05, resumed_token_s=1.0)
+    config = SLOConfig(pace="mean", rule="sustained", lending="losses", resumed_token_s=1.0)
     policy = Planner(config, StepTimeModel(TRUTH))
     for _ in range(200):
         policy.observe_step(StepFeatures(1, 1, 100), policy.model.seconds(StepFeatures(1, 1, 100)))
