@@ -97,7 +97,7 @@ def test_samples_of_one_prompt_read_it_once(sharing_server: Server, model: str) 
 def test_when_requests_are_preempted_and_aborted_answers_are_a_plain_server_s(
     sharing_server: Server, plain_server: Server, model: str
 ) -> None:
-    prompts = asks(12, 6000, 2500, 120)
+    prompts = asks(12, 6000, 2500, 240)
     body = {
         "model": model,
         "prompt": prompts[0].prompt,

@@ -213,15 +213,18 @@ def test_after_a_storm_everybody_ended_and_is_forgotten(runs, name):
     assert found["left"] == 0
 
 
-@pytest.mark.parametrize("passes", ["mixed", "apart"])
-def test_passes_that_overlap_serve_whom_the_normal_loop_serves(runs, passes):
+@pytest.mark.parametrize(("passes", "fewer_in_time"), [("mixed", 1), ("apart", 10)])
+def test_passes_that_overlap_serve_whom_the_normal_loop_serves(runs, passes, fewer_in_time):
+    """Without mixed passes a plan that knows one pass less costs targets: docs/sglang.md."""
     normal, overlap = (runs[f"{loop}, {passes}"] for loop in ("normal", "overlap"))
     assert (normal["most_in_flight"], overlap["most_in_flight"]) == (1, 2)
     assert normal["tokens"] == overlap["tokens"] == {row[0]: row[3] for row in LONG_AND_SHORT}
-    assert overlap["admitted"] == normal["admitted"]
+    assert sorted(overlap["admitted"]) == sorted(normal["admitted"])
+    if passes == "mixed":
+        assert overlap["admitted"] == normal["admitted"]
     assert overlap["passes"] == pytest.approx(normal["passes"], rel=0.1)
     assert max(overlap["last_s"].values()) == pytest.approx(max(normal["last_s"].values()), rel=0.05)
     in_time = [run["counted"]["tiers"] for run in (normal, overlap)]
     met = [sum(tier[1] for tier in tiers.values()) for tiers in in_time]
-    assert met[1] >= met[0] - 1
+    assert met[1] >= met[0] - fewer_in_time
     assert normal["left"] == overlap["left"] == 0
